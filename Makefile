@@ -1,0 +1,40 @@
+# One virtual environment, made when it is missing. Override: make test PYTHON=python3.12 VENV=/path
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export PYTHONSAFEPATH = 1
+
+.PHONY: help setup check test demo bench clean
+
+help:  ## what each target does
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "cmae needs Python >= 3.11; this is %s. Try: make PYTHON=python3.12" % sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -e '.[dev]'
+	@touch $@
+
+setup: $(STAMP)  ## make .venv with everything the project needs (6 GB with CUDA)
+
+check: $(STAMP)  ## format, lint, types, import rules, spelling
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+
+test: $(STAMP)  ## all tests that this machine can run
+	$(BIN)/pytest
+
+demo: $(STAMP)  ## pretrain a micro CMAE on real photographs and look at what it learnt
+	$(BIN)/cmae demo
+
+bench: $(STAMP)  ## loader and step baselines on this machine -> benchmarks/results
+	$(BIN)/python benchmarks/bench_loader.py
+	$(BIN)/python benchmarks/bench_step.py
+
+clean:  ## remove the environment, runs and caches
+	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,85 @@
+"""timm transformer blocks, and last blocks that skip what nothing reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from timm.layers.mlp import Mlp
+from timm.models.vision_transformer import Attention, Block  # type: ignore[attr-defined]
+from torch import Tensor, nn
+
+
+class LayerNorm(nn.LayerNorm):
+    """`nn.LayerNorm` with the eps of vision transformers, 1e-6."""
+
+    def __init__(self, dim: int, **factory: Any) -> None:
+        super().__init__(dim, eps=1e-6, **factory)
+
+
+class LastTokensBlock(Block):
+    """A block that can compute its last tokens alone."""
+
+    def forward(  # type: ignore[override]
+        self, x: Float[Tensor, "B N D"], num_tokens: int | None = None
+    ) -> Float[Tensor, "B T D"]:
+        """Output for the last `num_tokens` tokens (all when None).
+
+        Queries and MLP are computed for those tokens only, keys and values for all.
+        """
+        if num_tokens is None:
+            return super().forward(x)
+        attn, dim = self.attn, x.shape[-1]
+        assert isinstance(attn, Attention)
+        weight, bias = attn.qkv.weight, attn.qkv.bias
+        normed = self.norm1(x)
+        query = F.linear(normed[:, -num_tokens:], weight[:dim], bias[:dim])
+        key, value = F.linear(normed, weight[dim:], bias[dim:]).chunk(2, dim=-1)
+        heads = [
+            part.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for part in (query, key, value)
+        ]
+        mixed = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        x = x[:, -num_tokens:] + attn.proj(mixed)
+        output: Tensor = x + self.mlp(self.norm2(x))
+        return output
+
+
+class MeanBlock(Block):
+    """A block that can compute the mean of its output tokens alone."""
+
+    def forward(  # type: ignore[override]
+        self, x: Float[Tensor, "B N D"], mean_from: int | None = None
+    ) -> Float[Tensor, "B N D"] | Float[Tensor, "B D"]:
+        """Output tokens, or the mean of those from number `mean_from` on.
+
+        The mean is taken before the MLP's last layer, which is linear: a third of the block's
+        multiply-adds are saved and the result is the same.
+        """
+        if mean_from is None:
+            return super().forward(x)
+        x = (x + self.attn(self.norm1(x)))[:, mean_from:]
+        mlp = self.mlp
+        assert isinstance(mlp, Mlp)
+        hidden: Tensor = mlp.act(mlp.fc1(self.norm2(x)))
+        mean: Tensor = x.mean(dim=1) + mlp.fc2(hidden.mean(dim=1))
+        return mean
+
+
+def build_blocks(
+    dim: int, depth: int, *, num_heads: int, mlp_ratio: float, last: type[Block] = Block
+) -> nn.ModuleList:
+    """Pre-LN blocks with qkv bias, GELU, and neither dropout nor stochastic depth.
+
+    Args:
+        dim: width.
+        depth: number of blocks.
+        num_heads: attention heads.
+        mlp_ratio: hidden width of the MLP over `dim`.
+        last: kind of the last block; the keys of its weights are those of any block.
+    """
+    kinds = [Block] * (depth - 1) + [last]
+    return nn.ModuleList(
+        kind(dim, num_heads, mlp_ratio=mlp_ratio, qkv_bias=True, norm_layer=LayerNorm)
+        for kind in kinds
+    )

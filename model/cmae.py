@@ -1,0 +1,308 @@
+"""Contrastive masked autoencoder: online branch, target branch and their losses."""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from cmae.kernels.masked_mse import masked_mse
+from cmae.kernels.patch_gather import Images
+from cmae.model.config import ModelConfig
+from cmae.model.decoder import Decoder
+from cmae.model.encoder import VisionTransformer
+from cmae.model.heads import Head
+from cmae.model.hybrid import HybridEncoder
+from cmae.model.init import init_weights
+from cmae.model.losses import Losses, contrastive_terms
+from cmae.model.masking import complement
+from cmae.model.pixels import to_config_normalisation
+
+Encoder = VisionTransformer | HybridEncoder
+
+
+def build_model(config: ModelConfig, *, seed: int | None = None) -> CMAE:
+    """A freshly initialised model on the CPU, in training mode, target equal to online.
+
+    Args:
+        config: what to build.
+        seed: makes the weights reproducible and leaves torch's global random state as it was;
+            None draws from the global state.
+    """
+    if seed is None:
+        model = CMAE(config)
+        init_weights(model, None)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            model = CMAE(config)
+        init_weights(model, torch.Generator().manual_seed(seed))
+    model.reset_target()
+    return model
+
+
+class CMAE(nn.Module):
+    """CMAE (arXiv 2207.13532, section 3) and, with the contrastive branch off, MAE.
+
+    Parts that `config` switches off are None. `build_model` makes one with initial weights.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = _build_encoder(config, final_norm=True)
+        self.pixel_decoder: Decoder | None = None
+        self.feature_decoder: Decoder | nn.Linear | None = None
+        self.projector: Head | None = None
+        self.predictor: Head | None = None
+        self.target_encoder: Encoder | None = None
+        self.target_projector: Head | None = None
+        if config.has_reconstruction:
+            self.pixel_decoder = Decoder(
+                config, depth=config.decoder_depth, out_dim=config.patch_size**2 * 3
+            )
+        if config.has_contrast:
+            self._build_contrast(config)
+
+    def _build_contrast(self, config: ModelConfig) -> None:
+        dim = config.projector_in_dim
+        if config.feature_decoder == "own":
+            self.feature_decoder = Decoder(config, depth=config.feature_decoder_depth, out_dim=dim)
+        elif config.feature_decoder == "shared":
+            self.feature_decoder = nn.Linear(config.decoder_embed_dim, dim)
+        self.projector = Head(config, in_dim=dim)
+        if config.predictor:
+            self.predictor = Head(config, in_dim=config.proj_dim)
+        self.target_encoder = _build_encoder(config, final_norm=config.target_final_norm)
+        self.target_projector = copy.deepcopy(self.projector)
+        self.target_encoder.requires_grad_(False)
+        self.target_projector.requires_grad_(False)
+
+    def forward(
+        self,
+        online: Images,
+        target: Images | None,
+        ids_keep: Int[Tensor, "B K"],
+        *,
+        ids_mask: Int[Tensor, "B M"] | None = None,
+        keys: Float[Tensor, "G P"] | None = None,
+        label_offset: int = 0,
+    ) -> Losses:
+        """Losses of one (micro-)batch.
+
+        Args:
+            online: view whose visible patches are encoded and whose masked ones are predicted;
+                uint8, or floats normalised with the standard mean and standard deviation.
+            target: second view of the same images; None if `keys` are given or contrast is off.
+            ids_keep: visible patches of `online`, distinct in each row.
+            ids_mask: the others; found from `ids_keep` when None.
+            keys: target projections of the global batch (`target_keys`, gathered over ranks);
+                computed from `target` when None.
+            label_offset: row of `keys` that belongs to the first image of this batch.
+
+        Raises:
+            ValueError: a shape or dtype does not fit the config, or keys and target are missing.
+        """
+        config = self.config
+        check_images("online", online, config)
+        check_ids(ids_keep, online, config)
+        if ids_mask is None:
+            ids_mask = complement(ids_keep, config.num_patches)
+        elif ids_mask.shape != (len(online), config.num_patches - ids_keep.shape[1]):
+            raise ValueError(
+                f"ids_mask has shape {tuple(ids_mask.shape)}; with ids_keep of shape "
+                f"{tuple(ids_keep.shape)} it must name the other {config.num_patches} - "
+                f"{ids_keep.shape[1]} patches, or be None."
+            )
+        latent = self.encoder(online, ids_keep)
+        pixels, features = self._decode(latent, ids_keep, ids_mask)
+        off = torch.zeros((), device=latent.device)
+        reconstruction = off
+        if pixels is not None:
+            reconstruction = self._reconstruction_loss(pixels, online, ids_mask)
+        total = config.reconstruction_weight * reconstruction
+        if features is None:
+            return Losses(total, reconstruction, off, off, off, off, off)
+        if keys is None:
+            if target is None or len(target) != len(online):
+                raise ValueError(
+                    f"target has {0 if target is None else len(target)} images and keys is None; "
+                    f"give the second views of the {len(online)} images, or keys."
+                )
+            keys = self.target_keys(target, ids_keep)
+        query = self._project(features)
+        terms = contrastive_terms(config, query, keys, label_offset=label_offset)
+        return Losses(total + terms.scaled, reconstruction, *terms)
+
+    @torch.no_grad()
+    def target_keys(
+        self, target: Images, ids_keep: Int[Tensor, "B K"] | None = None
+    ) -> Float[Tensor, "B P"]:
+        """Unit projections of the target branch, float32, without gradient.
+
+        Args:
+            target: uint8, or floats normalised with the standard constants.
+            ids_keep: visible patches; needed, and used, only when target_input is 'visible'.
+
+        Raises:
+            ValueError: the model has no target branch, or an argument is missing or does not fit.
+        """
+        if self.target_encoder is None or self.target_projector is None:
+            raise ValueError("contrastive_loss='none': this model has no target branch.")
+        check_images("target", target, self.config)
+        if self.config.target_input == "full":
+            ids_keep = None
+        elif ids_keep is None:
+            raise ValueError("ids_keep is None, but target_input='visible' needs it.")
+        else:
+            check_ids(ids_keep, target, self.config)
+        features = self.target_encoder.mean_tokens(target, ids_keep)
+        projected = self.target_projector(features)
+        return F.normalize(projected.to(torch.promote_types(projected.dtype, torch.float32)), dim=1)
+
+    @torch.no_grad()
+    def update_target(self, momentum: float) -> None:
+        """Move the target: momentum * target + (1 - momentum) * online, parameter by parameter.
+
+        Buffers stay: the target's batch norm keeps running statistics of its own, and fixed
+        position embeddings are equal by construction.
+
+        Raises:
+            ValueError: `momentum` is not in 0..1, or the model has no target branch.
+        """
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"momentum={momentum} is not in 0..1.")
+        targets, onlines = self._target_pairs()
+        torch._foreach_lerp_(targets, onlines, 1 - momentum)
+
+    @torch.no_grad()
+    def reset_target(self) -> None:
+        """Make the target, if there is one, a copy of the online encoder and projector."""
+        if self.config.has_contrast:
+            torch._foreach_copy_(*self._target_pairs())
+
+    @torch.no_grad()
+    def reconstruct(self, online: Images, ids_keep: Int[Tensor, "B K"]) -> Float[Tensor, "B N row"]:
+        """Predicted pixels of all patches, in patch order, rows in (py, px, channel) order.
+
+        Values are in the space of the loss: with norm_pix_loss each patch has its own mean and
+        scale; `cmae.model.pictures.to_pixels` takes them back to 0..255.
+
+        Raises:
+            ValueError: the model has no pixel decoder, or shapes do not fit.
+        """
+        if self.pixel_decoder is None:
+            raise ValueError("reconstruction_weight=0: this model has no pixel decoder.")
+        check_images("online", online, self.config)
+        check_ids(ids_keep, online, self.config)
+        ids_mask = complement(ids_keep, self.config.num_patches)
+        decoder = self.pixel_decoder
+        decoded = decoder(decoder.embed_tokens(self.encoder(online, ids_keep), ids_keep, ids_mask))
+        rows: Tensor = decoder.head(decoded[:, self.config.num_prefix_tokens :])
+        place = torch.cat([ids_keep.long(), ids_mask], dim=1).argsort(dim=1)
+        return rows.gather(1, place[:, :, None].expand_as(rows))
+
+    def features(
+        self, images: Images, pool: Literal["mean", "cls"] = "mean"
+    ) -> Float[Tensor, "B D"]:
+        """Features of whole images after the final norm: mean of patch tokens, or the cls token.
+
+        Raises:
+            ValueError: `pool` is unknown, or 'cls' with an encoder that has no such token.
+        """
+        check_images("images", images, self.config)
+        prefix = self.config.num_prefix_tokens
+        if pool not in ("mean", "cls") or (pool == "cls" and not prefix):
+            raise ValueError(f"pool={pool!r}: choose 'mean', or 'cls' for encoder='vit'.")
+        tokens: Tensor = self.encoder(images)
+        return tokens[:, 0] if pool == "cls" else tokens[:, prefix:].mean(dim=1)
+
+    def _decode(
+        self, latent: Tensor, ids_keep: Tensor, ids_mask: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Predicted masked pixels (B, M, P*P*3) and mean features (B, D), None where off."""
+        pixels, features = None, None
+        num_mask = ids_mask.shape[1]
+        if self.pixel_decoder is not None:
+            x = self.pixel_decoder.embed_tokens(latent, ids_keep, ids_mask)
+            if isinstance(self.feature_decoder, nn.Linear):
+                decoded = self.pixel_decoder(x)
+                pixels = self.pixel_decoder.head(decoded[:, -num_mask:])
+                features = self.feature_decoder(self.pixel_decoder.mean_patches(decoded))
+            else:
+                pixels = self.pixel_decoder.predict_last(x, num_mask)
+        if isinstance(self.feature_decoder, Decoder):
+            decoder = self.feature_decoder
+            decoded = decoder(decoder.embed_tokens(latent, ids_keep, ids_mask))
+            features = decoder.head(decoder.mean_patches(decoded))
+        elif self.config.has_contrast and self.feature_decoder is None:
+            features = latent[:, self.config.num_prefix_tokens :].mean(dim=1)
+        return pixels, features
+
+    def _project(self, features: Tensor) -> Tensor:
+        assert self.projector is not None
+        query: Tensor = self.projector(features)
+        return query if self.predictor is None else self.predictor(query)
+
+    def _reconstruction_loss(self, pixels: Tensor, online: Images, ids_mask: Tensor) -> Tensor:
+        return masked_mse(
+            pixels,
+            to_config_normalisation(online, self.config),
+            ids_mask,
+            patch_size=self.config.patch_size,
+            mean=self.config.pixel_mean,
+            std=self.config.pixel_std,
+            norm_pix=self.config.norm_pix_loss,
+        )
+
+    def _target_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Target parameters and the online ones they follow, in the same order."""
+        if self.target_encoder is None or self.target_projector is None:
+            raise ValueError("contrastive_loss='none': this model has no target branch.")
+        assert self.projector is not None
+        targets: list[Tensor] = []
+        onlines: list[Tensor] = []
+        for follower, leader in (
+            (self.target_encoder, self.encoder),
+            (self.target_projector, self.projector),
+        ):
+            sources = dict(leader.named_parameters())
+            for name, parameter in follower.named_parameters():
+                if sources[name].requires_grad:
+                    targets.append(parameter)
+                    onlines.append(sources[name])
+        return targets, onlines
+
+
+def _build_encoder(config: ModelConfig, *, final_norm: bool) -> Encoder:
+    kind = VisionTransformer if config.encoder == "vit" else HybridEncoder
+    return kind(config, final_norm=final_norm)
+
+
+def check_images(name: str, images: Images, config: ModelConfig) -> None:
+    """Raise a ValueError that names the argument unless `images` fits the config."""
+    size = config.img_size
+    expected = (size, size, 3) if images.dtype == torch.uint8 else (3, size, size)
+    if images.ndim != 4 or tuple(images.shape[1:]) != expected:
+        raise ValueError(
+            f"{name} has shape {tuple(images.shape)} and dtype {images.dtype}; expected uint8 "
+            f"(B, {size}, {size}, 3) or normalised floats (B, 3, {size}, {size})."
+        )
+
+
+def check_ids(ids_keep: Tensor, images: Tensor, config: ModelConfig) -> None:
+    """Raise a ValueError unless `ids_keep` is (B, K) integers with 0 < K < num_patches."""
+    integral = not ids_keep.is_floating_point() and ids_keep.dtype != torch.bool
+    if not integral or ids_keep.ndim != 2 or len(ids_keep) != len(images):
+        raise ValueError(
+            f"ids_keep has shape {tuple(ids_keep.shape)} and dtype {ids_keep.dtype}; expected "
+            f"integers ({len(images)}, K), one row per image."
+        )
+    if not 0 < ids_keep.shape[1] < config.num_patches:
+        raise ValueError(
+            f"ids_keep has {ids_keep.shape[1]} columns; it must keep at least 1 and mask at least "
+            f"1 of {config.num_patches} patches."
+        )

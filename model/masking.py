@@ -1,0 +1,42 @@
+"""Which patches the online encoder sees."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Int, Int32, Int64
+from torch import Tensor
+
+from cmae.kernels.block_mask import block_mask
+from cmae.model.config import ModelConfig
+
+
+def draw_mask(
+    config: ModelConfig, sample_index: Int64[Tensor, " B"], *, seed: int, epoch: int
+) -> tuple[Int32[Tensor, "B K"], Int32[Tensor, "B M"]]:
+    """Ids of visible and of masked patches, a pure function of (seed, epoch, sample).
+
+    Args:
+        config: grid, mask ratio and cell.
+        sample_index: sample ids.
+        seed: of the run, 0..2^64-1.
+        epoch: 0..2^32-1.
+
+    Returns:
+        ids_keep (K = config.num_keep) and ids_mask, both ascending, where `sample_index` lies.
+    """
+    return block_mask(
+        sample_index,
+        grid=config.grid,
+        cell=config.mask_cell,
+        num_keep_cells=config.num_keep_cells,
+        seed=seed,
+        epoch=epoch,
+    )
+
+
+def complement(ids: Int[Tensor, "B K"], num_patches: int) -> Int[Tensor, "B M"]:
+    """The patches that `ids` does not name, ascending; ids must be distinct in each row."""
+    absent = torch.ones(len(ids), num_patches, dtype=torch.int32, device=ids.device)
+    absent = absent.scatter(1, ids.long(), 0)
+    order = absent.argsort(dim=1, descending=True, stable=True)
+    return order[:, : num_patches - ids.shape[1]]

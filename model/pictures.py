@@ -1,0 +1,58 @@
+"""Predicted pixels back to images that can be looked at."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from cmae.kernels.patch_gather import Images, normalise_rows, raw_rows
+from cmae.model.config import ModelConfig
+from cmae.model.encoder import all_ids
+from cmae.model.pixels import to_config_normalisation
+
+
+def to_pixels(
+    config: ModelConfig, predicted: Float[Tensor, "B N row"], online: Images
+) -> Float[Tensor, "B H W 3"]:
+    """Predictions of `CMAE.reconstruct` as RGB images in 0..255 (not clamped).
+
+    With norm_pix_loss the network predicts a patch up to its mean and scale; these are taken from
+    the true patch, so that only what was predicted is seen.
+
+    Args:
+        config: of the model that predicted.
+        predicted: all patches in patch order.
+        online: the image that was masked.
+    """
+    mean, std = config.pixel_mean, config.pixel_std
+    rows = predicted.float()
+    if config.norm_pix_loss:
+        images = to_config_normalisation(online, config)
+        truth = raw_rows(images, all_ids(online, config.num_patches), config.patch_size).float()
+        if online.dtype == torch.uint8:
+            truth = normalise_rows(truth, mean, std)
+        variance, centre = torch.var_mean(truth, dim=-1, keepdim=True, correction=1)
+        rows = rows * (variance + 1e-6).sqrt() + centre
+    rows = normalise_rows(
+        rows,
+        (-mean[0] / std[0], -mean[1] / std[1], -mean[2] / std[2]),
+        (1 / std[0], 1 / std[1], 1 / std[2]),
+    )
+    return unpatchify(rows, config)
+
+
+def unpatchify(rows: Float[Tensor, "B N row"], config: ModelConfig) -> Float[Tensor, "B H W 3"]:
+    """Rows in (py, px, channel) order, all patches, put together to images."""
+    size, (grid_h, grid_w) = config.patch_size, config.grid
+    blocks = rows.view(-1, grid_h, grid_w, size, size, 3)
+    return blocks.transpose(2, 3).reshape(-1, grid_h * size, grid_w * size, 3)
+
+
+def masked_pixels(config: ModelConfig, ids_keep: Int[Tensor, "B K"]) -> Bool[Tensor, "B H W 1"]:
+    """True where a pixel was hidden from the encoder."""
+    size, (grid_h, grid_w) = config.patch_size, config.grid
+    hidden = torch.ones(len(ids_keep), config.num_patches, dtype=torch.bool, device=ids_keep.device)
+    hidden = hidden.scatter(1, ids_keep.long(), False).view(-1, grid_h, 1, grid_w, 1)
+    hidden = hidden.expand(-1, -1, size, -1, size)
+    return hidden.reshape(-1, grid_h * size, grid_w * size, 1)

@@ -1,0 +1,122 @@
+"""Shard patterns: one string or a list of them becomes the ordered list of shard paths and URLs."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+_SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+:")  # two letters at least: C:\ is a path
+_RANGE = re.compile(r"^(\d+)\.\.(\d+)$")
+_BRACES = re.compile(r"\{(\d+\.\.\d+|[^{}]*,[^{}]*)\}")
+_TAR_NAME = re.compile(r"\.(tar(\.\w+)?|tgz)$")
+_GLOB_CHARACTERS = re.compile(r"[*?\[]")
+
+
+def is_local(url: str) -> bool:
+    """Whether the shard is a file that can be read at any offset, not a `pipe:`, http or s3 URL."""
+    return _SCHEME.match(url) is None
+
+
+def expand_shards(pattern: str | Path | Sequence[str | Path]) -> list[str]:
+    """List the shards that a pattern names.
+
+    Braces `{000000..000004}` and `{train,val}` expand first, in any string. What is left is a URL
+    (`pipe:`, `http:`, `s3:` and so on: kept as it is), a folder (its `*.tar`, sorted), a glob (the tar
+    files it matches, sorted; `**` crosses folders), or a file, which must exist. `file:` URLs become paths.
+    The order is that of the patterns, and it is part of the data order: sample ids count shards from 0.
+
+    Raises:
+        ValueError: A pattern matches nothing, a named file is missing, or a shard is listed twice.
+    """
+    patterns = [pattern] if isinstance(pattern, str | Path) else list(pattern)
+    if not patterns:
+        raise ValueError("shards is an empty list: name at least one tar file, folder or pattern")
+    shards: list[str] = []
+    for one in map(str, patterns):
+        shards += _expand_one(one)
+    repeated = (
+        {shard for shard in shards if shards.count(shard) > 1}
+        if len(set(shards)) < len(shards)
+        else None
+    )
+    if repeated:
+        raise ValueError(
+            f"shards lists {len(repeated)} file(s) twice, for example {min(repeated)}: every sample would be "
+            "read twice an epoch; remove the overlap between the patterns"
+        )
+    return shards
+
+
+def _expand_one(pattern: str) -> list[str]:
+    shards: list[str] = []
+    missing: list[str] = []
+    for url in _expand_braces(pattern):
+        if url.startswith("file:"):
+            url = re.sub("^file:(//)?", "", url)
+        if not is_local(url):
+            shards.append(url)
+            continue
+        found = _expand_path(os.path.expanduser(url))
+        shards += found
+        if not found:
+            missing.append(url)
+    if missing:
+        raise ValueError(_nothing_found(pattern, missing, num_found=len(shards)))
+    return shards
+
+
+def _expand_path(path: str) -> list[str]:
+    if os.path.isdir(path):
+        return sorted(glob.glob(os.path.join(glob.escape(path), "*.tar")))
+    if os.path.exists(path):  # before the glob: a file name may hold brackets
+        return [path]
+    if _GLOB_CHARACTERS.search(path):
+        matches = glob.glob(path, recursive=True)
+        return sorted(match for match in matches if _TAR_NAME.search(match))
+    return []
+
+
+def _expand_braces(text: str) -> list[str]:
+    """Expand number ranges and comma lists, leftmost varying slowest; other braces (awk in a pipe) stay."""
+    match = _BRACES.search(text)
+    if match is None:
+        return [text]
+    before, after = text[: match.start()], text[match.end() :]
+    return [
+        full for choice in _choices(match[1]) for full in _expand_braces(before + choice + after)
+    ]
+
+
+def _choices(inside: str) -> list[str]:
+    bounds = _RANGE.match(inside)
+    if bounds is None:
+        return inside.split(",")
+    first, last = int(bounds[1]), int(bounds[2])
+    step = 1 if last >= first else -1
+    return [f"{number:0{len(bounds[1])}d}" for number in range(first, last + step, step)]
+
+
+def _nothing_found(pattern: str, missing: list[str], *, num_found: int) -> str:
+    path = Path(os.path.expanduser(missing[0]))
+    if path.is_dir():
+        inside = sorted(entry.name for entry in path.iterdir())[:5]
+        listing = f"only {', '.join(inside)}" if inside else "it is empty"
+        return (
+            f"shards={pattern!r}: the folder {path} holds no .tar file, {listing}. Give the folder with "
+            "the tar files, or make them from a folder of images with `cmae shards write`"
+        )
+    if num_found or len(missing) > 1:
+        return (
+            f"shards={pattern!r}: {len(missing)} of {num_found + len(missing)} files are missing, such as "
+            f"{path}. Correct the range in braces, or finish writing the shards"
+        )
+    parent = path.parent
+    while not parent.exists():
+        parent = parent.parent
+    return (
+        f"shards={pattern!r} matches nothing; {parent.resolve()} is the last part that exists. "
+        "Give tar files, a folder of them, a glob, braces such as train-{000000..000004}.tar, or a URL"
+    )

@@ -1,0 +1,78 @@
+"""Fixtures shared by all tests: where the research images lie, and small data made on the spot."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset as wds
+from PIL import Image
+
+from cmae.pipeline.index import build_index, index_path, save_index
+
+REPO_ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Two threads are as many as CI has; more of them only fight each other in the small problems here.
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    no_gpu = pytest.mark.skip(reason="needs a CUDA device; none is visible")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(no_gpu)
+
+
+def _data_folder(name: str) -> Path:
+    root = Path(os.environ.get("CMAE_DATA", REPO_ROOT.parent / "shared" / "data"))
+    folder = root / name
+    if not folder.is_dir():
+        pytest.skip(f"{name} is not at {root}; set CMAE_DATA to the folder that holds it")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def imagenet_sample() -> list[Path]:
+    """Shards of 500 real ImageNet JPEGs; the test is skipped where they are absent."""
+    return sorted(_data_folder("imagenet-sample").glob("*.tar"))
+
+
+@pytest.fixture(scope="session")
+def tiny_imagenet() -> Path:
+    """Folder with the 64 px shards `train-*.tar` and `val-*.tar`; skipped where absent."""
+    return _data_folder("tiny-imagenet-64")
+
+
+@pytest.fixture(scope="session")
+def small_shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Pattern of two indexed shards: 40 JPEGs of 48 x 40 px in 4 classes, each a colour and a grating."""
+    folder = tmp_path_factory.mktemp("small-shards")
+    for number in range(2):
+        path = folder / f"small-{number:06d}.tar"
+        with wds.TarWriter(str(path)) as writer:
+            for position in range(20):
+                index = 20 * number + position
+                label = index % 4
+                record = {"__key__": f"image{index:03d}", "jpg": _grating(index, label)}
+                writer.write({**record, "cls": str(label)})
+        save_index(build_index(path), index_path(path))
+    return str(folder / "small-*.tar")
+
+
+def _grating(index: int, label: int) -> bytes:
+    rng = np.random.default_rng(index)
+    rows, columns = np.mgrid[0:40, 0:48]
+    angle = label * np.pi / 4
+    wave = np.sin((rows * np.sin(angle) + columns * np.cos(angle)) / 2 + rng.uniform(0, 6))
+    pixels = 127 + 60 * wave[..., None] + rng.uniform(-60, 60, 3) + rng.normal(0, 4, (40, 48, 3))
+    buffer = io.BytesIO()
+    Image.fromarray(np.uint8(np.clip(pixels, 0, 255))).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
