@@ -1,0 +1,177 @@
+"""Background feed: raw batches become ready batches in a thread of their own, ahead of the training."""
+
+from __future__ import annotations
+
+import atexit
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+
+from cmae.pipeline.batch import Batch, LoaderState
+from cmae.pipeline.host import Views
+from cmae.pipeline.sources import RawBatch, Source
+from cmae.pipeline.views import ViewConfig, ViewParams, draw_view_params
+
+DrawMask = Callable[[Int64[Tensor, " B"], int], tuple[Tensor, Tensor]]
+"""(sample_index, epoch) -> (ids_keep, ids_mask), on the device of sample_index."""
+
+_IN_FLIGHT = 2  # batches being decoded at once: one to wait for, one to keep the workers busy
+
+
+class ViewMaker(Protocol):
+    """Turns encoded images and drawn parameters into pixels, asynchronously."""
+
+    busy_s: float
+    """Seconds of decoding: CPU seconds of all threads, or for DALI the time spent waiting for it."""
+
+    def submit(self, encoded: list[UInt8[np.ndarray, " n"]], params: ViewParams) -> Any:
+        """Start a batch and return its handle."""
+
+    def collect(self, job: Any) -> Views:
+        """Wait for a batch."""
+
+    def close(self) -> None:
+        """Release threads and memory."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A finished batch; on CUDA `event` says when its tensors may be read."""
+
+    batch: Batch
+    event: torch.cuda.Event | None
+
+
+class Feed:
+    """Owns the thread between the source and the training step.
+
+    The queue holds `prefetch` ready batches, so memory is bounded and the thread sleeps when training is
+    slower. An exception in any background thread ends the feed and comes out of `get`.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        maker: ViewMaker,
+        *,
+        views: ViewConfig,
+        draw_mask: DrawMask,
+        device: torch.device,
+        state: LoaderState,
+        prefetch: int,
+    ) -> None:
+        self._source = source
+        self._maker = maker
+        self._views = views
+        self._draw_mask = draw_mask
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._ready: queue.Queue[Ready | BaseException] = queue.Queue(prefetch)
+        self._stop = threading.Event()
+        self._seed = state.seed
+        self.num_batches = 0
+        self.num_bytes = 0
+        self._thread = threading.Thread(
+            target=self._run, args=(state,), name="cmae-feed", daemon=True
+        )
+        self._thread.start()
+        # DALI takes its pipelines down when the interpreter exits; the thread has to be gone by then.
+        atexit.register(self.close)
+
+    def get(self) -> Ready:
+        """The next batch; blocks.
+
+        Raises:
+            Exception: Whatever a background thread died of.
+            RuntimeError: The feed is closed.
+        """
+        while not self._stop.is_set():
+            try:
+                ready = self._ready.get(
+                    timeout=0.5
+                )  # wakes now and then, so that Ctrl-C gets through
+            except queue.Empty:
+                continue
+            if isinstance(ready, Ready):
+                return ready
+            self._put(ready)  # the next call gets it too
+            raise ready
+        raise RuntimeError("the loader is closed")
+
+    def close(self) -> None:
+        """Stop and join the thread, then release the workers. May be called again."""
+        atexit.unregister(self.close)
+        self._stop.set()
+        self._thread.join()
+        self._maker.close()
+        self._source.close()
+
+    def _run(self, state: LoaderState) -> None:
+        try:
+            with torch.cuda.stream(self._stream):  # None on a CPU: does nothing
+                self._produce(state)
+        except BaseException as error:
+            self._put(error)
+
+    def _produce(self, state: LoaderState) -> None:
+        in_flight: deque[tuple[RawBatch, Any]] = deque()
+        for raw in self._source.batches(state):
+            in_flight.append((raw, self._submit(raw)))
+            if len(in_flight) < _IN_FLIGHT:
+                continue
+            self._put(self._finish(*in_flight.popleft()))
+            if self._stop.is_set():
+                return
+
+    def _submit(self, raw: RawBatch) -> Any:
+        params = draw_view_params(
+            self._views,
+            seed=self._seed,
+            epoch=raw.epoch,
+            sample_index=raw.sample_index,
+            height=raw.height,
+            width=raw.width,
+        )
+        return self._maker.submit(raw.encoded, params)
+
+    def _finish(self, raw: RawBatch, job: Any) -> Ready:
+        views = self._maker.collect(job)
+        while views.bad:
+            self._source.replace(raw, views.bad)
+            views = self._maker.collect(self._submit(raw))
+        assert views.online is not None
+        sample_index = self._upload(raw.sample_index)
+        ids_keep, ids_mask = self._draw_mask(sample_index, raw.epoch)
+        batch = Batch(
+            online=views.online,
+            target=views.target,
+            ids_keep=ids_keep,
+            ids_mask=ids_mask,
+            sample_index=sample_index,
+            label=self._upload(raw.label),
+            epoch=raw.epoch,
+            state=raw.state,
+        )
+        self.num_batches += 1
+        self.num_bytes += sum(record.data.size for record in raw.records)
+        return Ready(batch, None if self._stream is None else self._stream.record_event())
+
+    def _upload(self, array: Int64[np.ndarray, " B"]) -> Int64[Tensor, " B"]:
+        tensor = torch.from_numpy(array)
+        return tensor if self._stream is None else tensor.to(self._device)
+
+    def _put(self, item: Ready | BaseException) -> None:
+        while not self._stop.is_set():
+            try:
+                self._ready.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue

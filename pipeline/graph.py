@@ -1,0 +1,202 @@
+"""Views by NVIDIA DALI: one graph definition for the GPU ('mixed' decode) and, for its tests, the CPU.
+
+The graph holds the geometry: window decode, one bicubic resize to the master, flip, two cuts. Colour runs
+after it on the whole batch (cmae.pipeline.color); docs/design/0003-colour-chain.md has the reason.
+The CPU graph exists so that the GPU's graph can be checked anywhere; cmae.pipeline.host is the faster
+way on a CPU.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from nvidia.dali import fn, types
+from nvidia.dali.pipeline import Pipeline, pipeline_def
+from nvidia.dali.tensors import TensorCPU, TensorListCPU
+from PIL import Image
+from torch.utils.dlpack import from_dlpack
+
+from cmae.pipeline.color import apply_color
+from cmae.pipeline.host import Views, find_undecodable
+from cmae.pipeline.views import ViewConfig, ViewParams, draw_view_params
+
+
+def build_view_graph(
+    views: ViewConfig,
+    device: torch.device,
+    *,
+    batch_size: int,
+    num_threads: int,
+    hw_decoder_load: float = 0.65,
+    prefetch: int = 2,
+) -> Pipeline:
+    """The DALI pipeline with inputs 'encoded' (bytes) and 'params' (`ViewParams.matrix()` rows).
+
+    Outputs one or two uint8 HWC batches: online and, with two views, the target before its colours.
+    Only the default dynamic executor keeps outputs that are still referenced and survives a failed batch.
+    """
+    is_gpu = device.type == "cuda"
+
+    @pipeline_def(
+        batch_size=batch_size,
+        num_threads=num_threads,
+        device_id=(device.index or 0) if is_gpu else None,  # type: ignore[arg-type]  # None: no GPU
+        prefetch_queue_depth=prefetch,
+    )
+    def graph() -> Any:
+        encoded = fn.external_source(
+            name="encoded", dtype=types.DALIDataType.UINT8, ndim=1, no_copy=True
+        )
+        params = fn.external_source(name="params", dtype=types.DALIDataType.FLOAT, ndim=1)
+        decode: dict[str, Any] = {"device": "mixed" if is_gpu else "cpu"}
+        if is_gpu:
+            decode |= {"hw_decoder_load": hw_decoder_load}
+        return _views(encoded, params, views, decode=decode)
+
+    pipeline = graph()
+    pipeline.build()
+    return pipeline
+
+
+def _views(encoded: Any, params: Any, views: ViewConfig, *, decode: dict[str, Any]) -> Any:
+    def window(first: int, flip: int, size: int) -> Any:
+        image: Any = fn.decoders.image_slice(
+            encoded,
+            start=_integers(params[first : first + 2]),
+            shape=_integers(params[first + 2 : first + 4]),
+            axes=[0, 1],
+            adjust_orientation=False,
+            jpeg_fancy_upsampling=True,  # Pillow's and libjpeg's chroma upsampling
+            **decode,
+        )
+        image = fn.resize(
+            image, size=[size, size], interp_type=types.DALIInterpType.INTERP_CUBIC, antialias=True
+        )
+        return fn.flip(image, horizontal=_integers(params[flip]))
+
+    def cut(master: Any, first: int) -> Any:
+        start = _integers(params[first : first + 2])
+        return fn.slice(master, start=start, shape=[views.img_size] * 2, axes=[0, 1])
+
+    columns = ViewParams.columns()
+    master = window(columns["crop"], columns["flip"], views.master_size)
+    online = cut(master, columns["online_offset"])
+    if not views.has_target:
+        return online
+    if views.has_own_target_crop:
+        return online, window(columns["target_crop"], columns["target_flip"], views.img_size)
+    return online, cut(master, columns["target_offset"])
+
+
+def _integers(node: Any) -> Any:
+    return fn.cast(node, dtype=types.DALIDataType.INT32)
+
+
+@dataclass
+class _Job:
+    encoded: list[UInt8[np.ndarray, " n"]]  # kept until the batch is out: DALI reads them in place
+    params: ViewParams
+    outputs: Any = None
+    error: RuntimeError | None = None
+
+
+class GraphViews:
+    """Runs the graph a few batches ahead; batches come out in the order in which they went in."""
+
+    def __init__(
+        self,
+        views: ViewConfig,
+        device: torch.device,
+        *,
+        batch_size: int,
+        num_threads: int,
+        depth: int = 2,
+    ) -> None:
+        self._views = views
+        self._is_gpu = device.type == "cuda"
+        self._pipeline = build_view_graph(
+            views, device, batch_size=batch_size, num_threads=num_threads, prefetch=depth
+        )
+        self._in_flight: deque[_Job] = deque()
+        self.busy_s = 0.0
+        self._warm_up(depth)
+
+    def submit(self, encoded: list[UInt8[np.ndarray, " n"]], params: ViewParams) -> _Job:
+        """Start a batch."""
+        job = _Job(encoded, params)
+        self._feed(job)
+        self._pipeline.schedule_run()
+        self._in_flight.append(job)
+        return job
+
+    def collect(self, job: _Job) -> Views:
+        """Wait for a batch. Samples that could not be decoded are named, and then there are no pixels."""
+        while job.outputs is None and job.error is None:
+            self._receive(self._in_flight.popleft())
+        if job.error is not None:
+            bad = find_undecodable(job.encoded, job.params)
+            if not bad:  # not one image's fault
+                raise job.error
+            return Views(online=None, target=None, bad=bad)
+        online, *rest = [
+            # No copy: the tensor keeps DALI's buffer alive, and the dynamic executor does not reuse it.
+            from_dlpack(output.as_tensor())
+            for output in job.outputs
+        ]
+        target = rest[0] if rest else None
+        if target is not None:
+            target = apply_color(target, job.params, mode=self._views.color)
+        return Views(online=online, target=target, bad={})
+
+    def _feed(self, job: _Job) -> None:
+        # An array list would be copied sample by sample; a list of DALI tensors is only wrapped.
+        tensors = [TensorCPU(data) for data in job.encoded]
+        batch = TensorListCPU(tensors, contiguous=False)  # type: ignore[call-overload]  # stub too old
+        self._pipeline.feed_input("encoded", batch)
+        self._pipeline.feed_input("params", TensorListCPU(job.params.matrix()))
+
+    def _receive(self, job: _Job) -> None:
+        start = time.perf_counter()
+        try:
+            stream = torch.cuda.current_stream() if self._is_gpu else None
+            job.outputs = self._pipeline.outputs(cuda_stream=stream)
+        except RuntimeError as error:  # the executor goes on with the next batch
+            job.error = error
+        self.busy_s += time.perf_counter() - start
+
+    def _warm_up(self, depth: int) -> None:
+        """Run `depth` tiny batches: DALI starts that many at its first run, and each later run starts one.
+
+        The decoders' first-use allocations happen here too, before the first step is timed.
+        """
+        file = io.BytesIO()
+        Image.new("RGB", (16, 16)).save(file, "JPEG")
+        size = np.array([16], dtype=np.int32)
+        params = draw_view_params(
+            self._views,
+            seed=0,
+            epoch=0,
+            sample_index=np.zeros(1, dtype=np.int64),
+            height=size,
+            width=size,
+        )
+        jobs = [_Job([np.frombuffer(file.getvalue(), np.uint8)], params) for _ in range(depth)]
+        for job in jobs:
+            self._feed(job)
+        self._pipeline.schedule_run()
+        for job in jobs:
+            self._receive(job)
+            if job.error is not None:
+                raise job.error
+
+    def close(self) -> None:
+        """Let the batches in flight finish: DALI must not be torn down while it reads their bytes."""
+        while self._in_flight:
+            self._receive(self._in_flight.popleft())

@@ -1,0 +1,251 @@
+"""The loader: shards in, batches of views and masks out, ready on the device."""
+
+from __future__ import annotations
+
+import os
+import time
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+
+from cmae.pipeline.batch import Batch, LoaderState
+from cmae.pipeline.feed import DrawMask, Feed, Ready, ViewMaker
+from cmae.pipeline.graph import GraphViews
+from cmae.pipeline.health import Health
+from cmae.pipeline.host import HostViews
+from cmae.pipeline.index import DatasetIndex, index_path
+from cmae.pipeline.plan import EpochPlan
+from cmae.pipeline.sources import IndexedSource, Source, StreamSource
+from cmae.pipeline.urls import expand_shards, is_local
+from cmae.pipeline.views import ViewConfig
+
+
+class Loader:
+    """Endless iterator over one rank's batches; epochs follow one another.
+
+    Nothing is computed in the calling thread: `next` takes a finished batch from a queue. Close it, or use
+    it as a context manager; a loader that is only dropped closes itself.
+    """
+
+    num_samples: int | None
+    """Samples in the data set; None for a stream."""
+    steps_per_epoch: int | None
+    """Optimiser steps in an epoch, equal on every rank; None for a stream."""
+    wait_s: float
+    """Seconds that `next` was blocked so far."""
+
+    def __init__(
+        self, source: Source, maker: ViewMaker, *, feed: Feed, health: Health, state: LoaderState
+    ) -> None:
+        self.num_samples = source.num_samples
+        self.steps_per_epoch = source.steps_per_epoch
+        self.wait_s = 0.0
+        self._source = source
+        self._maker = maker
+        self._feed = feed
+        self._health = health
+        self._state = state
+        self._given: deque[tuple[Ready, torch.cuda.Event]] = deque()
+        self._last: Ready | None = None
+        self._finalizer = weakref.finalize(self, feed.close)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        start = time.perf_counter()
+        ready = self._feed.get()
+        self.wait_s += time.perf_counter() - start
+        if ready.event is not None:
+            self._order_streams(ready, ready.event)
+        self._state = ready.batch.state
+        return ready.batch
+
+    @property
+    def state(self) -> LoaderState:
+        """The position after the last batch handed out; batches made ahead do not count."""
+        return self._state
+
+    @property
+    def bad_samples(self) -> int:
+        """Bad records met so far, those read ahead included."""
+        return self._health.bad_samples
+
+    @property
+    def counters(self) -> dict[str, float]:
+        """Work done so far, batches made ahead included: seconds summed over threads, bytes, batches."""
+        return {
+            "read_s": self._source.read_s,
+            "decode_s": self._maker.busy_s,
+            "wait_s": self.wait_s,
+            "bytes": self._feed.num_bytes,
+            "batches": self._feed.num_batches,
+        }
+
+    def close(self) -> None:
+        """Stop and join all threads. May be called again."""
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _order_streams(self, ready: Ready, event: torch.cuda.Event) -> None:
+        """Make the caller's stream wait for the batch, and keep batches alive until it is done with them.
+
+        DALI frees its buffers in the order of its own stream, which knows nothing of kernels that still
+        read them.
+        """
+        stream = torch.cuda.current_stream()
+        if self._last is not None:
+            self._given.append((self._last, stream.record_event()))
+        while self._given and self._given[0][1].query():
+            self._given.popleft()
+        stream.wait_event(event)
+        self._last = ready
+
+
+def build_loader(
+    shards: str | Path | Sequence[str | Path],
+    views: ViewConfig,
+    *,
+    batch_size: int,
+    global_batch_size: int,
+    draw_mask: DrawMask,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    num_threads: int | None = None,
+    prefetch: int = 2,
+    state: LoaderState | None = None,
+    shuffle: bool = True,
+    source: Literal["auto", "indexed", "stream"] = "auto",
+    backend: Literal["auto", "dali", "host"] = "auto",
+    ledger: Path | None = None,
+    max_bad_fraction: float = 0.01,
+    probation: int = 1000,
+    check_crc: bool = True,
+) -> Loader:
+    """Open shards and start reading.
+
+    Args:
+        shards: tars, patterns or URLs; see `expand_shards`.
+        views: what the views are.
+        batch_size: images in a batch of this rank.
+        global_batch_size: images in an optimiser step over all ranks; a multiple of world_size * batch_size.
+        draw_mask: called in the background with (sample_index on the device, epoch).
+        rank: of this process.
+        world_size: number of ranks.
+        seed: of order, views and masks.
+        device: where batches are put.
+        num_threads: CPU threads that decode; None = one per core this process may use.
+        prefetch: ready batches kept ahead.
+        state: where to continue; None = the beginning.
+        shuffle: draw a new order in every epoch.
+        source: 'indexed' needs a sidecar index for every shard, 'stream' none; 'auto' looks.
+        backend: 'dali' or 'host' make the views; 'auto' is DALI on CUDA and the faster host way on a CPU.
+        ledger: JSON lines file for bad records.
+        max_bad_fraction: raise DataError above this fraction of bad records.
+        probation: samples before that fraction is looked at.
+        check_crc: compare files with the CRC32 in the index.
+
+    Raises:
+        ValueError: A size, the state or the shard list does not fit; the message names the repair.
+        FileNotFoundError: source='indexed' and a shard has no index.
+        StaleIndexError: An index was made for another tar.
+    """
+    device = torch.device(device)
+    _check_sizes(batch_size, global_batch_size, rank=rank, world_size=world_size, prefetch=prefetch)
+    paths = expand_shards(shards)
+    health = Health(ledger=ledger, max_bad_fraction=max_bad_fraction, probation=probation)
+    common: dict[str, Any] = {
+        "rank": rank,
+        "world_size": world_size,
+        "batch_size": batch_size,
+        "health": health,
+    }
+    opened: Source
+    if _is_indexed(source, paths):
+        index = DatasetIndex.load(paths)
+        plan = EpochPlan(len(index), global_batch_size, seed=seed, shuffle=shuffle)
+        opened = IndexedSource(index, plan=plan, check_crc=check_crc, **common)
+    else:
+        opened = StreamSource(paths, seed=seed, shuffle=shuffle, **common)
+    if state is None:
+        state = LoaderState(seed, epoch=0, next_sample=0, digest=opened.digest)
+    _check_state(state, seed=seed, digest=opened.digest)
+    threads = num_threads or len(os.sched_getaffinity(0))
+    maker = _build_maker(views, device, backend=backend, batch_size=batch_size, num_threads=threads)
+    feed = Feed(
+        opened,
+        maker,
+        views=views,
+        draw_mask=draw_mask,
+        device=device,
+        state=state,
+        prefetch=prefetch,
+    )
+    return Loader(opened, maker, feed=feed, health=health, state=state)
+
+
+def _build_maker(
+    views: ViewConfig, device: torch.device, *, backend: str, batch_size: int, num_threads: int
+) -> ViewMaker:
+    if backend == "auto":
+        backend = "dali" if device.type == "cuda" else "host"
+    if backend == "dali":
+        return GraphViews(views, device, batch_size=batch_size, num_threads=num_threads)
+    if backend != "host":
+        raise ValueError(f"backend={backend!r} must be auto, dali or host")
+    if device.type != "cpu":
+        raise ValueError(f"backend='host' makes views on the CPU; device={device} needs 'dali'")
+    return HostViews(views, num_threads=num_threads)
+
+
+def _is_indexed(source: str, paths: Sequence[str]) -> bool:
+    if source not in ("auto", "indexed", "stream"):
+        raise ValueError(f"source={source!r} must be auto, indexed or stream")
+    if source != "auto":
+        return source == "indexed"
+    return all(is_local(path) and index_path(path).exists() for path in paths)
+
+
+def _check_sizes(
+    batch_size: int, global_batch_size: int, *, rank: int, world_size: int, prefetch: int
+) -> None:
+    if batch_size < 1 or prefetch < 1 or not 0 <= rank < world_size:
+        raise ValueError(
+            f"batch_size={batch_size} and prefetch={prefetch} must be at least 1, and rank={rank} "
+            f"in 0..{world_size - 1} (world_size={world_size})"
+        )
+    if global_batch_size % (world_size * batch_size):
+        raise ValueError(
+            f"global_batch_size={global_batch_size} must be a multiple of world_size * batch_size = "
+            f"{world_size} * {batch_size}: an optimiser step is a whole number of batches of every rank"
+        )
+
+
+def _check_state(state: LoaderState, *, seed: int, digest: str) -> None:
+    if state.seed != seed:
+        raise ValueError(
+            f"the state to continue from has seed={state.seed}, the loader seed={seed}: order, views and "
+            f"masks would change in the middle of the run. Set seed={state.seed}, or start a new run"
+        )
+    if state.digest != digest:
+        raise ValueError(
+            f"the state to continue from belongs to other data (digest {state.digest}) than the shards "
+            f"given now ({digest}). Give the same shards in the same order, or start a new run"
+        )

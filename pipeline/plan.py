@@ -1,0 +1,107 @@
+"""Epoch plan: which sample belongs to which step, rank and micro-batch, from (seed, epoch, sizes) alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from jaxtyping import Int64
+
+from cmae.pipeline.randomness import hash_words
+
+# Far from the lanes of the views: a sample's place in the epoch must say nothing about its crop.
+_BLOCK_LANE, _SAMPLE_LANE = 1 << 20, (1 << 20) + 1
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """A permutation of the data set for every epoch, cut into global batches.
+
+    Blocks of `block_size` consecutive samples are permuted, then samples are shuffled inside windows
+    of `window_size`: neighbours in a window come from many places in the data set, yet a window touches only
+    window_size / block_size places on disk. A data set no larger than a window is shuffled fully.
+    The last num_samples % global_batch_size positions of an epoch are left out, other samples each time.
+
+    Nothing here depends on rank or world size: rank r of W takes positions
+    next_sample + r * B ... + B, and the position moves on by W * B.
+
+    Raises:
+        ValueError: The global batch is larger than the data set, or a size is not positive.
+    """
+
+    num_samples: int
+    global_batch_size: int
+    seed: int = 0
+    shuffle: bool = True
+    block_size: int = 64
+    window_size: int = 16384
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "global_batch_size", "block_size", "window_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.global_batch_size > self.num_samples:
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} is larger than the data set of "
+                f"num_samples={self.num_samples}: an epoch would have no step. Lower the global batch size "
+                "(with a smaller batch size or fewer accumulation steps) or add data"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps in an epoch; equal on every rank by construction."""
+        return self.num_samples // self.global_batch_size
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples used in an epoch: whole global batches only."""
+        return self.steps_per_epoch * self.global_batch_size
+
+    def order(self, epoch: int) -> Int64[np.ndarray, " N"]:
+        """Permuted sample numbers of an epoch (read only: the last few are cached)."""
+        return _order(self, epoch)
+
+    def positions(
+        self, epoch: int, next_sample: int, *, rank: int, world_size: int, batch_size: int
+    ) -> Int64[np.ndarray, " B"] | None:
+        """Samples of a rank in the micro-batch at `next_sample`; None when the epoch is used up."""
+        if next_sample + world_size * batch_size > self.samples_per_epoch:
+            return None
+        start = next_sample + rank * batch_size
+        return self.order(epoch)[start : start + batch_size]
+
+
+@lru_cache(maxsize=4)
+def _order(plan: EpochPlan, epoch: int) -> Int64[np.ndarray, " N"]:
+    order = np.arange(plan.num_samples, dtype=np.int64)
+    if plan.shuffle:
+        order = _shuffle_windows(plan, _shuffle_blocks(plan, order, epoch), epoch)
+    order.flags.writeable = False
+    return order
+
+
+def _shuffle_blocks(
+    plan: EpochPlan, order: Int64[np.ndarray, " N"], epoch: int
+) -> Int64[np.ndarray, " N"]:
+    """Permute blocks of consecutive samples; the last block may be short and moves like the others."""
+    block = order // plan.block_size
+    num_blocks = int(block[-1]) + 1
+    keys = hash_words(
+        plan.seed,
+        epoch,
+        sample_index=np.arange(num_blocks),
+        num_lanes=1,
+        first_lane=_BLOCK_LANE,
+    )[:, 0]
+    return order[np.argsort(keys[block], kind="stable")]
+
+
+def _shuffle_windows(
+    plan: EpochPlan, order: Int64[np.ndarray, " N"], epoch: int
+) -> Int64[np.ndarray, " N"]:
+    keys = hash_words(plan.seed, epoch, sample_index=order, num_lanes=1, first_lane=_SAMPLE_LANE)[
+        :, 0
+    ]
+    window = np.arange(order.size) // plan.window_size
+    return order[np.lexsort((keys, window))]

@@ -1,0 +1,294 @@
+"""The two views of a sample: what may be configured, and the parameters drawn for a batch of samples."""
+
+from dataclasses import dataclass, fields
+from enum import IntEnum
+from itertools import permutations
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Bool, Float, Float32, Int32, Int64, UInt8
+
+from cmae.pipeline.randomness import uniforms
+
+JITTER_ORDERS = np.array(list(permutations(range(4))), dtype=np.uint8)
+"""The 24 orders of (0 brightness, 1 contrast, 2 saturation, 3 hue), lexicographic."""
+
+CROP_TRIES = 10
+"""Attempts at a window that fits before the centre is taken; torchvision's number."""
+
+
+@dataclass(frozen=True)
+class ViewConfig:
+    """How one JPEG becomes an online and a target view (method of the paper, section 3.1).
+
+    A random window of the image is resized to a square master, flipped or not; each view is an
+    img_size crop of the master at its own offset, and the target view gets colour operations.
+    """
+
+    img_size: int = 224
+    """Height and width of a view in pixels."""
+    master_size: int = 256
+    """Height and width in pixels of the image from which both views are cut."""
+    num_views: int = 2
+    """2 = online and target; 1 = online only (MAE: set master_size to img_size for one plain
+    RandomResizedCrop)."""
+    min_area: float = 0.2
+    """Smallest window as a fraction of the image's area, (0, 1]."""
+    max_area: float = 1.0
+    """Largest window as a fraction of the image's area, (0, 1]."""
+    min_aspect: float = 0.75
+    """Smallest width / height of the window."""
+    max_aspect: float = 4 / 3
+    """Largest width / height of the window."""
+    hflip_prob: float = 0.5
+    """Probability of a horizontal flip, shared by both views."""
+    online_shift: int = 0
+    """Largest offset of the online crop in the master in pixels, inclusive; 0 = always the corner."""
+    target_shift: int = 31
+    """Largest offset of the target crop in the master in pixels, inclusive; drawn for each axis."""
+    target_crop: Literal["shift", "random_resized"] = "shift"
+    """'shift' cuts the target from the master; 'random_resized' from the image, with a window and a
+    flip of its own (one more decode)."""
+    color: Literal["exact", "fast", "none"] = "exact"
+    """Colour operations of the target: 'exact' = torchvision's; 'fast' = one 3x3 matrix for the whole
+    jitter (contrast about mid grey, hue as a rotation in YIQ); 'none' = none at all."""
+    jitter_prob: float = 0.8
+    """Probability of colour jitter: brightness, contrast, saturation and hue in random order."""
+    brightness: float = 0.4
+    """Factor is uniform in [max(0, 1 - brightness), 1 + brightness]; 0 = off."""
+    contrast: float = 0.4
+    """Factor is uniform in [max(0, 1 - contrast), 1 + contrast]; 0 = off."""
+    saturation: float = 0.4
+    """Factor is uniform in [max(0, 1 - saturation), 1 + saturation]; 0 = off."""
+    hue: float = 0.1
+    """Hue turns by a uniform part of the circle in [-hue, hue], at most 0.5; 0 = off."""
+    grayscale_prob: float = 0.2
+    """Probability of losing the colours, after the jitter."""
+    blur_prob: float = 0.5
+    """Probability of a Gaussian blur, last."""
+    blur_sigma_min: float = 0.1
+    """Smallest standard deviation of the blur in pixels."""
+    blur_sigma_max: float = 2.0
+    """Largest standard deviation of the blur in pixels; at most 2.75, the kernel has 23 taps."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that no view can be made from."""
+        for name in ("hflip_prob", "jitter_prob", "grayscale_prob", "blur_prob"):
+            self._require(0 <= getattr(self, name) <= 1, name, "between 0 and 1")
+        for name in ("brightness", "contrast", "saturation"):
+            self._require(getattr(self, name) >= 0, name, "at least 0")
+        self._require(self.img_size >= 1, "img_size", "at least 1")
+        self._require(self.num_views in (1, 2), "num_views", "1 or 2")
+        self._require(0 < self.min_area <= self.max_area <= 1, "min_area", "in (0, max_area]")
+        self._require(0 < self.min_aspect <= self.max_aspect, "min_aspect", "in (0, max_aspect]")
+        self._require(0 <= self.hue <= 0.5, "hue", "between 0 and 0.5")
+        self._require(
+            0 < self.blur_sigma_min <= self.blur_sigma_max <= 2.75,
+            "blur_sigma_min",
+            "in (0, blur_sigma_max], with blur_sigma_max at most 2.75",
+        )
+        self._require(
+            self.target_crop in ("shift", "random_resized"), "target_crop", "shift, random_resized"
+        )
+        self._require(self.color in ("exact", "fast", "none"), "color", "exact, fast or none")
+        room = self.master_size - self.img_size
+        self._require(room >= 0, "master_size", f"at least img_size={self.img_size}")
+        self._require(
+            0 <= self.online_shift <= room, "online_shift", f"0..{room} (master_size - img_size)"
+        )
+        if self.has_target and self.target_crop == "shift":
+            self._require(
+                0 <= self.target_shift <= room,
+                "target_shift",
+                f"0..{room} (master_size - img_size)",
+            )
+
+    def _require(self, condition: bool, name: str, allowed: str) -> None:
+        if not condition:
+            raise ValueError(
+                f"views.{name}={getattr(self, name)!r} is not allowed: it must be {allowed}"
+            )
+
+    @property
+    def has_target(self) -> bool:
+        """Whether there is a second view."""
+        return self.num_views == 2
+
+    @property
+    def has_own_target_crop(self) -> bool:
+        """Whether the target is a window of the image, not of the master."""
+        return self.has_target and self.target_crop == "random_resized"
+
+    @property
+    def has_color(self) -> bool:
+        """Whether the target's colours are changed."""
+        return self.has_target and self.color != "none"
+
+
+_FIELD_WIDTHS = {"crop": 4, "online_offset": 2, "target_offset": 2, "target_crop": 4, "factors": 4}
+
+
+class _Lane(IntEnum):
+    """Which random number is for what. Frozen: a new number changes every run."""
+
+    CROP = 0  # CROP_TRIES areas, CROP_TRIES aspect ratios, top, left
+    TARGET_CROP = CROP + 2 * CROP_TRIES + 2
+    FLIP = TARGET_CROP + 2 * CROP_TRIES + 2
+    TARGET_FLIP = FLIP + 1
+    ONLINE_OFFSET = TARGET_FLIP + 1  # y, x
+    TARGET_OFFSET = ONLINE_OFFSET + 2  # y, x
+    JITTER = TARGET_OFFSET + 2
+    FACTORS = JITTER + 1  # brightness, contrast, saturation, hue
+    ORDER = FACTORS + 4
+    GRAYSCALE = ORDER + 1
+    BLUR = GRAYSCALE + 1
+    SIGMA = BLUR + 1
+    COUNT = SIGMA + 1
+
+
+@dataclass(frozen=True)
+class ViewParams:
+    """Parameters of B samples' views, one array each. Windows are (top, left, height, width) in pixels."""
+
+    crop: Int32[np.ndarray, "B 4"]
+    """Window of the stored image that becomes the master."""
+    flip: Bool[np.ndarray, " B"]
+    online_offset: Int32[np.ndarray, "B 2"]
+    """(y, x) of the online view in the flipped master."""
+    target_offset: Int32[np.ndarray, "B 2"]
+    """(y, x) of the target view in the flipped master; (0, 0) for target_crop='random_resized'."""
+    target_crop: Int32[np.ndarray, "B 4"]
+    """Window of the stored image for target_crop='random_resized', else equal to `crop`."""
+    target_flip: Bool[np.ndarray, " B"]
+    """The target's own flip for target_crop='random_resized', else equal to `flip`."""
+    jitter: Bool[np.ndarray, " B"]
+    factors: Float32[np.ndarray, "B 4"]
+    """Brightness, contrast, saturation factors and hue turn; 1, 1, 1, 0 without jitter."""
+    order: UInt8[np.ndarray, " B"]
+    """Row of JITTER_ORDERS."""
+    grayscale: Bool[np.ndarray, " B"]
+    blur_sigma: Float32[np.ndarray, " B"]
+    """Standard deviation in pixels; 0 = no blur."""
+
+    def __len__(self) -> int:
+        return len(self.flip)
+
+    def rows(self, index: slice | Int64[np.ndarray, " n"]) -> "ViewParams":
+        """The parameters of some of the samples."""
+        return ViewParams(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+
+    @classmethod
+    def columns(cls) -> dict[str, int]:
+        """First column of each field in `matrix()`."""
+        names = [f.name for f in fields(cls)]
+        starts = np.cumsum([0] + [_FIELD_WIDTHS.get(name, 1) for name in names])
+        return dict(zip(names, starts.tolist(), strict=False))
+
+    def matrix(self) -> Float32[np.ndarray, "B 22"]:
+        """All parameters side by side, in the order of the fields: one tensor to feed instead of eleven."""
+        columns = [getattr(self, f.name).reshape(len(self), -1) for f in fields(self)]
+        return np.concatenate(columns, axis=1, dtype=np.float32, casting="unsafe")
+
+
+def draw_view_params(
+    views: ViewConfig,
+    *,
+    seed: int,
+    epoch: int,
+    sample_index: Int64[np.ndarray, " B"],
+    height: Int32[np.ndarray, " B"],
+    width: Int32[np.ndarray, " B"],
+) -> ViewParams:
+    """Draw the views of B samples; each row depends on its own sample, size, the seed and the epoch only.
+
+    Heights and widths are those of the stored images, EXIF orientation ignored.
+    """
+    u = uniforms(seed, epoch, sample_index=sample_index, num_lanes=_Lane.COUNT)
+    crop = _random_resized_crop(views, u[:, _Lane.CROP : _Lane.TARGET_CROP], height, width)
+    flip = u[:, _Lane.FLIP] < views.hflip_prob
+    target_crop, target_flip, target_shift = crop, flip, views.target_shift
+    if views.has_own_target_crop:
+        target_crop = _random_resized_crop(
+            views, u[:, _Lane.TARGET_CROP : _Lane.FLIP], height, width
+        )
+        target_flip = u[:, _Lane.TARGET_FLIP] < views.hflip_prob
+        target_shift = 0
+    jitter = u[:, _Lane.JITTER] < views.jitter_prob
+    blur = u[:, _Lane.BLUR] < views.blur_prob
+    sigma = _between(u[:, _Lane.SIGMA], views.blur_sigma_min, views.blur_sigma_max)
+    return ViewParams(
+        crop=crop,
+        flip=flip,
+        online_offset=_offsets(u[:, _Lane.ONLINE_OFFSET : _Lane.TARGET_OFFSET], views.online_shift),
+        target_offset=_offsets(u[:, _Lane.TARGET_OFFSET : _Lane.JITTER], target_shift),
+        target_crop=target_crop,
+        target_flip=target_flip,
+        jitter=jitter,
+        factors=_jitter_factors(views, u[:, _Lane.FACTORS : _Lane.ORDER], jitter),
+        order=(u[:, _Lane.ORDER] * len(JITTER_ORDERS)).astype(np.uint8),
+        grayscale=u[:, _Lane.GRAYSCALE] < views.grayscale_prob,
+        blur_sigma=np.where(blur, sigma, 0).astype(np.float32),
+    )
+
+
+def _random_resized_crop(
+    views: ViewConfig,
+    u: Float[np.ndarray, "B 22"],
+    height: Int32[np.ndarray, " B"],
+    width: Int32[np.ndarray, " B"],
+) -> Int32[np.ndarray, "B 4"]:
+    """RandomResizedCrop.get_params for a batch: all tries at once, the first that fits counts."""
+    area = (
+        _between(u[:, :CROP_TRIES], views.min_area, views.max_area)
+        * (height * width.astype(np.int64))[:, None]
+    )
+    log_aspect = _between(
+        u[:, CROP_TRIES : 2 * CROP_TRIES], np.log(views.min_aspect), np.log(views.max_aspect)
+    )
+    aspect = np.exp(log_aspect)
+    w = np.round(np.sqrt(area * aspect)).astype(np.int64)  # to even at .5, like Python's round
+    h = np.round(np.sqrt(area / aspect)).astype(np.int64)
+    fits = (w > 0) & (w <= width[:, None]) & (h > 0) & (h <= height[:, None])
+    first, row = fits.argmax(axis=1), np.arange(len(u))
+    h, w = h[row, first], w[row, first]
+    top = np.floor(u[:, -2] * (height - h + 1)).astype(np.int64)
+    left = np.floor(u[:, -1] * (width - w + 1)).astype(np.int64)
+    drawn = np.stack([top, left, h, w], axis=1)
+    centre = _centre_crop(views, height, width)
+    return np.where(fits.any(axis=1)[:, None], drawn, centre).astype(np.int32)
+
+
+def _centre_crop(
+    views: ViewConfig, height: Int32[np.ndarray, " B"], width: Int32[np.ndarray, " B"]
+) -> Int64[np.ndarray, "B 4"]:
+    """The largest centred window whose aspect is allowed."""
+    aspect = width / height
+    h = np.where(aspect < views.min_aspect, np.round(width / views.min_aspect), height).astype(
+        np.int64
+    )
+    w = np.where(aspect > views.max_aspect, np.round(height * views.max_aspect), width).astype(
+        np.int64
+    )
+    return np.stack([(height - h) // 2, (width - w) // 2, h, w], axis=1)
+
+
+def _jitter_factors(
+    views: ViewConfig, u: Float[np.ndarray, "B 4"], jitter: Bool[np.ndarray, " B"]
+) -> Float32[np.ndarray, "B 4"]:
+    strength = np.array([views.brightness, views.contrast, views.saturation])
+    blend = _between(u[:, :3], np.maximum(0, 1 - strength), 1 + strength)
+    hue = _between(u[:, 3:], -views.hue, views.hue)
+    neutral = np.array([1.0, 1.0, 1.0, 0.0])
+    return np.where(jitter[:, None], np.concatenate([blend, hue], axis=1), neutral).astype(
+        np.float32
+    )
+
+
+def _between(
+    u: Float[np.ndarray, "..."], low: float | np.ndarray, high: float | np.ndarray
+) -> Float[np.ndarray, "..."]:
+    return low + u * (high - low)
+
+
+def _offsets(u: Float[np.ndarray, "B 2"], shift: int) -> Int32[np.ndarray, "B 2"]:
+    return (u * (shift + 1)).astype(np.int32)

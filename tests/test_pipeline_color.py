@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from nvidia.dali import fn
+from nvidia.dali.pipeline import pipeline_def
+from pipeline_data import photo
+from torchvision.transforms import functional as tv
+
+from cmae.pipeline.color import apply_color, color_chain
+from cmae.pipeline.reference import reference_color
+from cmae.pipeline.views import ViewConfig, ViewParams, draw_view_params
+
+N = 24
+
+
+def images(size: int = 56) -> torch.Tensor:
+    return torch.from_numpy(np.stack([photo(size, size, seed=i) for i in range(N)]))
+
+
+def params(**changes: object) -> ViewParams:
+    drawn = draw_view_params(
+        ViewConfig(),
+        seed=0,
+        epoch=0,
+        sample_index=np.arange(N),
+        height=np.full(N, 300),
+        width=np.full(N, 400),
+    )
+    return replace(drawn, **changes)
+
+
+def only(column: int, low: float, high: float) -> ViewParams:
+    """Jitter with one operation active in every sample, and nothing else."""
+    factors = np.tile(np.array([1, 1, 1, 0], dtype=np.float32), (N, 1))
+    factors[:, column] = np.linspace(low, high, N)
+    return params(
+        jitter=np.ones(N, bool),
+        factors=factors,
+        grayscale=np.zeros(N, bool),
+        blur_sigma=np.zeros(N, np.float32),
+    )
+
+
+def difference(given: ViewParams, *, mode: str = "exact") -> np.ndarray:
+    pixels = images()
+    made = apply_color(pixels, given, mode=mode).numpy().astype(int)
+    expected = np.stack([reference_color(pixels[i].numpy(), given, row=i) for i in range(N)])
+    return np.abs(made - expected)
+
+
+@pytest.mark.parametrize(
+    ("column", "low", "high"), [(0, 0.0, 2.0), (1, 0.0, 2.0), (2, 0.0, 2.0), (3, -0.5, 0.5)]
+)
+def test_each_jitter_operation_is_torchvisions(column, low, high):
+    error = difference(only(column, low, high))
+    assert error.max() <= 1
+    assert error.mean() < 0.001
+
+
+def test_whole_chain_in_random_order_is_torchvisions():
+    error = difference(params())
+    assert error.mean() < 0.01
+    assert np.quantile(error, 0.9999) <= 1
+    assert error.max() <= 4  # one pixel that rounds otherwise before a strong contrast
+
+
+def test_blur_alone_is_torchvisions_with_23_taps():
+    off = np.zeros(N, bool)
+    sigma = np.linspace(0.1, 2.0, N).astype(np.float32)
+    error = difference(params(jitter=off, grayscale=off, blur_sigma=sigma))
+    assert error.max() <= 1
+    assert error.mean() < 0.05
+
+
+def test_order_of_the_jitter_matters_and_is_followed():
+    first = params(order=np.zeros(N, np.uint8))
+    last = params(order=np.full(N, 23, np.uint8))
+    assert difference(first).max() <= 4
+    assert difference(last).max() <= 4
+    jittered = first.jitter & ~first.grayscale
+    one, other = (apply_color(images(), p, mode="exact")[jittered].int() for p in (first, last))
+    assert (one - other).abs().float().mean() > 0.5
+
+
+def test_grey_pixels_keep_their_value_when_the_hue_turns():
+    grey = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).repeat(1, 1, 1, 3)
+    turned = apply_color(grey, only(3, 0.3, 0.3).rows(slice(0, 1)), mode="exact")
+    assert torch.equal(turned, grey)
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+def test_batch_and_single_images_give_the_same(mode):
+    pixels, drawn = images(64), params()
+    together = color_chain(pixels, drawn, mode=mode).int()
+    alone = apply_color(pixels, drawn, mode=mode).int()
+    # The blur's radius is that of the widest in the batch: taps of weight 1e-3 more or less.
+    assert (together - alone).abs().max() <= 1
+    assert (together != alone).float().mean() < 0.05
+
+
+def test_untouched_samples_stay_untouched():
+    pixels = images(32)
+    off = np.zeros(N, bool)
+    quiet = params(jitter=off, grayscale=off, blur_sigma=np.zeros(N, np.float32))
+    assert torch.equal(apply_color(pixels, quiet, mode="exact"), pixels)
+    some = replace(quiet, grayscale=np.arange(N) == 3)
+    changed = (color_chain(pixels, some, mode="exact") != pixels).flatten(1).any(1)
+    assert changed.nonzero().flatten().tolist() == [3]
+
+
+def test_input_is_not_written_to():
+    pixels = images(32)
+    before = pixels.clone()
+    apply_color(pixels, params(), mode="exact")
+    color_chain(pixels, params(), mode="fast")
+    assert torch.equal(pixels, before)
+
+
+def test_fast_mode_is_dalis_color_twist():
+    pixels, drawn = (
+        images(),
+        params(grayscale=np.zeros(N, bool), blur_sigma=np.zeros(N, np.float32)),
+    )
+
+    @pipeline_def(batch_size=N, num_threads=1, device_id=None)
+    def twist():
+        image = fn.external_source(name="image", layout="HWC")
+        names = ("brightness", "contrast", "saturation", "hue")
+        factors = {name: fn.external_source(name=name) for name in names}
+        return fn.color_twist(image, **factors)
+
+    pipeline = twist()
+    pipeline.feed_input("image", pixels.numpy())
+    degrees = drawn.factors * np.array([1, 1, 1, 360], dtype=np.float32)
+    for column, name in enumerate(("brightness", "contrast", "saturation", "hue")):
+        pipeline.feed_input(name, degrees[:, column].copy())
+    expected = pipeline.run()[0].as_array().astype(int)
+    error = np.abs(apply_color(pixels, drawn, mode="fast").numpy() - expected)
+    assert error.mean() < 0.1
+    assert error.max() <= 2
+
+
+def test_reference_is_the_chain_of_the_method():
+    given = params(
+        jitter=np.ones(N, bool),
+        order=np.full(N, 5, np.uint8),  # brightness, hue, saturation, contrast
+        grayscale=np.ones(N, bool),
+        blur_sigma=np.full(N, 1.5, np.float32),
+    )
+    pixels = images(48)[0].numpy()
+    x = torch.from_numpy(pixels).permute(2, 0, 1)
+    b, c, s, h = map(float, given.factors[0])
+    x = tv.adjust_contrast(tv.adjust_saturation(tv.adjust_hue(tv.adjust_brightness(x, b), h), s), c)
+    x = tv.gaussian_blur(tv.rgb_to_grayscale(x, 3), [23, 23], [1.5, 1.5])
+    assert (reference_color(pixels, given) == x.permute(1, 2, 0).numpy()).all()

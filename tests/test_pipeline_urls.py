@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cmae.pipeline.urls import expand_shards, is_local
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("train-000002.tar", "train-000000.tar", "train-000001.tar", "val-000000.tar"):
+        (tmp_path / name).touch()
+    for name in ("train-000000.index.npz", "classes.json"):
+        (tmp_path / name).touch()
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "deep.tar").touch()
+    return tmp_path
+
+
+def names(shards: list[str]) -> list[str]:
+    return [Path(shard).name for shard in shards]
+
+
+def test_a_glob_gives_tar_files_only_and_sorted(folder: Path) -> None:
+    expected = ["train-000000.tar", "train-000001.tar", "train-000002.tar"]
+    assert names(expand_shards(f"{folder}/train-*")) == expected
+    assert names(expand_shards(f"{folder}/**/*.tar")) == ["deep.tar", *expected, "val-000000.tar"]
+
+
+def test_a_folder_stands_for_its_tars(folder: Path) -> None:
+    assert len(expand_shards(folder)) == 4
+    assert expand_shards(str(folder)) == expand_shards(f"{folder}/*.tar")
+
+
+def test_braces_expand_as_ranges_and_lists_in_order(folder: Path) -> None:
+    assert names(expand_shards(f"{folder}/{{val,train}}-{{000000..000000}}.tar")) == [
+        "val-000000.tar",
+        "train-000000.tar",
+    ]
+    assert names(expand_shards(f"{folder}/train-00000{{2..0}}.tar")) == [
+        "train-000002.tar",
+        "train-000001.tar",
+        "train-000000.tar",
+    ]
+
+
+def test_a_list_keeps_its_order(folder: Path) -> None:
+    listed = [folder / "val-000000.tar", f"{folder}/train-*.tar"]
+    assert names(expand_shards(listed))[:2] == ["val-000000.tar", "train-000000.tar"]
+
+
+def test_urls_are_kept_and_only_their_braces_expand() -> None:
+    assert expand_shards("https://host/a-{08..10}.tar?x=*") == [
+        "https://host/a-08.tar?x=*",
+        "https://host/a-09.tar?x=*",
+        "https://host/a-10.tar?x=*",
+    ]
+    pipe = "pipe:aws s3 cp s3://bucket/a.tar - | awk '{print}'"
+    assert expand_shards(pipe) == [pipe]
+
+
+def test_local_files_are_told_from_urls(folder: Path) -> None:
+    assert is_local("/data/a.tar")
+    assert is_local("data/a:b.tar")
+    assert is_local(expand_shards(f"file://{folder}/val-000000.tar")[0])
+    assert not any(map(is_local, ["pipe:cat a.tar", "s3://b/a.tar", "http://h/a.tar"]))
+
+
+def test_a_file_name_with_brackets_is_found(tmp_path: Path) -> None:
+    (tmp_path / "a[1].tar").touch()
+    assert names(expand_shards(f"{tmp_path}/a[1].tar")) == ["a[1].tar"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("nothing-*.tar", r"nothing-\*\.tar' matches nothing; .* is the last part that exists"),
+        ("no/such/a.tar", "matches nothing"),
+        ("train-{000000..000009}.tar", r"7 of 10 files are missing, such as .*000003\.tar"),
+        ("empty", "it is empty"),
+    ],
+)
+def test_what_is_missing_is_named(folder: Path, pattern: str, message: str) -> None:
+    (folder / "empty").mkdir()
+    with pytest.raises(ValueError, match=message):
+        expand_shards(f"{folder}/{pattern}")
+
+
+def test_a_folder_without_tars_says_what_it_holds(folder: Path) -> None:
+    (folder / "sub" / "deep.tar").rename(folder / "sub" / "deep.zip")
+    with pytest.raises(ValueError, match=r"holds no \.tar file, only deep\.zip"):
+        expand_shards(folder / "sub")
+
+
+def test_a_shard_listed_twice_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"lists 3 file\(s\) twice.*train-000000\.tar"):
+        expand_shards([str(folder), f"{folder}/train-*.tar"])
+
+
+def test_an_empty_list_is_refused() -> None:
+    with pytest.raises(ValueError, match="empty list"):
+        expand_shards([])
