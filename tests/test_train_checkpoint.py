@@ -1,0 +1,107 @@
+"""Checkpoints: atomic, bounded in number, refused when they do not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cmae.train.checkpoint import (
+    Checkpointer,
+    CheckpointError,
+    changed_settings,
+    check_model_fits,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+)
+
+
+def test_a_saved_state_reads_back_the_same(tmp_path: Path) -> None:
+    writer = Checkpointer(tmp_path)
+    state = {"model": {"w": torch.arange(6.0)}, "lr": [0.1, 0.2], "none": None, "name": "x"}
+    path = writer.save(7, state)
+    writer.wait()
+    loaded = load_checkpoint(path)
+    assert loaded["step"] == 7
+    assert torch.equal(loaded["model"]["w"], torch.arange(6.0))
+    assert (loaded["lr"], loaded["none"], loaded["name"]) == ([0.1, 0.2], None, "x")
+
+
+def test_the_snapshot_does_not_see_later_changes(tmp_path: Path) -> None:
+    weight = torch.zeros(1000)
+    writer = Checkpointer(tmp_path)
+    path = writer.save(1, {"w": weight})
+    weight.fill_(1)
+    writer.wait()
+    assert load_checkpoint(path)["w"].sum() == 0
+
+
+def test_only_the_newest_and_the_chosen_ones_are_kept(tmp_path: Path) -> None:
+    writer = Checkpointer(tmp_path, keep=2, keep_every=4)
+    for step in range(1, 11):
+        writer.save(step, {})
+    writer.wait()
+    assert [path.name for path in list_checkpoints(tmp_path)] == [
+        "step-00000004.pt",
+        "step-00000008.pt",
+        "step-00000009.pt",
+        "step-00000010.pt",
+    ]
+
+
+def test_a_file_left_by_a_kill_is_not_taken_for_a_checkpoint(tmp_path: Path) -> None:
+    Checkpointer(tmp_path).save(3, {"w": torch.ones(2)})
+    (tmp_path / "step-00000009.tmp").write_bytes(b"half")
+    found = find_checkpoint("auto", tmp_path)
+    assert found is None or found.name == "step-00000003.pt"
+    Checkpointer(tmp_path)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_failed_write_is_raised_on_the_training_thread(tmp_path: Path) -> None:
+    writer = Checkpointer(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    writer.save(1, {})
+    with pytest.raises(OSError, match="gone"):
+        writer.wait()
+
+
+def test_a_truncated_checkpoint_is_named_with_the_repair(tmp_path: Path) -> None:
+    writer = Checkpointer(tmp_path)
+    path = writer.save(1, {"w": torch.ones(1000)})
+    writer.wait()
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(CheckpointError, match=r"step-00000001\.pt cannot be read.*delete it"):
+        load_checkpoint(path)
+
+
+def test_weights_of_another_project_are_sent_to_import(tmp_path: Path) -> None:
+    path = tmp_path / "mae.pth"
+    torch.save({"model": {}}, path)
+    with pytest.raises(CheckpointError, match="cmae import"):
+        load_checkpoint(path)
+
+
+def test_never_refuses_a_folder_with_checkpoints(tmp_path: Path) -> None:
+    assert find_checkpoint("never", tmp_path) is None
+    writer = Checkpointer(tmp_path)
+    writer.save(1, {})
+    writer.wait()
+    with pytest.raises(CheckpointError, match=r"run\.resume is 'never'"):
+        find_checkpoint("never", tmp_path)
+
+
+def test_another_architecture_is_refused_key_by_key(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"model\.depth: 12 in the checkpoint, 6 now"):
+        check_model_fits(tmp_path / "x.pt", {"depth": 12, "width": 4}, {"depth": 6, "width": 4})
+
+
+def test_changed_settings_are_listed() -> None:
+    stored = {"seed": 0, "data": {"views": {"hue": 0.1}}, "optim": {"lr": 1}}
+    current = {"seed": 1, "data": {"views": {"hue": 0.2}}, "optim": {"lr": 1}}
+    assert changed_settings(stored, current) == [
+        "seed: 0 in the checkpoint, 1 now",
+        "data.views.hue: 0.1 in the checkpoint, 0.2 now",
+    ]

@@ -1,0 +1,168 @@
+"""Recipes, overrides, and the errors of a wrong configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cmae.model import ModelConfig
+from cmae.train.cli import build_config_parser, main, read_config, recipe_names
+from cmae.train.config import BatchSplit, Config
+from cmae.train.recorder import write_config
+
+
+def parse(*arguments: str) -> Config:
+    return read_config(build_config_parser("cmae pretrain", ""), arguments)
+
+
+def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    try:
+        code = main(["pretrain", *arguments])
+    except SystemExit as stop:
+        code = stop.code
+    assert code in (1, 2)
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_parses_and_says_command_hardware_and_expectation(name: str) -> None:
+    config = parse("--recipe", name)
+    assert config.data.views.img_size == config.model.img_size
+    import cmae.train.cli as cli
+
+    head = (cli.RECIPES / f"{name}.yaml").read_text()
+    assert all(word in head for word in ("command", "hardware", "expected"))
+
+
+def test_the_authors_recipe_is_the_default_of_the_base_model() -> None:
+    config = parse("--recipe", "cmae_vit_b")
+    assert config.model == ModelConfig()
+    assert (config.model.num_keep, config.model.num_mask) == (68, 128)
+    assert (config.data.views.online_shift, config.data.views.target_shift) == (0, 31)
+    assert (config.optim.global_batch_size, config.optim.lr_per_256) == (4096, 1.5e-4)
+
+
+def test_the_paper_recipe_differs_where_the_paper_does() -> None:
+    config = parse("--recipe", "cmae_vit_b_paper")
+    assert not config.model.two_tau_factor
+    assert (config.data.views.online_shift, config.data.views.target_shift) == (30, 30)
+    assert (config.model.mask_cell, config.model.num_keep) == (1, 49)
+
+
+def test_mae_recipe_has_one_view_and_no_target() -> None:
+    config = parse("--recipe", "mae_vit_l")
+    assert (config.data.views.num_views, config.data.views.master_size) == (1, 224)
+    assert not config.model.has_contrast
+    assert (config.model.num_keep, config.model.num_mask) == (49, 147)
+
+
+ABLATIONS = [
+    ("model.contrastive_loss", "none"),
+    ("model.reconstruction_weight", "0"),
+    ("data.views.online_shift", "31"),
+    ("data.views.target_shift", "0"),
+    ("data.views.target_crop", "random_resized"),
+    ("data.views.color", "none"),
+    ("model.contrastive_loss", "byol"),
+    ("model.target_input", "visible"),
+    ("model.feature_decoder", "shared"),
+    ("model.feature_decoder_depth", "8"),
+    ("model.feature_decoder", "none"),
+    ("model.contrastive_weight", "0.5"),
+    ("model.two_tau_factor", "false"),
+    ("model.temperature", "0.2"),
+    ("model.mask_ratio", "0.75"),
+    ("model.mask_cell", "1"),
+    ("model.target_final_norm", "true"),
+    ("model.momentum", "0.99"),
+    ("model.momentum_schedule", "cosine"),
+    ("model.encoder", "hybrid"),
+    ("model.embed_dim", "1536"),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), ABLATIONS)
+def test_every_ablation_is_one_override(key: str, value: str) -> None:
+    config = parse("--recipe", "cmae_vit_b", f"--{key}", value)
+    found = config
+    for name in key.split("."):
+        found = getattr(found, name)
+    assert str(found).lower() == value.lower() or float(found) == float(value)
+
+
+def test_a_written_config_reads_back_the_same(tmp_path: Path) -> None:
+    config = parse("--recipe", "cmae_vit_s", "--model.img_size", "96", "--data.shards", "[a, b]")
+    write_config(config, tmp_path / "config.yaml")
+    assert parse("--recipe", str(tmp_path / "config.yaml")) == config
+
+
+def test_an_unknown_key_names_the_nearest_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "'model.temperature'" in failure(capsys, "--model.temprature", "0.1")
+    assert "'optim.global_batch_size'" in failure(capsys, "--optim.batch_size", "8")
+
+
+def test_an_unknown_key_in_a_file_names_the_nearest_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "wrong.yaml"
+    recipe.write_text("optim: {weight_decai: 0.1}\n")
+    assert "'optim.weight_decay'" in failure(capsys, "--recipe", str(recipe))
+
+
+def test_an_unknown_recipe_names_the_nearest_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "did you mean 'cmae_vit_b'" in failure(capsys, "--recipe", "cmae_vitb")
+
+
+def test_empty_shards_say_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    error = failure(capsys, "--run.out", str(tmp_path), "--optim.precision", "fp32")
+    assert "data.shards is empty" in error
+    assert "cmae shards write" in error
+
+
+def test_missing_shards_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pattern = str(tmp_path / "nothing-*.tar")
+    arguments = ("--data.shards", pattern, "--run.out", str(tmp_path / "run"))
+    assert pattern in failure(capsys, *arguments, "--optim.precision", "fp32")
+
+
+def test_values_out_of_range_name_key_value_and_range(capsys: pytest.CaptureFixture[str]) -> None:
+    error = failure(capsys, "--optim.lr_per_256", "-1")
+    assert "optim.lr_per_256 is -1" in error
+    assert "> 0" in error
+
+
+def test_one_view_with_a_contrastive_loss_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "data.views.num_views is 1" in failure(capsys, "--data.views.num_views", "1")
+
+
+def test_fp16_on_a_cpu_is_refused_with_the_repair(
+    small_shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--speed.device", "cpu", "--data.shards", small_shards)
+    error = failure(capsys, *arguments, "--run.out", str(tmp_path))
+    assert "optim.precision" in error
+    assert "bf16" in error
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused_with_one_that_they_can() -> None:
+    with pytest.raises(ValueError, match=r"global_batch_size is 100.*3 ranks.*99"):
+        BatchSplit.of(100, None, 3)
+    with pytest.raises(ValueError, match=r"micro_batch_size is 5.*use for instance 4"):
+        BatchSplit.of(64, 5, 4)
+    assert BatchSplit.of(4096, 128, 8) == BatchSplit(128, 4)
+    assert BatchSplit.of(4096, None, 32) == BatchSplit(128, 1)
+
+
+def test_an_unknown_command_names_the_nearest_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrian"]) == 2
+    assert "did you mean 'pretrain'" in capsys.readouterr().err
+
+
+def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    text = capsys.readouterr().out
+    names = ("demo", "doctor", "shards", "pretrain", "reconstruct", "import", "export")
+    assert all(name in text for name in names)

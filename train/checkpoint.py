@@ -1,0 +1,200 @@
+"""Checkpoints: complete, atomic, written beside the training, refused when they do not fit.
+
+A checkpoint holds the model with its target, the optimiser, the loss scaler, the step, the position in the
+data and the configuration. It needs no state of random generators: views, masks and order are functions of
+(seed, epoch, sample), and the step itself draws nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORMAT = 1
+_NAME = re.compile(r"step-(\d{8})\.pt")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, or does not fit the run."""
+
+
+class Checkpointer:
+    """Writes checkpoints of one run from a background thread and deletes the old ones.
+
+    Args:
+        folder: where `step-00001000.pt` and its like go.
+        keep: how many of the newest stay.
+        keep_every: steps that are a multiple of this stay for good.
+    """
+
+    def __init__(self, folder: Path, *, keep: int = 3, keep_every: int | None = None) -> None:
+        self.folder = folder
+        self.keep = keep
+        self.keep_every = keep_every
+        self._writer: threading.Thread | None = None
+        self._error: BaseException | None = None
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob("*.tmp"):  # of a run that was killed while writing
+            leftover.unlink()
+
+    def save(self, step: int, state: dict[str, Any]) -> Path:
+        """Copy the state to host memory now and write it in the background.
+
+        Raises:
+            OSError: the checkpoint before this one could not be written.
+        """
+        self.wait()
+        path = self.folder / f"step-{step:08d}.pt"
+        snapshot = _to_host({"format": FORMAT, "step": step, **state})
+        self._writer = threading.Thread(target=self._write, args=(path, snapshot), daemon=False)
+        self._writer.start()
+        return path
+
+    def wait(self) -> None:
+        """Return once the last checkpoint is on the disk; raise what went wrong with it."""
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _write(self, path: Path, snapshot: dict[str, Any]) -> None:
+        try:
+            write_atomically(path, snapshot)
+            self._retire()
+        except BaseException as error:  # raised again on the training thread, by wait()
+            self._error = error
+
+    def _retire(self) -> None:
+        for path in list_checkpoints(self.folder)[: -self.keep]:
+            if not (self.keep_every and _step_of(path) % self.keep_every == 0):
+                path.unlink()
+
+
+def write_atomically(path: Path, state: dict[str, Any]) -> None:
+    """Write, sync and rename: a reader sees the old file or the whole new one, whatever happens."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself must survive a power cut
+    finally:
+        os.close(folder)
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    return sorted(path for path in folder.glob("step-*.pt") if _NAME.fullmatch(path.name))
+
+
+def find_checkpoint(resume: str, folder: Path) -> Path | None:
+    """The checkpoint that `run.resume` means: None starts afresh.
+
+    Raises:
+        CheckpointError: the file is missing, or 'never' meets a folder that holds checkpoints.
+    """
+    newest = max(list_checkpoints(folder), default=None)
+    if resume == "auto":
+        return newest
+    if resume == "never":
+        if newest is not None:
+            raise CheckpointError(
+                f"run.resume is 'never', but {newest} exists; choose another run.out, delete the "
+                "folder, or set run.resume=auto to continue it"
+            )
+        return None
+    path = Path(resume)
+    if not path.is_file():
+        raise CheckpointError(
+            f"run.resume is {resume!r}: there is no such file; it must be 'auto', 'never' or the "
+            f"path of a checkpoint (the newest in {folder}: {newest})"
+        )
+    return path
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint into host memory; only tensors and plain values are unpickled.
+
+    Raises:
+        CheckpointError: missing, unreadable, or not a checkpoint of this project.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such file")
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({str(error).splitlines()[0]}); delete it to go on from the "
+            "checkpoint before it"
+        ) from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} is not a cmae checkpoint of format {FORMAT}; weights of other projects go "
+            "through `cmae import`"
+        )
+    return state
+
+
+def check_model_fits(path: Path, stored: dict[str, Any], current: dict[str, Any]) -> None:
+    """Refuse a checkpoint of another architecture.
+
+    Args:
+        path: of the checkpoint, for the message.
+        stored: section `model` of the configuration in the checkpoint.
+        current: section `model` of this run.
+
+    Raises:
+        CheckpointError: they differ; the message names every key that does.
+    """
+    lines = _differences(stored, current, "model")
+    if lines:
+        raise CheckpointError(
+            f"{path} holds another model:\n  "
+            + "\n  ".join(lines)
+            + "\nset these keys as in the checkpoint, or choose another run.out"
+        )
+
+
+def changed_settings(stored: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """One line for each setting of `data`, `optim` or `seed` that a resumed run has changed."""
+    names = ("seed", "data", "optim")
+    return [line for name in names for line in _differences(stored[name], current[name], name)]
+
+
+def _differences(stored: Any, current: Any, key: str) -> list[str]:
+    if isinstance(stored, dict) and isinstance(current, dict):
+        names = sorted(stored.keys() | current.keys())
+        return [
+            line
+            for name in names
+            for line in _differences(stored.get(name), current.get(name), f"{key}.{name}")
+        ]
+    return [] if stored == current else [f"{key}: {stored} in the checkpoint, {current} now"]
+
+
+def _step_of(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match.group(1))
+
+
+def _to_host(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _to_host(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_to_host(item) for item in value]
+    return value

@@ -1,0 +1,237 @@
+"""The command `cmae`. Each subcommand is imported only when it is called, so that help comes at once."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from jsonargparse import ActionConfigFile, ArgumentParser, auto_cli, set_parsing_settings
+
+if TYPE_CHECKING:
+    from cmae.train.config import Config
+
+RECIPES = files("cmae.train") / "recipes"
+
+Command = Callable[[Sequence[str]], int]
+
+
+class Parser(ArgumentParser):
+    """jsonargparse's parser, whose errors are one line and name the nearest key."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the error with a suggestion and exit with 2."""
+        hints = [self._nearest(name) for name in _unknown_names(message)]
+        lines = [f"{self.prog}: error: {message}", *filter(None, hints)]
+        lines.append(f"see `{self.prog} --help`")
+        print("\n".join(lines), file=sys.stderr)
+        raise SystemExit(2)
+
+    def _nearest(self, name: str) -> str:
+        known = [action.dest for action in self._actions if action.dest]
+        leaves = {dest.rsplit(".", 1)[-1]: dest for dest in known}
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+        close = close or difflib.get_close_matches(name.rsplit(".", 1)[-1], leaves, n=1, cutoff=0.6)
+        return f"did you mean {leaves.get(close[0], close[0])!r}?" if close else ""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; the console script's entry."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        print(f"cmae: error: there is no command {name!r}{hint}", file=sys.stderr)
+        print(f"commands: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    try:
+        return COMMANDS[name][1](rest)
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        if _is_ours(error):
+            print(f"cmae {name}: error: {error}", file=sys.stderr)
+            return 1
+        raise
+    except KeyboardInterrupt:
+        print(f"cmae {name}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {summary}" for name, (summary, _) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: cmae COMMAND [--help] ...",
+            "",
+            "Pretrain Contrastive Masked Autoencoders from sharded images.",
+            "",
+            *lines,
+            "",
+            "start with `cmae demo`, or `cmae doctor` on a new machine",
+        ]
+    )
+
+
+def _unknown_names(message: str) -> list[str]:
+    found = re.search(r"unrecognized arguments: (.*)", message)
+    if found:
+        return [word.lstrip("-").split("=")[0] for word in found[1].split() if word.startswith("-")]
+    return re.findall(r"does not accept (?:option|nested key) '([^']+)'", message)
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether this project raised the error itself: then its message says all, without a traceback."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("cmae.")
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    return sorted(
+        Path(entry.name).stem for entry in RECIPES.iterdir() if entry.name.endswith(".yaml")
+    )
+
+
+def find_recipes(arguments: Sequence[str]) -> list[str]:
+    """Replace names of shipped recipes after `--recipe` by their paths.
+
+    Raises:
+        ValueError: neither a shipped recipe nor a file.
+    """
+    found, expect = [], False
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if expect:
+            found.append(_recipe_path(argument))
+        elif flag == "--recipe" and equals:
+            found.append(f"--recipe={_recipe_path(value)}")
+        else:
+            found.append(argument)
+        expect = argument == "--recipe"
+    return found
+
+
+def _recipe_path(name: str) -> str:
+    if Path(name).is_file():
+        return name
+    if name in recipe_names():
+        return str(RECIPES / f"{name}.yaml")
+    close = difflib.get_close_matches(name, recipe_names(), n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise ValueError(
+        f"--recipe {name}: {hint}it must be a YAML file, or one of {', '.join(recipe_names())}"
+    )
+
+
+def build_config_parser(prog: str, description: str) -> Parser:
+    """Parser of a run's configuration: recipes, dotted overrides, `--print_config`."""
+    from cmae.train.config import Config
+
+    usage = f"{prog} [--recipe NAME_OR_FILE] [--KEY VALUE ...]"
+    parser = Parser(prog=prog, usage=usage, description=description)
+    parser.add_argument(
+        "--recipe",
+        action=ActionConfigFile,
+        help=f"YAML file, or one of: {', '.join(recipe_names())}. Later ones override earlier ones.",
+    )
+    parser.add_class_arguments(Config)
+    parser.link_arguments("model.img_size", "data.views.img_size")
+    return parser
+
+
+def read_config(parser: Parser, arguments: Sequence[str]) -> Config:
+    """The configuration that recipes and overrides make together.
+
+    Raises:
+        ValueError: a value is out of range, or values do not fit each other.
+    """
+    from cmae.train.config import Config
+
+    sections = parser.instantiate(parser.parse_args(find_recipes(arguments)))
+    return Config(**{field.name: sections[field.name] for field in fields(Config)})
+
+
+def _pretrain(arguments: Sequence[str]) -> int:
+    parser = build_config_parser(
+        "cmae pretrain",
+        "Pretrain on WebDataset shards. Example: cmae pretrain --recipe cmae_vit_b "
+        "--data.shards '/data/imagenet/train-*.tar' --run.out runs/vit_b. "
+        "The same command continues the run after any interruption.",
+    )
+    config = read_config(parser, arguments)
+    from cmae.train.pretrain import pretrain
+
+    return pretrain(config).exit_code
+
+
+def _call(function: Callable[..., int], prog: str, arguments: Sequence[str]) -> int:
+    code: int = auto_cli(
+        function, args=list(arguments), prog=prog, parser_class=Parser, as_positional=True
+    )
+    return code
+
+
+def _shards(arguments: Sequence[str]) -> int:
+    from cmae.train import shards_cli
+
+    commands: dict[str, Any] = {
+        "write": shards_cli.write,
+        "index": shards_cli.index,
+        "verify": shards_cli.verify,
+        "inspect": shards_cli.inspect,
+    }
+    code: int = auto_cli(commands, args=list(arguments), prog="cmae shards", parser_class=Parser)
+    return code
+
+
+def _reconstruct(arguments: Sequence[str]) -> int:
+    from cmae.train.pictures import reconstruct
+
+    return _call(reconstruct, "cmae reconstruct", arguments)
+
+
+def _demo(arguments: Sequence[str]) -> int:
+    from cmae.train.demo import demo
+
+    return _call(demo, "cmae demo", arguments)
+
+
+def _import(arguments: Sequence[str]) -> int:
+    from cmae.train.weights import import_weights
+
+    return _call(import_weights, "cmae import", arguments)
+
+
+def _export(arguments: Sequence[str]) -> int:
+    from cmae.train.weights import export_weights
+
+    return _call(export_weights, "cmae export", arguments)
+
+
+def _doctor(arguments: Sequence[str]) -> int:
+    from cmae.train.doctor import doctor
+
+    return _call(doctor, "cmae doctor", arguments)
+
+
+COMMANDS: dict[str, tuple[str, Command]] = {
+    "demo": ("pretrain a micro CMAE on real photographs, in minutes, on any machine", _demo),
+    "doctor": ("check this machine and say what to fix", _doctor),
+    "shards": ("write, index, verify and inspect WebDataset shards", _shards),
+    "pretrain": ("pretrain from shards; continues by itself", _pretrain),
+    "reconstruct": ("picture of original, masked and reconstruction", _reconstruct),
+    "import": ("weights of the authors' code or of MAE -> checkpoint", _import),
+    "export": ("checkpoint -> encoder weights for timm", _export),
+}

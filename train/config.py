@@ -1,0 +1,243 @@
+"""The configuration of one pretraining run: frozen dataclasses, one section per kind of effect.
+
+`run` and `speed` change where results go and how fast they come; `data`, `model`, `optim` and `seed`
+change the results themselves. The attribute docstrings are the text of `cmae pretrain --help`.
+"""
+
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from cmae.model import ModelConfig
+from cmae.pipeline import ViewConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where results go. Nothing here changes them."""
+
+    out: Path = Path("runs/cmae")
+    """Folder for checkpoints, metrics, pictures and the ledger of bad samples."""
+    resume: str = "auto"
+    """'auto' continues the newest checkpoint in `out`, 'never' refuses a folder that holds one,
+    anything else is the path of a checkpoint."""
+    stop_at_step: int | None = None
+    """Stop early, with a checkpoint, after this optimiser step; the schedule stays as it is."""
+    log_every: int = 20
+    """Optimiser steps between two metric records; the only host synchronisation of the loop."""
+    checkpoint_every: int = 1000
+    """Optimiser steps between two checkpoints; the last step always writes one."""
+    keep_checkpoints: int = 3
+    """How many of the newest checkpoints are kept."""
+    keep_every: int | None = None
+    """Checkpoints whose step is a multiple of this are kept for good."""
+    picture_every: int | None = None
+    """Optimiser steps between two pictures of original, masked and reconstruction."""
+    progress: bool = True
+    """Show the live progress display on a terminal; without one, lines are printed instead."""
+    wandb_project: str | None = None
+    """Weights & Biases project; needs the package `wandb`."""
+
+    def __post_init__(self) -> None:
+        """Refuse periods that are not positive."""
+        for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
+            _require(getattr(self, name) >= 1, f"run.{name}", getattr(self, name), ">= 1")
+        for name in ("stop_at_step", "keep_every", "picture_every"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"run.{name}", value, ">= 1, or null for never")
+
+
+@dataclass(frozen=True)
+class SpeedConfig:
+    """How fast it goes. Results stay the same, but for rounding."""
+
+    device: str = "auto"
+    """'auto' takes a GPU when there is one; or 'cpu', 'cuda'."""
+    micro_batch_size: int | None = None
+    """Images per rank in one forward pass. null: the whole share of the global batch at once.
+    BatchNorm in the heads sees one micro-batch of every rank."""
+    num_threads: int | None = None
+    """DALI's CPU threads. null: one per core that this process may use."""
+    view_backend: Literal["auto", "dali", "host"] = "auto"
+    """What decodes and crops: DALI, or torch's own CPU operators on threads, which are faster without a
+    GPU. 'auto' takes DALI on a GPU. The pixels agree within rounding."""
+    prefetch: int = 2
+    """Batches that are ready ahead of the training step."""
+    compile: Literal["none", "blocks", "model"] = "none"
+    """torch.compile: not at all, each transformer block, or each branch as a whole."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that are not positive."""
+        for name in ("micro_batch_size", "num_threads"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"speed.{name}", value, ">= 1, or null")
+        _require(self.prefetch >= 1, "speed.prefetch", self.prefetch, ">= 1")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, and which views of them."""
+
+    shards: str | list[str] = ""
+    """WebDataset tars: a folder, a glob, braces such as 'x-{000000..000099}.tar', URLs or 'pipe:'
+    commands, or a list of these."""
+    source: Literal["auto", "indexed", "stream"] = "auto"
+    """'indexed' reads by the sidecar index: exact resume, global shuffle. 'stream' reads tars front
+    to back: resume by shard. 'auto' takes the index when every shard has one."""
+    shuffle: bool = True
+    """Draw a new order of the samples in every epoch."""
+    max_bad_fraction: float = 0.01
+    """Stop when more than this fraction of the samples cannot be read or decoded."""
+    views: ViewConfig = field(default_factory=ViewConfig)
+    """Crops and colour operations."""
+
+    def __post_init__(self) -> None:
+        """Refuse fractions outside [0, 1]."""
+        value = self.max_bad_fraction
+        _require(0 <= value <= 1, "data.max_bad_fraction", value, "between 0 and 1")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimiser, schedule and precision."""
+
+    global_batch_size: int = 4096
+    """Images in one optimiser step, over all ranks and micro-batches; the contrastive bank."""
+    epochs: int = 300
+    """Length of the schedule in passes over the data."""
+    total_steps: int | None = None
+    """Length of the schedule in optimiser steps; overrides `epochs`. A stream whose size is not
+    known needs it."""
+    warmup_epochs: float = 40.0
+    """Linear warmup, in epochs (a share of `total_steps` when the epoch's length is not known)."""
+    warmup_start: float = 1e-4
+    """Learning rate at step 0 as a fraction of the peak."""
+    lr_per_256: float = 1.5e-4
+    """Peak learning rate for 256 images; scaled by global_batch_size / 256."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the cosine, for 256 images; scaled alike."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay of matrices; norms, biases and position embeddings have none."""
+    decay_tokens: bool = False
+    """Decay cls and mask tokens too, as MAE's public code does."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's running-average factors."""
+    clip_grad: float | None = None
+    """Largest gradient norm. null: no clipping."""
+    precision: Literal["fp16", "bf16", "fp32"] = "fp16"
+    """fp16 scales the loss and skips steps that overflow; on a CPU use bf16 or fp32."""
+    impl: Literal["torch_fused", "apex"] = "torch_fused"
+    """AdamW of torch (fused), or FusedAdam of NVIDIA's apex when it is installed."""
+    gradient_compression: Literal["none", "fp16", "bf16"] = "none"
+    """Number format of gradients on the wire between ranks."""
+    max_skipped_steps: int = 20
+    """Stop after this many skipped steps in a row: the loss is no longer finite."""
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their range."""
+        checks = {
+            "global_batch_size": (self.global_batch_size >= 1, ">= 1"),
+            "epochs": (self.epochs >= 1, ">= 1"),
+            "total_steps": (self.total_steps is None or self.total_steps >= 1, ">= 1, or null"),
+            "warmup_epochs": (self.warmup_epochs >= 0, ">= 0"),
+            "warmup_start": (0 <= self.warmup_start <= 1, "between 0 and 1"),
+            "lr_per_256": (self.lr_per_256 > 0, "> 0"),
+            "min_lr": (0 <= self.min_lr <= self.lr_per_256, "between 0 and optim.lr_per_256"),
+            "weight_decay": (self.weight_decay >= 0, ">= 0"),
+            "betas": (all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)"),
+            "clip_grad": (self.clip_grad is None or self.clip_grad > 0, "> 0, or null"),
+            "max_skipped_steps": (self.max_skipped_steps >= 1, ">= 1"),
+        }
+        for name, (ok, allowed) in checks.items():
+            _require(ok, f"optim.{name}", getattr(self, name), allowed)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One pretraining run."""
+
+    seed: int = 0
+    """Seeds the weights, the order of the samples, the views and the masks."""
+    init_from: Path | None = None
+    """Start from the weights in this checkpoint (`cmae import` writes them) instead of random ones."""
+    run: RunConfig = field(default_factory=RunConfig)
+    """Where results go. Nothing here changes them."""
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
+    """How fast it goes. Results stay the same, but for rounding."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Which images, and which views of them."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The network, its mask and its losses."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimiser, schedule and precision."""
+
+    def __post_init__(self) -> None:
+        """Refuse views that do not fit the model."""
+        views, model = self.data.views, self.model
+        if views.img_size != model.img_size:
+            raise ValueError(
+                f"data.views.img_size is {views.img_size} but model.img_size is {model.img_size}; "
+                "they must be equal: set model.img_size alone, the views follow it"
+            )
+        if model.has_contrast and views.num_views != 2:
+            raise ValueError(
+                f"data.views.num_views is {views.num_views}, but the contrastive loss "
+                f"({model.contrastive_loss!r}) compares 2 views; set data.views.num_views=2, or "
+                "model.contrastive_loss=none"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts, as stored in checkpoints and result files."""
+        plain: dict[str, Any] = _plain(asdict(self))
+        return plain
+
+
+@dataclass(frozen=True)
+class BatchSplit:
+    """How one optimiser step's images are shared out."""
+
+    micro_batch_size: int
+    accumulation: int
+
+    @classmethod
+    def of(
+        cls, global_batch_size: int, micro_batch_size: int | None, world_size: int
+    ) -> "BatchSplit":
+        """Split a global batch evenly over ranks and micro-batches.
+
+        Raises:
+            ValueError: the global batch does not divide.
+        """
+        share, rest = divmod(global_batch_size, world_size)
+        if rest or not share:
+            fit = max(world_size, round(global_batch_size / world_size) * world_size)
+            raise ValueError(
+                f"optim.global_batch_size is {global_batch_size}, which {world_size} ranks cannot "
+                f"share equally; use a multiple of {world_size}, for instance {fit}"
+            )
+        micro = min(micro_batch_size or share, share)
+        if share % micro:
+            divisor = max(size for size in range(1, micro + 1) if share % size == 0)
+            raise ValueError(
+                f"speed.micro_batch_size is {micro}, which does not divide the {share} images of "
+                f"each rank ({global_batch_size} / {world_size}); use for instance {divisor}"
+            )
+        return cls(micro, share // micro)
+
+
+def _require(ok: bool, key: str, value: object, allowed: str) -> None:
+    if not ok:
+        raise ValueError(f"{key} is {value}; it must be {allowed}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

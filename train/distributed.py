@@ -1,0 +1,125 @@
+"""One process or many: the process group, and the three collectives that the loop needs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all processes of the run."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes files and speaks."""
+        return self.rank == 0
+
+
+@contextmanager
+def join_ranks(device: str = "auto", *, timeout_s: float = 600.0) -> Iterator[Ranks]:
+    """Join the process group that torchrun announces; without one, run alone and without a group.
+
+    Args:
+        device: 'auto', 'cpu' or 'cuda'.
+        timeout_s: how long a collective waits for the other ranks.
+
+    Raises:
+        ValueError: the device is not one of these, or is not there.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    chosen = _choose_device(device, local_rank)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
+        yield Ranks(0, 1, chosen)
+        return
+    on_gpu = chosen.type == "cuda"
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        timeout=timedelta(seconds=timeout_s),
+        device_id=chosen if on_gpu else None,
+    )
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size(), chosen)
+    finally:
+        dist.destroy_process_group()
+
+
+def _choose_device(device: str, local_rank: int) -> torch.device:
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"speed.device is {device!r}; it must be 'auto', 'cpu' or 'cuda'")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "speed.device is 'cuda', but torch sees no GPU; run `cmae doctor` to learn why, "
+            "or set speed.device=cpu"
+        )
+    if device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"rank {local_rank} of this machine has no GPU: torch sees {torch.cuda.device_count()}; "
+            "start torchrun with --nproc-per-node equal to the number of GPUs"
+        )
+    chosen = torch.device("cuda", local_rank)
+    torch.cuda.set_device(chosen)
+    return chosen
+
+
+def gather_rows(rows: Float[Tensor, "B D"], ranks: Ranks) -> Float[Tensor, "W*B D"]:
+    """Rows of all ranks, in rank order, without gradient."""
+    if ranks.world_size == 1:
+        return rows
+    gathered = [torch.empty_like(rows) for _ in range(ranks.world_size)]
+    dist.all_gather(gathered, rows.contiguous())
+    return torch.cat(gathered)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """All-reduce whose gradient is all-reduced too: every rank's loss depends on every rank's input."""
+
+    @staticmethod
+    def forward(ctx: object, value: Tensor) -> Tensor:
+        total = value.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: object, *grads: Tensor) -> Tensor:
+        total = grads[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """Differentiable sum of a tensor over all ranks; needs a process group."""
+    total: Tensor = _SumOverRanks.apply(value)
+    return total
+
+
+def mean_over_ranks(value: Tensor, ranks: Ranks) -> Tensor:
+    """Mean of a tensor over all ranks, without gradient."""
+    if ranks.world_size > 1:
+        dist.all_reduce(value)
+        value /= ranks.world_size
+    return value
+
+
+def any_rank(flag: bool, ranks: Ranks) -> bool:
+    """Whether the flag is set on any rank; the same answer on all of them."""
+    if ranks.world_size == 1:
+        return flag
+    agreed = torch.tensor(float(flag), device=ranks.device)
+    dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
+    return bool(agreed.item())

@@ -1,0 +1,388 @@
+"""`cmae doctor`: look at the machine and say what to fix, each check a function that returns one Check."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import io
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+Status = Literal["ok", "warn", "fail"]
+
+_GIB = 2**30
+_MIN_DRIVER = {12: 525, 13: 580}
+"""Oldest NVIDIA driver branch for each CUDA major version."""
+_REINSTALL = "pip install --upgrade --force-reinstall {}"
+_COLOURS: dict[Status, str] = {"ok": "green", "warn": "yellow", "fail": "red"}
+
+
+class Check(NamedTuple):
+    """One row of the table; `fix` is empty when there is nothing to do."""
+
+    name: str
+    found: str
+    status: Status
+    fix: str = ""
+
+
+def doctor() -> int:
+    """Check this machine: packages, GPU, memory, limits. Exit code 1 if something needed does not work."""
+    checks = collect_checks()
+    table = Table(title="cmae doctor", title_justify="left")
+    for column in ("check", "found", "status", "what to do"):
+        table.add_column(column, overflow="fold")
+    for check in checks:
+        colour = _COLOURS[check.status]
+        table.add_row(
+            check.name, escape(check.found), f"[{colour}]{check.status}", escape(check.fix)
+        )
+    Console().print(table)
+    failed = [check.name for check in checks if check.status == "fail"]
+    warned = sum(check.status == "warn" for check in checks)
+    warnings_text = (
+        "" if not warned else " with 1 warning" if warned == 1 else f" with {warned} warnings"
+    )
+    print(f"not ready: fix {', '.join(failed)}" if failed else f"ready{warnings_text}")
+    return 1 if failed else 0
+
+
+def collect_checks() -> list[Check]:
+    """Run all checks; one that breaks becomes a failed row and does not stop the others."""
+    single: dict[str, Callable[[], Check]] = {
+        "python": check_python,
+        "torch": check_torch,
+        "CUDA": check_cuda,
+        "torchvision": lambda: check_package("torchvision"),
+        "timm": lambda: check_package("timm"),
+        "triton": lambda: check_package("triton", needed=False),
+        "webdataset": lambda: check_package("webdataset"),
+        "numpy": lambda: check_package("numpy"),
+        "DALI": check_dali,
+        "apex": check_apex,
+        "wandb": check_wandb,
+        "CPU cores": check_cpu,
+        "memory": check_memory,
+        "/dev/shm": check_shared_memory,
+        "open files": check_open_files,
+        "disk": check_disk,
+        "OMP_NUM_THREADS": check_omp_threads,
+    }
+    checks: list[Check] = []
+    for name, run in single.items():
+        try:
+            checks.append(run())
+            if name == "CUDA":
+                checks += check_gpus()
+        except Exception as error:
+            found = f"{type(error).__name__}: {error}"
+            checks.append(Check(name, found, "fail", "this check itself failed: please report it"))
+    return checks
+
+
+# --- software -------------------------------------------------------------------------------------
+
+
+def check_python(version: tuple[int, ...] = sys.version_info[:3]) -> Check:
+    """Python 3.11 or newer."""
+    found = f"{'.'.join(map(str, version))} at {sys.executable}"
+    if version < (3, 11):
+        return Check("python", found, "fail", "make the environment with Python 3.11 or newer")
+    return Check("python", found, "ok")
+
+
+def check_package(name: str, *, needed: bool = True) -> Check:
+    """Whether a package is there and can be imported."""
+    missing: Status = "fail" if needed else "warn"
+    if importlib.util.find_spec(name) is None:
+        return Check(name, "not installed", missing, f"pip install {name}")
+    try:
+        importlib.import_module(name)
+    except Exception as error:
+        found = f"{metadata.version(name)}, but import fails: {_first_line(error)}"
+        return Check(name, found, missing, _REINSTALL.format(name))
+    return Check(name, metadata.version(name), "ok")
+
+
+def check_torch() -> Check:
+    """PyTorch and the CUDA version it was built for."""
+    check = check_package("torch")
+    if check.status != "ok":
+        return check
+    import torch
+
+    build = f"CUDA {torch.version.cuda} build" if torch.version.cuda else "CPU build"
+    return check._replace(found=f"{torch.__version__}, {build}")
+
+
+def check_dali() -> Check:
+    """DALI decodes one JPEG on the CPU."""
+    name = "DALI"
+    try:
+        from nvidia import dali
+        from nvidia.dali import fn
+        from nvidia.dali.pipeline import Pipeline
+    except Exception as error:
+        found = f"cannot be imported: {_first_line(error)}"
+        if platform.system() != "Linux":
+            return Check(name, found, "fail", "DALI needs Linux: use WSL 2 or a container")
+        return Check(name, found, "fail", "pip install nvidia-dali-cuda130")
+    import numpy as np
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 24), "red").save(buffer, "JPEG")
+    data = np.frombuffer(buffer.getvalue(), np.uint8)
+    pipeline = Pipeline(batch_size=1, num_threads=1, device_id=None)
+    with pipeline:
+        pipeline.set_outputs(fn.decoders.image(fn.external_source(lambda: [data]), device="cpu"))
+    try:
+        pipeline.build()
+        shape = np.array(pipeline.run()[0].at(0)).shape
+    except RuntimeError as error:
+        found = f"{dali.__version__}, decoding fails: {_first_line(error)}"
+        return Check(name, found, "fail", _REINSTALL.format("nvidia-dali-cuda130"))
+    if shape != (24, 32, 3):
+        return Check(name, f"{dali.__version__}, decoded {shape}", "fail", "please report it")
+    return Check(name, f"{dali.__version__}, decodes on the CPU", "ok")
+
+
+def check_apex() -> Check:
+    """Apex is not used; the unrelated package of that name on PyPI breaks programs that look for NVIDIA's.
+
+    Nothing is imported: importing the wrong one may fail in surprising ways.
+    """
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        return Check("apex", "absent (not needed)", "ok")
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    if not any((folder / "optimizers").is_dir() for folder in folders):
+        found = f"{_version_or_unknown('apex')}: not NVIDIA's, but another package of that name"
+        return Check("apex", found, "warn", "pip uninstall apex (the one on PyPI is a web toolkit)")
+    kernels = "with" if importlib.util.find_spec("amp_C") else "without"
+    return Check("apex", f"NVIDIA's, {kernels} fused kernels (not needed)", "ok")
+
+
+def check_wandb() -> Check:
+    """Weights & Biases is optional."""
+    if importlib.util.find_spec("wandb") is None:
+        return Check("wandb", "absent (optional)", "ok")
+    return Check("wandb", _version_or_unknown("wandb"), "ok")
+
+
+def _version_or_unknown(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "unknown version"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200] or type(error).__name__
+
+
+# --- GPU ------------------------------------------------------------------------------------------
+
+
+def driver_version() -> str | None:
+    """Version of the NVIDIA driver, such as 580.65.06; None where there is none."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        output = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (subprocess.SubprocessError, OSError):
+        return None
+    return output.stdout.strip().split("\n")[0] or None
+
+
+def check_cuda() -> Check:
+    """Whether torch can use a GPU, and why not."""
+    import torch
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        available = torch.cuda.is_available()
+    return explain_cuda(
+        available=available,
+        build=torch.version.cuda,
+        driver=driver_version(),
+        visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
+        warning=str(caught[0].message).split("(")[0].strip() if caught else "",
+    )
+
+
+def explain_cuda(
+    *, available: bool, build: str | None, driver: str | None, visible: str | None, warning: str
+) -> Check:
+    """Turn what torch, the driver and the environment say into one row.
+
+    Args:
+        available: torch.cuda.is_available().
+        build: CUDA version torch was built for; None for a CPU build.
+        driver: Driver version; None if there is no driver.
+        visible: CUDA_VISIBLE_DEVICES.
+        warning: What torch warned about while it looked.
+    """
+    cpu_only = "fine for demo and tests; "
+    if available:
+        return Check("CUDA", f"CUDA {build}, driver {driver or 'unknown'}", "ok")
+    if build is None:
+        fix = f"{cpu_only}for a GPU install a CUDA build of torch (pytorch.org)"
+        return Check("CUDA", "torch is a CPU build", "warn", fix)
+    if driver is None:
+        fix = f"{cpu_only}for a GPU install its driver, or start the container with --gpus all"
+        return Check("CUDA", "no NVIDIA driver", "warn", fix)
+    if visible is not None and visible.strip() in ("", "-1"):
+        fix = "unset CUDA_VISIBLE_DEVICES"
+        return Check("CUDA", f"hidden by CUDA_VISIBLE_DEVICES={visible!r}", "warn", fix)
+    needed = _MIN_DRIVER.get(int(build.split(".")[0]), 0)
+    if int(driver.split(".")[0]) < needed:
+        fix = f"update the driver to {needed} or newer, or install torch and DALI for an older CUDA"
+        return Check("CUDA", f"driver {driver} is too old for CUDA {build}", "warn", fix)
+    fix = (
+        "a GPU is there but torch cannot use it: see nvidia-smi, and restart after a driver update"
+    )
+    return Check("CUDA", warning or f"driver {driver}, but not available", "warn", fix)
+
+
+def check_gpus() -> list[Check]:
+    """A row for each GPU that torch sees."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    checks = []
+    for number in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(number)
+        capability = torch.cuda.get_device_capability(number)
+        name = torch.cuda.get_device_name(number)
+        checks.append(describe_gpu(number, name, capability=capability, free=free, total=total))
+    return checks
+
+
+def describe_gpu(
+    number: int, name: str, *, capability: tuple[int, int], free: int, total: int
+) -> Check:
+    """Row of one GPU; `free` and `total` are bytes of its memory."""
+    memory = f"{free / _GIB:.0f} of {total / _GIB:.0f} GiB free"
+    found = f"{name}, compute {capability[0]}.{capability[1]}, {memory}"
+    status: Status = "ok"
+    fix = ""
+    if capability < (8, 0):
+        status, fix = "warn", "slow: kernels are made for compute 8.0 and newer; no bf16"
+    elif free < 0.8 * total:
+        status, fix = "warn", "another process uses this GPU: see nvidia-smi"
+    return Check(f"GPU {number}", found, status, fix)
+
+
+# --- machine --------------------------------------------------------------------------------------
+
+
+def cgroup_limit(root: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """CPU cores that the container's quota allows; None without a quota. Reads cgroup v2 and v1."""
+    v2, quota_v1 = root / "cpu.max", root / "cpu" / "cpu.cfs_quota_us"
+    if v2.exists():
+        quota, period = v2.read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    if quota_v1.exists():
+        quota_us = int(quota_v1.read_text())
+        period_us = int((root / "cpu" / "cpu.cfs_period_us").read_text())
+        return quota_us / period_us if quota_us > 0 else None
+    return None
+
+
+def check_cpu() -> Check:
+    """Cores of the machine, and those this process may use."""
+    import torch
+
+    return describe_cpu(
+        cores=os.cpu_count() or 1,
+        allowed=len(os.sched_getaffinity(0)),
+        quota=cgroup_limit(),
+        num_gpus=torch.cuda.device_count() if torch.cuda.is_available() else 0,
+    )
+
+
+def describe_cpu(*, cores: int, allowed: int, quota: float | None, num_gpus: int) -> Check:
+    """Row of the CPU: affinity and container quota may leave fewer cores than the machine has."""
+    usable = min(float(allowed), quota or float(allowed))
+    found = f"{usable:g} usable of {cores}"
+    if quota is not None and quota < allowed:
+        fix = "the container's quota holds it back: raise it (--cpus), or set OMP_NUM_THREADS to it"
+        return Check("CPU cores", found, "warn", fix)
+    if num_gpus and usable < 8 * num_gpus:
+        fix = f"decoding may hold back {num_gpus} GPU(s): ask for 8 to 16 cores a GPU"
+        return Check("CPU cores", found, "warn", fix)
+    if allowed < cores:
+        return Check("CPU cores", f"{found} (affinity)", "ok")
+    return Check("CPU cores", found, "ok")
+
+
+def check_memory(available: int | None = None) -> Check:
+    """Free memory in bytes; 4 GiB do for small runs."""
+    free = _available_memory() if available is None else available
+    if free < 4 * _GIB:
+        return Check("memory", f"{free / _GIB:.1f} GiB free", "warn", "close other programs")
+    return Check("memory", f"{free / _GIB:.1f} GiB free", "ok")
+
+
+def _available_memory() -> int:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    facts = dict(line.split(":", 1) for line in lines)
+    return 1024 * int(facts["MemAvailable"].split()[0])
+
+
+def check_shared_memory(path: str = "/dev/shm", *, size: int | None = None) -> Check:
+    """NCCL passes data between the GPUs of a machine through /dev/shm; containers get only 64 MiB of it."""
+    if not os.path.isdir(path):
+        return Check("/dev/shm", "absent", "warn", "several GPUs need it: mount a tmpfs there")
+    total = shutil.disk_usage(path).total if size is None else size
+    if total < _GIB:
+        fix = "several GPUs need more: start the container with --ipc=host or --shm-size=8g"
+        return Check("/dev/shm", f"{total / 2**20:.0f} MiB", "warn", fix)
+    return Check("/dev/shm", f"{total / _GIB:.1f} GiB", "ok")
+
+
+def check_open_files(soft: int | None = None) -> Check:
+    """Every open shard takes one of these."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if soft is None else soft
+    if 0 <= limit < 4096:
+        return Check(
+            "open files", f"limit {limit}", "warn", "many shards need more: ulimit -n 65536"
+        )
+    return Check("open files", f"limit {limit}", "ok")
+
+
+def check_disk(folder: str = ".", *, free: int | None = None) -> Check:
+    """Room for checkpoints (2 GiB each for ViT-B) where the program is started."""
+    left = shutil.disk_usage(folder).free if free is None else free
+    found = f"{left / _GIB:.0f} GiB free in {os.path.abspath(folder)}"
+    if left < 20 * _GIB:
+        return Check("disk", found, "warn", "a ViT-B checkpoint takes 2 GiB: make room")
+    return Check("disk", found, "ok")
+
+
+def check_omp_threads(environment: dict[str, str] | None = None) -> Check:
+    """Threads of the CPU maths: more than there are cores make each other slow."""
+    value = (os.environ if environment is None else environment).get("OMP_NUM_THREADS")
+    cores = len(os.sched_getaffinity(0))
+    if value is None:
+        return Check("OMP_NUM_THREADS", "not set (torchrun sets it to 1)", "ok")
+    if not value.isdigit() or int(value) > cores:
+        fix = f"unset it, or set at most {cores} divided by the processes on this machine"
+        return Check("OMP_NUM_THREADS", f"{value} for {cores} cores", "warn", fix)
+    return Check("OMP_NUM_THREADS", value, "ok")

@@ -1,0 +1,131 @@
+"""k-nearest-neighbour accuracy of frozen features: what an encoder has learnt, with nothing trained on top."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from itertools import islice
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import webdataset as wds
+from jaxtyping import Float, Float32, Int64, UInt8
+from PIL import Image
+from torch import Tensor
+
+from cmae.model import CMAE
+from cmae.pipeline import expand_shards
+from cmae.pipeline.index import NO_LABEL, TarRecord, iter_records
+
+
+class EvalImages(NamedTuple):
+    """Labelled images without augmentation."""
+
+    images: UInt8[Tensor, "N S S 3"]
+    labels: Int64[Tensor, " N"]
+
+
+def load_eval_images(
+    shards: str | Sequence[str],
+    img_size: int,
+    *,
+    keep: float = 1.0,
+    max_samples: int | None = None,
+) -> EvalImages:
+    """Read the labelled images of shards: the centre square, resized (bicubic, antialiased).
+
+    Args:
+        shards: WebDataset tars with images and labels; see `expand_shards`.
+        img_size: side of the result, px.
+        keep: side of the centre square over the image's shorter side; ImageNet's custom is 224 / 256.
+        max_samples: stop after so many.
+
+    Raises:
+        ValueError: no image, an image without label, or `keep` is not in (0, 1].
+    """
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep is {keep}; it must be in (0, 1]")
+    images, labels = [], []
+    for record in islice(_records(expand_shards(shards)), max_samples):
+        images.append(_centre_square(record.image, img_size, keep))
+        labels.append(record.label)
+    if not labels:
+        raise ValueError(f"shards={shards!r}: there is no image in them")
+    return EvalImages(torch.stack(images), torch.tensor(labels))
+
+
+@torch.no_grad()
+def extract_features(
+    model: CMAE,
+    images: UInt8[Tensor, "N S S 3"],
+    *,
+    pool: Literal["mean", "cls"] = "mean",
+    batch_size: int = 256,
+) -> Float32[Tensor, "N D"]:
+    """Features of whole images, computed on the model's device and returned on the CPU."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    features = [
+        model.features(chunk.to(device), pool).float().cpu() for chunk in images.split(batch_size)
+    ]
+    model.train(was_training)
+    return torch.cat(features)
+
+
+def knn_accuracy(
+    train_features: Float[Tensor, "N D"],
+    train_labels: Int64[Tensor, " N"],
+    val_features: Float[Tensor, "M D"],
+    val_labels: Int64[Tensor, " M"],
+    *,
+    num_classes: int,
+    k: int = 20,
+    temperature: float = 0.07,
+    chunk_size: int = 1024,
+) -> float:
+    """Share of validation samples, 0..1, whose class wins the vote of their k nearest training samples.
+
+    Neighbours are found by cosine; each votes with weight exp(cosine / temperature).
+    Source: Wu et al., arXiv 1805.01978, section 3.4; the protocol of DINO.
+
+    Raises:
+        ValueError: `k` exceeds the number of training samples.
+    """
+    if not 1 <= k <= len(train_features):
+        raise ValueError(f"k is {k}; it must be in 1..{len(train_features)} (training samples)")
+    bank = F.normalize(train_features.float(), dim=1)
+    correct = 0
+    for features, labels in zip(
+        val_features.split(chunk_size), val_labels.split(chunk_size), strict=True
+    ):
+        cosines, neighbours = (F.normalize(features.float(), dim=1) @ bank.T).topk(k, dim=1)
+        votes = torch.zeros(len(features), num_classes, device=bank.device)
+        votes.scatter_add_(1, train_labels[neighbours], (cosines / temperature).exp())
+        correct += int((votes.argmax(dim=1) == labels).sum())
+    return correct / len(val_labels)
+
+
+def _records(shards: Sequence[str]) -> Iterator[TarRecord]:
+    for shard in shards:
+        with closing(wds.gopen(shard)) as stream:
+            for record in iter_records(stream, name=shard):
+                if record.label == NO_LABEL:
+                    raise ValueError(
+                        f"{shard}: {record.key} has no label; evaluation needs a `.cls` file beside "
+                        "every image, as `cmae shards write` makes them from class folders"
+                    )
+                yield record
+
+
+def _centre_square(data: bytes, size: int, keep: float) -> UInt8[Tensor, "S S 3"]:
+    with Image.open(io.BytesIO(data)) as opened:
+        image = opened.convert("RGB")
+    side = min(image.size) * keep
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    square = image.resize(
+        (size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)
+    )
+    return torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(size, size, 3)

@@ -1,0 +1,218 @@
+"""What a run says while it goes: JSON lines, TensorBoard, Weights & Biases, and the terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from torch import Tensor
+
+from cmae.model import Losses
+from cmae.train.distributed import Ranks, mean_over_ranks
+
+
+class MetricWindow:
+    """Means of the losses since the last record, kept on the device until somebody looks."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(len(Losses._fields), device=device, dtype=torch.float32)
+        self._steps = 0
+        self._started = time.perf_counter()
+        self._waited = 0.0
+
+    def add(self, losses: Tensor) -> None:
+        """Add one step's stacked losses, in the order of `Losses`."""
+        self._sums += losses
+        self._steps += 1
+
+    def read(self, *, images_per_step: int, waited_s: float, ranks: Ranks) -> dict[str, float]:
+        """Means over the window and all ranks; starts the next window. Synchronises with the device.
+
+        Args:
+            images_per_step: over all ranks.
+            waited_s: seconds that the loop has waited for data since its start.
+            ranks: a collective; every rank must call.
+        """
+        means = mean_over_ranks(self._sums / max(1, self._steps), ranks).tolist()
+        now = time.perf_counter()
+        elapsed = now - self._started
+        record = dict(zip(Losses._fields, means, strict=True))
+        record["images_per_s"] = self._steps * images_per_step / elapsed
+        record["data_wait_pct"] = 100 * (waited_s - self._waited) / elapsed
+        self._sums.zero_()
+        self._steps, self._started, self._waited = 0, now, waited_s
+        return record
+
+
+class MetricLog:
+    """The records of one run: `metrics.jsonl`, TensorBoard events, and W&B where asked for.
+
+    Records after `start_step`, left by a run that was killed, are removed: each step stands there once.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        *,
+        start_step: int = 0,
+        wandb_project: str | None = None,
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        self.path = out / "metrics.jsonl"
+        out.mkdir(parents=True, exist_ok=True)
+        _drop_records_after(self.path, start_step)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(out / "tensorboard"), purge_step=start_step + 1)
+        self._wandb = _start_wandb(wandb_project, out, config) if wandb_project else None
+
+    def write(self, step: int, record: dict[str, float]) -> None:
+        """Append one record to every sink."""
+        self._file.write(json.dumps({"step": step, **record}) + "\n")
+        self._file.flush()
+        for name, value in record.items():
+            self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(record, step=step)
+
+    def close(self) -> None:
+        """Flush and close every sink."""
+        self._file.close()
+        self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Records of a metrics file, oldest first; a last line cut off by a kill is left out."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def _drop_records_after(path: Path, step: int) -> None:
+    kept = [record for record in read_metrics(path) if record["step"] <= step]
+    if path.is_file():
+        path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+
+
+def _start_wandb(project: str, out: Path, config: dict[str, Any] | None) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError(
+            f"run.wandb_project is {project!r}, but the package wandb is not installed; "
+            "`pip install wandb`, or leave the key out"
+        ) from error
+    return wandb.init(project=project, dir=str(out), config=config, resume="allow", id=out.name)
+
+
+class Display:
+    """The terminal: a live bar where there is one, else a line for every record.
+
+    Args:
+        total_steps: length of the bar.
+        start_step: where a resumed run begins.
+        live: draw the bar when the output is a terminal.
+    """
+
+    def __init__(self, total_steps: int, *, start_step: int = 0, live: bool = True) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        self._total = total_steps
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._started = (time.perf_counter(), start_step)
+        if live and self.console.is_terminal:
+            self._bar = _build_bar(self.console)
+            self._task = self._bar.add_task(
+                "", total=total_steps, completed=start_step, text="", eta="-"
+            )
+
+    def __enter__(self) -> Self:
+        """Start drawing."""
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, step: int) -> None:
+        """Move the bar to this step."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, eta=self._eta(step))
+
+    def show(self, step: int, record: dict[str, float]) -> None:
+        """Show a record: in the bar, or as a line."""
+        text = describe(record)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, text=text, eta=self._eta(step))
+        else:
+            eta = self._eta(step)
+            self.console.print(f"step {step}/{self._total}  {text}  ETA {eta}", soft_wrap=True)
+
+    def say(self, message: str) -> None:
+        """Print a message above the bar."""
+        self.console.print(message, soft_wrap=True)
+
+    def _eta(self, step: int) -> str:
+        started, first = self._started
+        if step <= first:
+            return "-"
+        seconds = (time.perf_counter() - started) / (step - first) * (self._total - step)
+        hours, rest = divmod(round(seconds), 3600)
+        return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+
+def describe(record: dict[str, float]) -> str:
+    """One line for one record; terms that the model does not have are left out."""
+    parts = [f"{record['images_per_s']:.4g} images/s", f"wait {record['data_wait_pct']:.1f}%"]
+    parts += [f"loss {record['total']:.4f}"]
+    names = {
+        "reconstruction": "pixel",
+        "contrastive": "contrast",
+        "positive_similarity": "pos",
+        "negative_similarity": "neg",
+        "feature_std": "std",
+    }
+    parts += [
+        f"{short} {record[name]:.4f}" for name, short in names.items() if _is_live(record[name])
+    ]
+    return "  ".join(parts)
+
+
+def _is_live(value: float) -> bool:
+    return value != 0.0 or not math.isfinite(value)
+
+
+def _build_bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("[bold]{task.completed:.0f}/{task.total:.0f}"),
+        BarColumn(bar_width=20),
+        TimeElapsedColumn(),
+        TextColumn("ETA {task.fields[eta]}"),
+        TextColumn("{task.fields[text]}"),
+        console=console,
+        refresh_per_second=4,
+    )

@@ -1,0 +1,156 @@
+"""Pictures to look at: the first batch of a run, and what a model paints where it sees nothing."""
+
+from __future__ import annotations
+
+from functools import cache
+from math import isqrt
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Int, UInt8
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from rich.console import Console
+from torch import Tensor
+
+from cmae.model import CMAE, draw_mask
+from cmae.model.pictures import to_pixels
+from cmae.pipeline import Batch
+from cmae.train.weights import load_model
+
+Panel = UInt8[np.ndarray, "S S 3"]
+
+GRAY = 127
+PANEL_PX = 144
+GAP_PX = 6
+MARGIN_PX = 18
+TITLE_PX = 26
+INK, PAPER = (40, 40, 40), (255, 255, 255)
+
+
+def reconstruction_picture(model: CMAE, batch: Batch, path: Path, *, num_images: int = 12) -> None:
+    """Draw the reconstructions of a batch's first images; see `draw_reconstructions`."""
+    draw_reconstructions(model, batch.online[:num_images], batch.ids_keep[:num_images], path)
+
+
+@torch.no_grad()
+def draw_reconstructions(
+    model: CMAE,
+    online: UInt8[Tensor, "B S S 3"],
+    ids_keep: Int[Tensor, "B K"],
+    path: Path,
+) -> None:
+    """Write a PNG with original, masked input, reconstruction and plain prediction side by side.
+
+    In the reconstruction, visible patches are the original's. With norm_pix_loss each predicted patch gets
+    the mean and the scale of the true one, which the network is not asked for.
+
+    Raises:
+        ValueError: the model has no pixel decoder, or images and ids do not fit it.
+    """
+    was_training = model.training
+    model.eval()
+    rows = model.reconstruct(online, ids_keep)
+    model.train(was_training)
+    predicted = to_pixels(model.config, rows, online).clamp(0, 255).round().to(torch.uint8).cpu()
+    online = online.cpu()
+    hidden = _hidden_pixels(online, ids_keep.cpu(), model.config.num_patches)
+    columns = {
+        "original": online,
+        "masked input": _paint_gray(online, hidden),
+        "reconstruction": torch.where(hidden, predicted, online),
+        "prediction only": predicted,
+    }
+    draw_sheet({title: list(images.numpy()) for title, images in columns.items()}, path)
+
+
+def reconstruct(
+    checkpoint: Path, images: list[Path], out: Path = Path("reconstruction.png"), seed: int = 0
+) -> int:
+    """Draw original, masked input, reconstruction and plain prediction of image files.
+
+    Args:
+        checkpoint: of this project, or made by `cmae import`.
+        images: one or more files; the centre square of each is used.
+        out: PNG to write.
+        seed: of the mask.
+    """
+    model = load_model(checkpoint)
+    online = torch.stack([_load_square(path, model.config.img_size) for path in images])
+    ids_keep, _ = draw_mask(model.config, torch.arange(len(images)), seed=seed, epoch=0)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draw_reconstructions(model, online, ids_keep, out)
+    Console(stderr=True, highlight=False).print(f"{out}: {len(images)} images", soft_wrap=True)
+    return 0
+
+
+def first_batch_picture(batch: Batch, path: Path, *, num_images: int = 8) -> None:
+    """Draw the online view, the target view and the masked online view of the first images of a batch."""
+    online = batch.online[:num_images].cpu()
+    num_patches = batch.ids_keep.shape[1] + batch.ids_mask.shape[1]
+    hidden = _hidden_pixels(online, batch.ids_keep[:num_images].cpu(), num_patches)
+    columns = {"online view": online, "online, masked": _paint_gray(online, hidden)}
+    if batch.target is not None:
+        columns["target view"] = batch.target[:num_images].cpu()
+    draw_sheet({title: list(images.numpy()) for title, images in columns.items()}, path)
+
+
+def draw_sheet(columns: dict[str, list[Panel]], path: Path) -> None:
+    """Write a PNG with one titled column for each list of images; long lists go on in a second block.
+
+    Small images are enlarged by a whole factor without smoothing, so that every pixel stays visible.
+    """
+    num_rows = len(next(iter(columns.values())))
+    num_blocks = 2 if num_rows > 4 else 1
+    rows = -(-num_rows // num_blocks)
+    side = _enlarged(next(iter(columns.values()))[0]).width
+    step = side + GAP_PX
+    block = len(columns) * step - GAP_PX
+    width = 2 * MARGIN_PX + num_blocks * block + (num_blocks - 1) * 2 * MARGIN_PX
+    height = 2 * MARGIN_PX + TITLE_PX + rows * step - GAP_PX
+    sheet = Image.new("RGB", (width, height), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for column, (title, panels) in enumerate(columns.items()):
+        for row, panel in enumerate(panels):
+            left = MARGIN_PX + (row // rows) * (block + 2 * MARGIN_PX) + column * step
+            if row % rows == 0:
+                centre = (left + side / 2, MARGIN_PX + TITLE_PX / 2 - GAP_PX)
+                pen.text(centre, title, INK, font=_font(), anchor="mm")
+            sheet.paste(_enlarged(panel), (left, MARGIN_PX + TITLE_PX + (row % rows) * step))
+    sheet.save(path)
+
+
+def _hidden_pixels(
+    images: UInt8[Tensor, "B H W 3"], ids_keep: Int[Tensor, "B K"], num_patches: int
+) -> Bool[Tensor, "B H W 1"]:
+    """True where a patch is masked."""
+    side = isqrt(num_patches)
+    hidden = torch.ones(len(ids_keep), num_patches).scatter(1, ids_keep.long(), 0)
+    enlarged = F.interpolate(hidden.view(-1, 1, side, side), images.shape[1:3])
+    return enlarged.movedim(1, -1).bool()
+
+
+def _paint_gray(
+    images: UInt8[Tensor, "B H W 3"], hidden: Bool[Tensor, "B H W 1"]
+) -> UInt8[Tensor, "B H W 3"]:
+    return images.masked_fill(hidden, GRAY)
+
+
+def _load_square(path: Path, size: int) -> UInt8[Tensor, "S S 3"]:
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such file")
+    with Image.open(path) as opened:
+        image = ImageOps.fit(ImageOps.exif_transpose(opened).convert("RGB"), (size, size))
+    return torch.from_numpy(np.array(image))
+
+
+def _enlarged(panel: Panel) -> Image.Image:
+    image = Image.fromarray(panel)
+    factor = max(1, round(PANEL_PX / image.width))
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+@cache
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size=14)

@@ -1,0 +1,95 @@
+"""Plots of a run from its metrics file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from cmae.train.metrics import read_metrics
+
+
+@dataclass(frozen=True)
+class _Panel:
+    title: str
+    keys: dict[str, str]
+    """Metric -> label of its line."""
+    from_zero: bool = False
+
+
+_PANELS = (
+    _Panel("total loss", {"total": "total"}),
+    _Panel("pixel loss (masked patches)", {"reconstruction": "reconstruction"}),
+    _Panel("InfoNCE", {"info_nce": "InfoNCE"}),
+    _Panel(
+        "cosine in the projection space",
+        {"positive_similarity": "same image", "negative_similarity": "other images"},
+    ),
+    _Panel("learning rate", {"lr": "lr"}, from_zero=True),
+    _Panel("images / s", {"images_per_s": "images / s"}, from_zero=True),
+)
+_COLOURS = ("#1f5fa8", "#d9822b")
+_GRAY = "#8a8a8a"
+
+
+def loss_plot(metrics: Path, path: Path) -> None:
+    """Draw losses, similarities, learning rate and speed over the steps of a run.
+
+    Terms that the model does not have (zero throughout) are left out.
+
+    Args:
+        metrics: a run's `metrics.jsonl`.
+        path: PNG to write.
+
+    Raises:
+        ValueError: there is no record yet.
+    """
+    records = read_metrics(metrics)
+    if not records:
+        raise ValueError(f"{metrics} holds no record; a run writes one every run.log_every steps")
+    panels = [panel for panel in _PANELS if any(_is_live(records, key) for key in panel.keys)]
+    num_rows = -(-len(panels) // 3)
+    figure = Figure(figsize=(12, 3.1 * num_rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(num_rows, 3, squeeze=False).flat
+    for axes, panel in zip(grid, panels, strict=False):
+        _draw(axes, panel, records)
+    for axes in list(grid)[len(panels) :]:
+        axes.remove()
+    figure.savefig(path, dpi=120)
+
+
+def _draw(axes: Axes, panel: _Panel, records: list[dict[str, float]]) -> None:
+    steps = [record["step"] for record in records]
+    for (key, label), colour in zip(panel.keys.items(), _COLOURS, strict=False):
+        values = [record.get(key, float("nan")) for record in records]
+        axes.plot(steps, values, color=colour, linewidth=1.8, label=label)
+    axes.set_title(panel.title, fontsize=11, loc="left")
+    axes.set_xlabel("step", fontsize=9, color=_GRAY)
+    axes.tick_params(labelsize=9, colors=_GRAY)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    if panel.from_zero:
+        axes.set_ylim(bottom=0)
+    if len(panel.keys) > 1:
+        axes.legend(fontsize=9, frameon=False)
+    if "images_per_s" in panel.keys:
+        _draw_waiting(axes.twinx(), steps, records)
+
+
+def _draw_waiting(axes: Axes, steps: list[float], records: list[dict[str, float]]) -> None:
+    """Share of the time that the loop waited for data, on the right-hand axis."""
+    waiting = [record.get("data_wait_pct", float("nan")) for record in records]
+    axes.fill_between(steps, waiting, color=_COLOURS[1], alpha=0.25, linewidth=0)
+    axes.set_ylim(0, 100)
+    axes.set_ylabel("waiting for data, %", fontsize=9, color=_COLOURS[1])
+    axes.tick_params(labelsize=9, colors=_COLOURS[1])
+    axes.spines[["top"]].set_visible(False)
+
+
+def _is_live(records: list[dict[str, float]], key: str) -> bool:
+    """Whether the metric was ever there and not zero."""
+    return any(record.get(key) for record in records)

@@ -1,0 +1,227 @@
+"""The pretraining loop: data, step, record, checkpoint, from the first sample to the last."""
+
+from __future__ import annotations
+
+import signal
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+from cmae.model import CMAE, build_model, draw_mask, momentum_at
+from cmae.pipeline import Loader, LoaderState, build_loader
+from cmae.train.checkpoint import (
+    Checkpointer,
+    changed_settings,
+    check_model_fits,
+    find_checkpoint,
+    load_checkpoint,
+)
+from cmae.train.config import BatchSplit, Config
+from cmae.train.distributed import Ranks, any_rank, join_ranks
+from cmae.train.optim import build_schedule
+from cmae.train.recorder import Recorder
+from cmae.train.step import TrainStep, check_precision
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on; what it had reached is in its last checkpoint."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    step: int
+    total_steps: int
+    checkpoint: Path | None
+    signal: int | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """0: all done. 130: Ctrl-C. 75 (EX_TEMPFAIL): stopped by SIGTERM or SIGUSR1, start it again."""
+        if self.signal is None:
+            return 0
+        return 130 if self.signal == signal.SIGINT else 75
+
+
+def pretrain(config: Config) -> Outcome:
+    """Train until the schedule ends, `run.stop_at_step`, or a signal; continue where the last run stopped.
+
+    Raises:
+        ValueError: settings that do not fit each other, the data or the machine.
+        TrainingError: the loss is no longer finite.
+    """
+    with ExitStack() as stack:
+        ranks = stack.enter_context(join_ranks(config.speed.device))
+        check_precision(config.optim.precision, ranks.device)
+        split = BatchSplit.of(
+            config.optim.global_batch_size, config.speed.micro_batch_size, ranks.world_size
+        )
+        found = find_checkpoint(config.run.resume, config.run.out / "checkpoints")
+        resumed = _load_fitting(found, config) if found else None
+        loader = stack.enter_context(_open_loader(config, split, ranks, resumed))
+        total_steps = _total_steps(config, loader)
+        step = resumed["step"] if resumed else 0
+        recorder = stack.enter_context(
+            Recorder(config, ranks, start_step=step, total_steps=total_steps, loader=loader)
+        )
+        changes = changed_settings(resumed["config"], config.to_dict()) if resumed else []
+        recorder.opening(found, changes)
+        model = _initial_model(config).to(ranks.device)
+        train_step = TrainStep(model, config.optim, config.speed, ranks)
+        if resumed:
+            train_step.load_state_dict(resumed)
+        del resumed  # a second copy of all weights
+        stop = stack.enter_context(StopSignals())
+        return _loop(config, ranks, split, loader, train_step, recorder, stop, step, total_steps)
+
+
+def _loop(
+    config: Config,
+    ranks: Ranks,
+    split: BatchSplit,
+    loader: Loader,
+    train_step: TrainStep,
+    recorder: Recorder,
+    stop: StopSignals,
+    step: int,
+    total_steps: int,
+) -> Outcome:
+    run = config.run
+    last_step = min(total_steps, run.stop_at_step or total_steps)
+    schedule = build_schedule(
+        config.optim, total_steps=total_steps, steps_per_epoch=loader.steps_per_epoch
+    )
+    checkpoints = Checkpointer(
+        run.out / "checkpoints", keep=run.keep_checkpoints, keep_every=run.keep_every
+    )
+    skipped, stopping, path = 0, False, None
+    while step < last_step and not stopping:
+        batches = [next(loader) for _ in range(split.accumulation)]
+        momentum = momentum_at(config.model, step, total_steps)
+        losses, taken = train_step(batches, lr=schedule(step), momentum=momentum)
+        if not taken:  # nothing has changed: not the weights, not the schedule, not the counter
+            skipped += 1
+            recorder.skipped(step, skipped, batches, losses)
+            if skipped > config.optim.max_skipped_steps:
+                raise TrainingError(_not_finite(step, skipped, run.out))
+            continue
+        skipped = 0
+        step += 1
+        recorder.step(step, batches, losses)
+        at_record = step % run.log_every == 0 or step == last_step
+        if at_record:
+            recorder.record(step, lr=schedule(step - 1), epoch=batches[-1].epoch)
+        if at_record or ranks.world_size == 1:  # ranks agree where they meet anyway
+            stopping = any_rank(stop.is_set, ranks)
+        if run.picture_every and step % run.picture_every == 0:
+            recorder.picture(step, train_step.model, batches[0])
+        is_due = step % run.checkpoint_every == 0 or step == last_step or stopping
+        if is_due and ranks.is_first:
+            state = {**train_step.state_dict(), "loader": loader.state.to_dict()}
+            path = checkpoints.save(step, {**state, "config": config.to_dict()})
+    checkpoints.wait()
+    recorder.closing(step, path, stopping)
+    return Outcome(step, total_steps, path, stop.number if stopping else None)
+
+
+def _open_loader(
+    config: Config, split: BatchSplit, ranks: Ranks, resumed: dict[str, Any] | None
+) -> Loader:
+    data = config.data
+    if not data.shards:
+        raise ValueError(
+            "data.shards is empty; name WebDataset tars, for instance "
+            "--data.shards '/data/imagenet/train-*.tar' (`cmae shards write` makes them)"
+        )
+    # Without a contrastive loss nobody looks at the target view: do not make it.
+    views = data.views if config.model.has_contrast else replace(data.views, num_views=1)
+    return build_loader(
+        data.shards,
+        views,
+        batch_size=split.micro_batch_size,
+        global_batch_size=config.optim.global_batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        seed=config.seed,
+        device=ranks.device,
+        draw_mask=lambda sample_index, epoch: draw_mask(
+            config.model, sample_index, seed=config.seed, epoch=epoch
+        ),
+        num_threads=config.speed.num_threads,
+        prefetch=config.speed.prefetch,
+        state=LoaderState.from_dict(resumed["loader"]) if resumed else None,
+        shuffle=data.shuffle,
+        source=data.source,
+        backend=config.speed.view_backend,
+        ledger=config.run.out / "bad_samples.jsonl",
+        max_bad_fraction=data.max_bad_fraction,
+    )
+
+
+def _initial_model(config: Config) -> CMAE:
+    model = build_model(config.model, seed=config.seed)
+    if config.init_from is not None:
+        model.load_state_dict(_load_fitting(config.init_from, config)["model"])
+    return model
+
+
+def _load_fitting(path: Path, config: Config) -> dict[str, Any]:
+    state = load_checkpoint(path)
+    check_model_fits(path, state["config"]["model"], config.to_dict()["model"])
+    return state
+
+
+def _total_steps(config: Config, loader: Loader) -> int:
+    if config.optim.total_steps is not None:
+        return config.optim.total_steps
+    if loader.steps_per_epoch is None:
+        raise ValueError(
+            "optim.total_steps is null and the stream's size is not known; set optim.total_steps, or "
+            "write sidecar indexes with `cmae shards index`"
+        )
+    return config.optim.epochs * loader.steps_per_epoch
+
+
+def _not_finite(step: int, skipped: int, out: Path) -> str:
+    return (
+        f"{skipped} steps in a row after step {step} had gradients that are not finite; the samples are "
+        f"listed in {out / 'skipped_steps.jsonl'}. The last checkpoint is from before: resume from it "
+        "with a lower optim.lr_per_256, a longer warmup, or optim.precision=bf16"
+    )
+
+
+class StopSignals:
+    """Turns SIGINT, SIGTERM and SIGUSR1 into a flag; a second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._before: dict[int, Any] = {}
+
+    @property
+    def is_set(self) -> bool:
+        """Whether somebody asked the run to stop."""
+        return self.number is not None
+
+    def __enter__(self) -> Self:
+        """Take over the three signals."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Give them back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.is_set:
+            raise KeyboardInterrupt
+        self.number = number

@@ -1,0 +1,163 @@
+"""The first rank's voice: progress, metrics, pictures and the record of skipped steps of one run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+import yaml
+from torch import Tensor
+
+from cmae.model import CMAE
+from cmae.pipeline import Batch, Loader
+from cmae.train.config import Config
+from cmae.train.distributed import Ranks
+from cmae.train.metrics import Display, MetricLog, MetricWindow
+from cmae.train.pictures import first_batch_picture, reconstruction_picture
+from cmae.train.plots import loss_plot
+
+
+class Recorder:
+    """Collects losses on every rank; on the first one also writes files and speaks.
+
+    Args:
+        config: of the run.
+        ranks: this process among all.
+        start_step: step that the run begins after.
+        total_steps: length of the schedule.
+        loader: asked for its waiting time and its bad samples.
+    """
+
+    def __init__(
+        self, config: Config, ranks: Ranks, *, start_step: int, total_steps: int, loader: Loader
+    ) -> None:
+        self._config = config
+        self._ranks = ranks
+        self._loader = loader
+        self._start_step = start_step
+        self._total_steps = total_steps
+        self._window = MetricWindow(ranks.device)
+        self._resources = ExitStack()
+        self._seen_bad = 0
+
+    def __enter__(self) -> Self:
+        """Open the files and start the display, on the first rank."""
+        if self._ranks.is_first:
+            run, config = self._config.run, self._config
+            run.out.mkdir(parents=True, exist_ok=True)
+            write_config(config, run.out / "config.yaml")
+            self._log = MetricLog(
+                run.out,
+                start_step=self._start_step,
+                wandb_project=run.wandb_project,
+                config=config.to_dict(),
+            )
+            self._resources.callback(self._log.close)
+            self._display = self._resources.enter_context(
+                Display(self._total_steps, start_step=self._start_step, live=run.progress)
+            )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close what was opened."""
+        self._resources.close()
+
+    def opening(self, resumed_from: Path | None, notes: Sequence[str]) -> None:
+        """Say what is about to run, and what differs from the checkpoint it continues."""
+        if not self._ranks.is_first:
+            return
+        config, loader = self._config, self._loader
+        self._display.say(
+            f"{config.run.out}: {loader.num_samples or 'an unknown number of'} samples, "
+            f"{loader.steps_per_epoch or '?'} steps an epoch, {self._total_steps} steps, "
+            f"global batch {config.optim.global_batch_size} on {self._ranks.world_size} x "
+            f"{self._ranks.device.type}, {config.optim.precision}"
+        )
+        if resumed_from is not None:
+            self._display.say(f"continuing {resumed_from}")
+        for note in notes:
+            self._display.say(f"[yellow]changed:[/] {note}")
+
+    def step(self, step: int, batches: Sequence[Batch], losses: Tensor) -> None:
+        """Note a step that was taken."""
+        self._window.add(losses)
+        if not self._ranks.is_first:
+            return
+        self._display.advance(step)
+        if step == self._start_step + 1:
+            first_batch_picture(batches[0], self._config.run.out / "first_batch.png")
+
+    def record(self, step: int, *, lr: float, epoch: int) -> None:
+        """Average over the ranks since the last record, write and show. A collective."""
+        record = self._window.read(
+            images_per_step=self._config.optim.global_batch_size,
+            waited_s=self._loader.wait_s,
+            ranks=self._ranks,
+        )
+        if not self._ranks.is_first:
+            return
+        record |= {"lr": lr, "epoch": epoch, "bad_samples": self._loader.bad_samples}
+        self._log.write(step, record)
+        self._display.show(step, record)
+        if self._loader.bad_samples > self._seen_bad:
+            self._seen_bad = self._loader.bad_samples
+            self._display.say(
+                f"[yellow]{self._seen_bad} bad samples replaced so far[/]; "
+                f"see {self._config.run.out / 'bad_samples.jsonl'}"
+            )
+
+    def skipped(self, step: int, count: int, batches: Sequence[Batch], losses: Tensor) -> None:
+        """Note a step that was not taken, with its samples, on every rank."""
+        out = self._config.run.out
+        out.mkdir(parents=True, exist_ok=True)
+        line = {
+            "after_step": step,
+            "rank": self._ranks.rank,
+            "losses": losses.tolist(),
+            "samples": [index for batch in batches for index in batch.sample_index.tolist()],
+        }
+        with (out / "skipped_steps.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if self._ranks.is_first:
+            self._display.say(
+                f"[yellow]step {step + 1} skipped ({count} in a row): gradients are not finite[/]"
+            )
+
+    def picture(self, step: int, model: CMAE, batch: Batch) -> None:
+        """Draw original, masked and reconstruction of the first images of a batch."""
+        if self._ranks.is_first:
+            folder = self._config.run.out / "pictures"
+            folder.mkdir(exist_ok=True)
+            with torch.no_grad():
+                reconstruction_picture(model, batch, folder / f"step-{step:08d}.png")
+
+    def closing(self, step: int, checkpoint: Path | None, stopping: bool) -> None:
+        """Say where the results lie."""
+        if not self._ranks.is_first:
+            return
+        out = self._config.run.out
+        if self._log.path.stat().st_size:
+            loss_plot(self._log.path, out / "loss.png")
+        if checkpoint is None:
+            self._display.say(f"nothing to do: {out} is already at step {step}")
+        elif stopping:
+            self._display.say(f"stopped at step {step}; run the same command again to continue")
+        else:
+            self._display.say(f"done: step {step}, {checkpoint}")
+
+
+def write_config(config: Config, path: Path) -> None:
+    """Write the configuration as a recipe that `--recipe` reads back."""
+    plain = config.to_dict()
+    del plain["data"]["views"]["img_size"]  # follows model.img_size
+    path.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")

@@ -1,0 +1,296 @@
+"""`cmae shards write | index | verify | inspect`: functions that print a summary and return an exit code."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from cmae.pipeline.index import build_indices
+from cmae.pipeline.shards import (
+    SKIPPED_FILE,
+    Decode,
+    ImageSource,
+    ShardStatistics,
+    contact_sheet,
+    load_classes,
+    read_image_list,
+    scan_image_folder,
+    shard_statistics,
+    verify_shards,
+    write_shards,
+)
+from cmae.pipeline.urls import expand_shards, is_local
+
+_MAX_LINES = 20
+"""Problems that are printed; the rest are counted."""
+
+_INTERRUPTED = 130
+"""Exit code after Ctrl-C: 128 + SIGINT."""
+
+
+def write(
+    images: Path,
+    out: Path,
+    *,
+    list_file: Path | None = None,
+    samples_per_shard: int = 1000,
+    max_shard_mib: int | None = None,
+    seed: int = 0,
+    shuffle: bool = True,
+    strict: bool = False,
+    workers: int | None = None,
+) -> int:
+    """Copy a folder of JPEGs, one subfolder a class, into shards with their indices.
+
+    The bytes are copied, never encoded again. Stop it at any time: the same command continues.
+
+    Args:
+        images: Folder with one subfolder for each class; or with images only, for a set without labels.
+        out: Folder of its own for the shards. They are named after it: shards/train -> train-000000.tar.
+        list_file: Lines `path<TAB or space>label` to write instead of all images; paths start at `images`.
+        samples_per_shard: Largest number of images in a shard.
+        max_shard_mib: Largest size of a shard in MiB; null means no limit.
+        seed: Of the shuffle.
+        shuffle: Mix the classes over all shards, so that a few shards are a fair sample.
+        strict: Stop at the first file that is no JPEG we can decode, instead of listing it in skipped.jsonl.
+        workers: Threads; null means one for each CPU core, at most 16.
+    """
+    start = time.perf_counter()
+    source = _read_source(images, list_file)
+    try:
+        with _progress("writing images", len(source.images)) as advance:
+            report = write_shards(
+                source,
+                out,
+                samples_per_shard=samples_per_shard,
+                max_shard_bytes=None if max_shard_mib is None else max_shard_mib * 2**20,
+                seed=seed,
+                shuffle=shuffle,
+                strict=strict,
+                workers=workers,
+                progress=advance,
+            )
+    except KeyboardInterrupt:
+        _say(f"interrupted; finished shards stay in {out}: run the same command again to continue")
+        return _INTERRUPTED
+    except OSError as error:
+        raise ValueError(f"cannot write shards of {images} to {out}: {error}") from error
+    seconds = time.perf_counter() - start
+    classes = f", {len(source.classes)} classes" if source.classes else ""
+    print(
+        f"{_count(report.num_samples, 'image')}{classes} in {_count(report.num_shards, 'shard')}, "
+        f"{_gib(report.num_bytes)}, {seconds:.1f} s: {out}"
+    )
+    if report.num_already_written:
+        print(f"{_count(report.num_already_written, 'shard')} written before")
+    if source.num_ignored:
+        print(f"{_count(source.num_ignored, 'file')} passed over: not named as images")
+    if report.num_skipped:
+        print(
+            f"{_count(report.num_skipped, 'file')} skipped, no usable JPEG: see {out / SKIPPED_FILE}"
+        )
+    return 0
+
+
+def index(shards: str | list[str], *, rebuild: bool = False, workers: int | None = None) -> int:
+    """Index WebDataset tars made elsewhere, so that they can be read at random; the tars stay as they are.
+
+    Args:
+        shards: Tar file, folder, quoted glob, braces such as train-{000000..000099}.tar, or several of them.
+        rebuild: Also make indices again that are fresh.
+        workers: Threads; null means one for each CPU core, at most 16.
+    """
+    start = time.perf_counter()
+    paths = _local_shards(shards)
+    with _progress("indexing shards", len(paths)) as advance:
+        results = build_indices(paths, rebuild=rebuild, workers=workers, progress=advance)
+    failed = [result for result in results if result.error is not None]
+    built = sum(result.built for result in results)
+    bad = sum(result.num_bad for result in results)
+    print(
+        f"{_count(sum(result.num_samples for result in results), 'sample')} in "
+        f"{_count(len(results), 'shard')}: {built} indexed, "
+        f"{len(results) - built - len(failed)} fresh already, {time.perf_counter() - start:.1f} s"
+    )
+    if bad:
+        print(
+            f"{_count(bad, 'image')} left out, cannot be decoded: `cmae shards verify` says which"
+        )
+    _say_lines([f"{result.error}" for result in failed])
+    if failed:
+        print(f"{_count(len(failed), 'shard')} without an index")
+    return 1 if failed else 0
+
+
+def verify(shards: str | list[str], *, decode: Decode = "none", workers: int | None = None) -> int:
+    """Read every byte of the shards and compare it with their indices; exit code 1 if anything is wrong.
+
+    Args:
+        shards: Tar file, folder, quoted glob, braces such as train-{000000..000099}.tar, or several of them.
+        decode: Also decode every image, with Pillow (pil) or nvImageCodec (nvimgcodec), on the CPU.
+        workers: Threads; null means one for each CPU core, at most 16.
+    """
+    start = time.perf_counter()
+    paths = _local_shards(shards)
+    with _progress("verifying shards", len(paths)) as advance:
+        report = verify_shards(paths, decode=decode, workers=workers, progress=advance)
+    _say_lines(
+        [
+            f"{Path(problem.shard).name}{f', {problem.key}' if problem.key else ''}: {problem.what}"
+            for problem in report.problems
+        ]
+    )
+    verdict = _count(len(report.problems), "problem") if report.problems else "no problem"
+    print(
+        f"{verdict} in {_count(report.num_samples, 'sample')}, {_count(report.num_shards, 'shard')}, "
+        f"{_gib(report.num_bytes)}, {time.perf_counter() - start:.1f} s"
+    )
+    for note in report.notes:
+        print(f"note: {note}")
+    return 0 if report.ok else 1
+
+
+def inspect(
+    shards: str | list[str], *, sheet: Path | None = None, num_images: int = 40, columns: int = 8
+) -> int:
+    """Print what the shards hold, from their indices, and draw a contact sheet.
+
+    Args:
+        shards: Tar file, folder, quoted glob, braces such as train-{000000..000099}.tar, or several of them.
+        sheet: Also draw images spread evenly over the shards to this .png file.
+        num_images: Images on the sheet.
+        columns: Images in a row of the sheet.
+    """
+    paths = _local_shards(shards)
+    statistics = shard_statistics(paths)
+    console = Console()
+    console.print(_count_table(statistics, load_classes(Path(paths[0]).parent)))
+    console.print(_percentile_table(statistics))
+    if sheet is not None:
+        contact_sheet(paths, sheet, num_images=num_images, columns=columns)
+        print(f"contact sheet: {sheet}")
+    return 0
+
+
+def join_shards(arguments: Sequence[str]) -> list[str]:
+    """Make one list of the paths that a shell expanded from an unquoted glob: `index a.tar b.tar` works."""
+    command, paths = list(arguments[:1]), []
+    rest = list(arguments[1:])
+    while command != ["write"] and rest and not rest[0].startswith("-"):
+        paths.append(rest.pop(0))
+    return command + ([json.dumps(paths)] if len(paths) > 1 else paths) + rest
+
+
+def _read_source(images: Path, list_file: Path | None) -> ImageSource:
+    with Console(stderr=True).status("looking for images"):
+        if list_file is not None:
+            return read_image_list(list_file, root=images)
+        return scan_image_folder(images)
+
+
+def _local_shards(shards: str | list[str]) -> list[str]:
+    paths = expand_shards(shards)
+    remote = [path for path in paths if not is_local(path)]
+    if remote:
+        raise ValueError(
+            f"shards={remote[0]!r} is not a local file: copy the shards to a disk first"
+        )
+    return paths
+
+
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr; gives the function that advances it."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TaskProgressColumn(show_speed=True),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda amount: progress.advance(task, amount)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _say_lines(lines: Sequence[str]) -> None:
+    for line in lines[:_MAX_LINES]:
+        _say(line)
+    if len(lines) > _MAX_LINES:
+        _say(f"... and {len(lines) - _MAX_LINES} more")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def _count_table(facts: ShardStatistics, classes: list[str] | None) -> Table:
+    table = Table(title="Shards", show_header=False, title_justify="left")
+    smallest, largest = facts.samples_per_shard
+    table.add_row("shards", f"{facts.num_shards} with {smallest}..{largest} samples")
+    table.add_row("samples", f"{facts.num_samples}")
+    if facts.num_bad:
+        table.add_row("left out", f"[red]{facts.num_bad} images cannot be decoded")
+    mean = facts.image_bytes / facts.num_samples
+    table.add_row("image bytes", f"{_gib(facts.image_bytes)}, {mean / 1e3:.1f} kB an image")
+    table.add_row("kinds", ", ".join(f"{count} {kind}" for kind, count in facts.kinds.items()))
+    turned = [f"{count} stored as {o}" for o, count in facts.orientations.items() if o != 1]
+    table.add_row("EXIF orientation", ", ".join(turned) or "all upright")
+    table.add_row("labels", escape(_label_line(facts, classes)))
+    return table
+
+
+def _label_line(facts: ShardStatistics, classes: list[str] | None) -> str:
+    if not facts.class_counts:
+        return "none"
+
+    def name(label: int) -> str:
+        return f"{label} {classes[label]}" if classes and label < len(classes) else f"{label}"
+
+    rarest = min(facts.class_counts, key=facts.class_counts.__getitem__)
+    commonest = max(facts.class_counts, key=facts.class_counts.__getitem__)
+    fewest, most = facts.class_counts[rarest], facts.class_counts[commonest]
+    spread = (
+        f"{fewest} ({name(rarest)}) to {most} ({name(commonest)})" if fewest < most else f"{most}"
+    )
+    line = f"{len(facts.class_counts)} classes with {spread} images"
+    return line + (f", {facts.num_unlabelled} without a label" if facts.num_unlabelled else "")
+
+
+def _percentile_table(facts: ShardStatistics) -> Table:
+    table = Table(title="Images, by percentile", title_justify="left")
+    table.add_column("")
+    for percentile in facts.percentiles:
+        name = {0: "min", 50: "median", 100: "max"}.get(percentile, f"{percentile} %")
+        table.add_column(name, justify="right")
+    table.add_row("kB", *(f"{value / 1e3:.1f}" for value in facts.bytes_at))
+    table.add_row("megapixels", *(f"{value:.3f}" for value in facts.megapixels_at))
+    table.add_row("width", *map(str, facts.width_at))
+    table.add_row("height", *map(str, facts.height_at))
+    return table

@@ -1,0 +1,107 @@
+"""`cmae import` and `cmae export`: weights from other projects, and for timm."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+
+from cmae.model import CMAE, ModelConfig, build_model, from_authors, from_mae, to_timm
+from cmae.train.checkpoint import FORMAT, load_checkpoint, write_atomically
+
+
+def load_model(checkpoint: Path) -> CMAE:
+    """The model in a checkpoint, with the configuration it was trained with, on the CPU.
+
+    Raises:
+        CheckpointError: missing, unreadable, or not a checkpoint of this project.
+    """
+    state = load_checkpoint(checkpoint)
+    model = build_model(model_config(state["config"]["model"]))
+    model.load_state_dict(state["model"])
+    return model.eval()
+
+
+def model_config(stored: dict[str, Any]) -> ModelConfig:
+    """A configuration from its form in a checkpoint, where tuples are lists."""
+    fields: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()
+    }
+    return ModelConfig(**fields)
+
+
+def import_weights(
+    source: Path,
+    out: Path,
+    layout: Literal["authors", "mae"] = "authors",
+    channel_order: Literal["rgb", "bgr"] = "bgr",
+) -> int:
+    """Turn a checkpoint of the CMAE authors' code or of MAE into one of this project.
+
+    The result works with `cmae reconstruct`, `cmae export` and `cmae pretrain --init_from`.
+
+    Args:
+        source: a file that torch.save wrote: a state dict, or a dict that holds one.
+        out: checkpoint to write.
+        layout: names in the file: 'authors' for ZhichengHuang/CMAE, 'mae' for facebookresearch/mae.
+        channel_order: order of the colour channels that the network was trained on ('authors' only);
+            the authors' own weights are 'bgr'.
+    """
+    if not source.is_file():
+        raise ValueError(f"{source}: there is no such file")
+    loaded = torch.load(source, map_location="cpu", weights_only=True)
+    model = (
+        from_mae(loaded) if layout == "mae" else from_authors(loaded, channel_order=channel_order)
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    config = {
+        "model": {
+            k: list(v) if isinstance(v, tuple) else v for k, v in asdict(model.config).items()
+        }
+    }
+    write_atomically(
+        out, {"format": FORMAT, "step": 0, "config": config, "model": model.state_dict()}
+    )
+    _say(f"{out}: {_describe(model)} from {source}")
+    return 0
+
+
+def export_weights(
+    checkpoint: Path, out: Path, branch: Literal["online", "target"] = "online"
+) -> int:
+    """Write the encoder of a checkpoint with timm's names.
+
+    Read it with timm.create_model('vit_base_patch16_224', num_classes=0, checkpoint_path=OUT) or, for the
+    file as a dict, torch.load or safetensors.torch.load_file.
+
+    Args:
+        checkpoint: of this project.
+        out: file to write; with the suffix .safetensors it is one, else torch.save writes it.
+        branch: 'online' is the trained encoder, 'target' its moving average.
+    """
+    model = load_model(checkpoint)
+    state = to_timm(model, branch=branch)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix == ".safetensors":
+        from safetensors.torch import save_file
+
+        save_file({name: value.contiguous() for name, value in state.items()}, out)
+    else:
+        write_atomically(out, state)
+    _say(f"{out}: {branch} encoder, {_describe(model)}, {len(state)} tensors with timm's names")
+    return 0
+
+
+def _describe(model: CMAE) -> str:
+    config = model.config
+    return (
+        f"{config.encoder} {config.embed_dim}/{config.depth}/{config.num_heads}, patch "
+        f"{config.patch_size}, image {config.img_size}"
+    )
+
+
+def _say(message: str) -> None:
+    Console(stderr=True, highlight=False).print(message, soft_wrap=True)
