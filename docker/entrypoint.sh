@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# One entrypoint for both images: `pretrain` starts one process per GPU, everything else runs as it is.
+#   NPROC_PER_NODE   processes on this node (default: its GPUs; 1 without any)
+#   NNODES NODE_RANK MASTER_ADDR MASTER_PORT   as torchrun's flags of the same names
+set -euo pipefail
+
+# DALI and torch each start a pool; without this every rank takes all cores for itself.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+if [ "${1:-}" != pretrain ]; then
+    exec python3 -m cmae.train "$@"
+fi
+gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())')
+nproc="${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}"
+nnodes="${NNODES:-1}"
+if [ "$nproc" -eq 1 ] && [ "$nnodes" -eq 1 ]; then
+    exec python3 -m cmae.train "$@"
+fi
+exec torchrun --nnodes "$nnodes" --nproc-per-node "$nproc" --node-rank "${NODE_RANK:-0}" \
+    --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}" \
+    -m cmae.train "$@"
