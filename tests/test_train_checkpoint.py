@@ -73,7 +73,16 @@ def test_a_truncated_checkpoint_is_named_with_the_repair(tmp_path: Path) -> None
     path = writer.save(1, {"w": torch.ones(1000)})
     writer.wait()
     path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(CheckpointError, match=r"step-00000001\.pt cannot be read.*delete it"):
+    with pytest.raises(
+        CheckpointError, match=r"step-00000001\.pt cannot be read as a checkpoint.*delete it"
+    ):
+        load_checkpoint(path)
+
+
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("hello\n")
+    with pytest.raises(CheckpointError, match=r"notes\.txt cannot be read as a checkpoint"):
         load_checkpoint(path)
 
 

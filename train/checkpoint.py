@@ -8,7 +8,6 @@ data and the configuration. It needs no state of random generators: views, masks
 from __future__ import annotations
 
 import os
-import pickle
 import re
 import threading
 from pathlib import Path
@@ -134,10 +133,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: there is no such file")
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+    except Exception as error:  # torch's reader raises anything on a file that is something else
+        reason = (str(error).splitlines() or [""])[0]
         raise CheckpointError(
-            f"{path} cannot be read ({str(error).splitlines()[0]}); delete it to go on from the "
-            "checkpoint before it"
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}: {reason}); if a run wrote "
+            "it, delete it to go on from the checkpoint before it"
         ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(

@@ -197,9 +197,18 @@ def _shards(arguments: Sequence[str]) -> int:
 
 
 def _reconstruct(arguments: Sequence[str]) -> int:
+    parser = Parser(
+        prog="cmae reconstruct",
+        description="Draw original, masked input, reconstruction and plain prediction of image files.",
+    )
+    parser.add_argument("checkpoint", type=Path, help="of a run, or made by `cmae import`")
+    parser.add_argument("images", type=Path, nargs="+", help="files; the centre square is used")
+    parser.add_argument("--out", type=Path, default=Path("reconstruction.png"), help="PNG to write")
+    parser.add_argument("--seed", type=int, default=0, help="of the mask")
+    parsed = parser.parse_args(list(arguments))
     from cmae.train.pictures import reconstruct
 
-    return _call(reconstruct, "cmae reconstruct", arguments)
+    return reconstruct(parsed.checkpoint, parsed.images, parsed.out, parsed.seed)
 
 
 def _demo(arguments: Sequence[str]) -> int:

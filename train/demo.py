@@ -1,8 +1,8 @@
 """`cmae demo`: the whole way from photographs to a pretrained encoder, in minutes, on two CPU cores.
 
 The task: from which of 16 photographs does a tile come? Training and validation tiles come from disjoint
-regions, so a tile is recognised by what its photograph looks like, not by pixels seen before. Labels serve for
-scoring only: weighted k-NN (k 20, temperature .07, cosine) with the training tiles as the bank, the same for
+regions, so a tile is recognised by what its photograph looks like, not by pixels seen before. Labels serve
+for scoring only: weighted k-NN (k 20, temperature .07, cosine) against the training tiles, the same for
 
 - the pretrained encoder: mean patch token of the whole, unmasked tile,
 - the encoder with its initial weights,

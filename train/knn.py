@@ -1,4 +1,4 @@
-"""k-nearest-neighbour accuracy of frozen features: what an encoder has learnt, with nothing trained on top."""
+"""k-nearest-neighbour accuracy of frozen features: what an encoder has learnt, nothing trained on top."""
 
 from __future__ import annotations
 

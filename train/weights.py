@@ -25,6 +25,15 @@ def load_model(checkpoint: Path) -> CMAE:
     return model.eval()
 
 
+def save_model(model: CMAE, out: Path) -> None:
+    """Write a model alone: a checkpoint that `init_from`, `reconstruct` and `export` read."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    fields = asdict(model.config).items()
+    config = {key: list(value) if isinstance(value, tuple) else value for key, value in fields}
+    state = {"config": {"model": config}, "model": model.state_dict()}
+    write_atomically(out, {"format": FORMAT, "step": 0, **state})
+
+
 def model_config(stored: dict[str, Any]) -> ModelConfig:
     """A configuration from its form in a checkpoint, where tuples are lists."""
     fields: dict[str, Any] = {
@@ -38,6 +47,7 @@ def import_weights(
     out: Path,
     layout: Literal["authors", "mae"] = "authors",
     channel_order: Literal["rgb", "bgr"] = "bgr",
+    trust: bool = False,
 ) -> int:
     """Turn a checkpoint of the CMAE authors' code or of MAE into one of this project.
 
@@ -49,22 +59,19 @@ def import_weights(
         layout: names in the file: 'authors' for ZhichengHuang/CMAE, 'mae' for facebookresearch/mae.
         channel_order: order of the colour channels that the network was trained on ('authors' only);
             the authors' own weights are 'bgr'.
+        trust: also unpickle objects that are not tensors (logs and settings that training frameworks
+            store beside the weights); such a file can run any code, so know where it comes from.
     """
-    if not source.is_file():
-        raise ValueError(f"{source}: there is no such file")
-    loaded = torch.load(source, map_location="cpu", weights_only=True)
-    model = (
-        from_mae(loaded) if layout == "mae" else from_authors(loaded, channel_order=channel_order)
-    )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    config = {
-        "model": {
-            k: list(v) if isinstance(v, tuple) else v for k, v in asdict(model.config).items()
-        }
-    }
-    write_atomically(
-        out, {"format": FORMAT, "step": 0, "config": config, "model": model.state_dict()}
-    )
+    loaded = _read_foreign(source, trust=trust)
+    try:
+        model = (
+            from_mae(loaded)
+            if layout == "mae"
+            else from_authors(loaded, channel_order=channel_order)
+        )
+    except ValueError as error:
+        raise ValueError(f"{source}, read with layout={layout!r}: {error}") from error
+    save_model(model, out)
     _say(f"{out}: {_describe(model)} from {source}")
     return 0
 
@@ -93,6 +100,19 @@ def export_weights(
         write_atomically(out, state)
     _say(f"{out}: {branch} encoder, {_describe(model)}, {len(state)} tensors with timm's names")
     return 0
+
+
+def _read_foreign(source: Path, *, trust: bool) -> dict[str, Any]:
+    if not source.is_file():
+        raise ValueError(f"{source}: there is no such file")
+    try:
+        loaded: dict[str, Any] = torch.load(source, map_location="cpu", weights_only=not trust)
+    except Exception as error:  # torch's reader raises anything on a file that is something else
+        hint = "" if trust else "; if it holds more than tensors and you trust it, add --trust true"
+        raise ValueError(
+            f"{source} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}){hint}"
+        ) from error
+    return loaded
 
 
 def _describe(model: CMAE) -> str:
