@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+JOBS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 STAMP := $(VENV)/.installed
 export PYTHONSAFEPATH = 1
 
@@ -27,7 +28,7 @@ check: $(STAMP)  ## format, lint, types, import rules, spelling
 	$(BIN)/codespell
 
 test: $(STAMP)  ## all tests that this machine can run
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(JOBS) --dist worksteal --durations 15
 
 demo: $(STAMP)  ## pretrain a micro CMAE on real photographs and look at what it learnt
 	$(BIN)/cmae demo

@@ -16,6 +16,7 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from cmae.pipeline.batch import Batch, LoaderState
+from cmae.pipeline.health import BadSample
 from cmae.pipeline.host import Views
 from cmae.pipeline.sources import RawBatch, Source
 from cmae.pipeline.views import ViewConfig, ViewParams, draw_view_params
@@ -47,6 +48,7 @@ class Ready:
     """A finished batch; on CUDA `event` says when its tensors may be read."""
 
     batch: Batch
+    bad: list[BadSample]
     event: torch.cuda.Event | None
 
 
@@ -115,6 +117,8 @@ class Feed:
         self._source.close()
 
     def _run(self, state: LoaderState) -> None:
+        # Small work beside the decoding threads: a parallel region would only wait for their cores.
+        torch.set_num_threads(1)
         try:
             with torch.cuda.stream(self._stream):  # None on a CPU: does nothing
                 self._produce(state)
@@ -162,7 +166,7 @@ class Feed:
         )
         self.num_batches += 1
         self.num_bytes += sum(record.data.size for record in raw.records)
-        return Ready(batch, None if self._stream is None else self._stream.record_event())
+        return Ready(batch, raw.bad, None if self._stream is None else self._stream.record_event())
 
     def _upload(self, array: Int64[np.ndarray, " B"]) -> Int64[Tensor, " B"]:
         tensor = torch.from_numpy(array)

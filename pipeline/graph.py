@@ -117,12 +117,18 @@ class GraphViews:
         *,
         batch_size: int,
         num_threads: int,
+        hw_decoder_load: float = 0.65,
         depth: int = 2,
     ) -> None:
         self._views = views
         self._is_gpu = device.type == "cuda"
         self._pipeline = build_view_graph(
-            views, device, batch_size=batch_size, num_threads=num_threads, prefetch=depth
+            views,
+            device,
+            batch_size=batch_size,
+            num_threads=num_threads,
+            hw_decoder_load=hw_decoder_load,
+            prefetch=depth,
         )
         self._in_flight: deque[_Job] = deque()
         self.busy_s = 0.0
@@ -145,15 +151,18 @@ class GraphViews:
             if not bad:  # not one image's fault
                 raise job.error
             return Views(online=None, target=None, bad=bad)
-        online, *rest = [
-            # No copy: the tensor keeps DALI's buffer alive, and the dynamic executor does not reuse it.
-            from_dlpack(output.as_tensor())
-            for output in job.outputs
-        ]
+        online, *rest = [self._to_torch(output) for output in job.outputs]
         target = rest[0] if rest else None
         if target is not None:
             target = apply_color(target, job.params, mode=self._views.color)
         return Views(online=online, target=target, bad={})
+
+    def _to_torch(self, output: Any) -> torch.Tensor:
+        tensor: torch.Tensor = from_dlpack(output.as_tensor())
+        # On a CPU the tensor keeps DALI's buffer alive, and that is enough. On a GPU, work that reads it may
+        # still be queued when the last reference goes, and only torch's own memory waits for other streams.
+        # By arithmetic, not measured: 19 MB read and written for 128 images is 25 us at 1.5 TB/s.
+        return tensor.clone() if self._is_gpu else tensor
 
     def _feed(self, job: _Job) -> None:
         # An array list would be copied sample by sample; a list of DALI tensors is only wrapped.

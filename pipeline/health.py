@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import threading
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,11 +29,11 @@ class BadSample:
 
 
 class Health:
-    """Counts samples and bad records of one rank; safe to use from several threads.
+    """Counts the samples and bad records behind the batches handed out, so read-ahead does not show.
 
     Args:
         ledger: JSON lines file; every bad record appends one line. None = count only.
-        max_bad_fraction: Above this fraction of the samples read, `report` raises.
+        max_bad_fraction: Above this fraction of the samples, `add` raises.
         probation: Samples before the fraction is looked at: one early failure is no rate.
     """
 
@@ -45,51 +45,45 @@ class Health:
         self._ledger = ledger
         self._max_bad_fraction = max_bad_fraction
         self._probation = probation
-        self._lock = threading.Lock()
         self._samples = 0
         self.bad_samples = 0
 
-    def count(self, num_samples: int) -> None:
-        """Note samples that were read, good or bad."""
-        with self._lock:
-            self._samples += num_samples
-
-    def report(self, bad: BadSample) -> None:
-        """Write a bad record down.
+    def add(self, num_samples: int, bad: Sequence[BadSample] = ()) -> None:
+        """Note a batch, and write its bad records down.
 
         Raises:
             DataError: The fraction of bad records is above the limit, after the probation.
         """
-        with self._lock:
-            self.bad_samples += 1
-            self._write(bad)
-            samples, count = self._samples, self.bad_samples
-        if samples >= self._probation and count > self._max_bad_fraction * samples:
+        self._samples += num_samples
+        if not bad:
+            return
+        if self.bad_samples == 0:
+            logger.warning("bad sample replaced: %s. %s", _describe(bad[0]), self._where())
+        self.bad_samples += len(bad)
+        self._write(bad)
+        limit = self._max_bad_fraction * self._samples
+        if self._samples >= self._probation and self.bad_samples > limit:
             raise DataError(
-                f"{count} of {samples} samples are bad, more than max_bad_fraction="
-                f"{self._max_bad_fraction}; the last one: {bad.reason} in {bad.shard}, key {bad.key!r}. "
-                f"{self._where()}. Repair the shards, or raise the limit"
+                f"{self.bad_samples} of {self._samples} samples are bad, more than max_bad_fraction="
+                f"{self._max_bad_fraction}; the last one: {_describe(bad[-1])}. {self._where()}. "
+                "Repair the shards, or raise the limit"
             )
 
-    def _write(self, bad: BadSample) -> None:
-        if self.bad_samples == 1:
-            logger.warning(
-                "bad sample replaced: %s in %s, key %r. %s",
-                bad.reason,
-                bad.shard,
-                bad.key,
-                self._where(),
-            )
+    def _write(self, bad: Sequence[BadSample]) -> None:
         if self._ledger is None:
             return
         self._ledger.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps(asdict(bad)) + "\n"
+        lines = "".join(json.dumps(asdict(one)) + "\n" for one in bad)
         # One write in append mode: ranks share the file, and their lines must not mix.
         handle = os.open(self._ledger, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(handle, line.encode())
+            os.write(handle, lines.encode())
         finally:
             os.close(handle)
 
     def _where(self) -> str:
         return "No ledger is kept" if self._ledger is None else f"All are listed in {self._ledger}"
+
+
+def _describe(bad: BadSample) -> str:
+    return f"{bad.reason} in {bad.shard}, key {bad.key!r}, position {bad.position}"

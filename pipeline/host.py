@@ -6,6 +6,7 @@ pixels are Pillow's to the bit. Every sample is made by one thread from bytes to
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
+from cmae.pipeline.buffers import BufferPool
 from cmae.pipeline.color import apply_color
 from cmae.pipeline.views import ViewConfig, ViewParams
 
@@ -51,13 +53,14 @@ class HostViews:
         self._pool = ThreadPoolExecutor(
             num_threads, thread_name_prefix="cmae-views", initializer=self._start_worker
         )
+        self._buffers = BufferPool()
         self.busy_s = 0.0
 
     def submit(self, encoded: Sequence[UInt8[np.ndarray, " n"]], params: ViewParams) -> _Job:
-        """Start a batch. Its tensors are fresh: what was handed out before is never written again."""
-        size, batch_size = self._views.img_size, len(encoded)
-        online = torch.empty(batch_size, size, size, 3, dtype=torch.uint8)
-        target = torch.empty_like(online) if self._views.has_target else None
+        """Start a batch. What was handed out before and is still referenced is never written again."""
+        batch_size = len(encoded)
+        online = self._empty_batch(batch_size)
+        target = self._empty_batch(batch_size) if self._views.has_target else None
         stride = max(1, batch_size // (4 * self._num_threads))
         futures = [
             self._pool.submit(
@@ -77,6 +80,10 @@ class HostViews:
     def close(self) -> None:
         """Stop the threads; work that has not begun is dropped."""
         self._pool.shutdown(cancel_futures=True)
+
+    def _empty_batch(self, batch_size: int) -> UInt8[Tensor, "B S S 3"]:
+        shape = (batch_size, self._views.img_size, self._views.img_size, 3)
+        return torch.from_numpy(self._buffers.take(math.prod(shape)).reshape(shape))
 
     def _start_worker(self) -> None:
         # One thread a sample: a parallel region inside would only fight the other samples for cores.

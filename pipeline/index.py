@@ -79,7 +79,7 @@ class TarRecord(NamedTuple):
 
 
 def iter_tar(stream: IO[bytes], *, name: str) -> Iterator[TarMember]:
-    """Yield the regular files of a tar, in order; ten times faster than `tarfile`.
+    """Yield the regular files of a tar, in order; 3 to 7 times faster than `tarfile`.
 
     Reads ustar, GNU long names and pax headers, from anything with `read`, pipes included. The two zero
     blocks at the end may be missing, but where they are nothing may follow them.
@@ -100,7 +100,7 @@ def iter_tar(stream: IO[bytes], *, name: str) -> Iterator[TarMember]:
         if not block:
             return
         if block.count(0) == _BLOCK:
-            pass
+            _check_only_zeros_follow(stream, name, position)
             return
         member, size, kind = _parse_header(block, name, position)
         position += _BLOCK

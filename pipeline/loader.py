@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 
 from cmae.pipeline.batch import Batch, LoaderState
-from cmae.pipeline.feed import DrawMask, Feed, Ready, ViewMaker
+from cmae.pipeline.feed import DrawMask, Feed, ViewMaker
 from cmae.pipeline.graph import GraphViews
 from cmae.pipeline.health import Health
 from cmae.pipeline.host import HostViews
@@ -50,19 +49,23 @@ class Loader:
         self._feed = feed
         self._health = health
         self._state = state
-        self._given: deque[tuple[Ready, torch.cuda.Event]] = deque()
-        self._last: Ready | None = None
         self._finalizer = weakref.finalize(self, feed.close)
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Batch:
+        """The next batch.
+
+        Raises:
+            DataError: Too many bad samples, or a shard that cannot be read.
+        """
         start = time.perf_counter()
         ready = self._feed.get()
         self.wait_s += time.perf_counter() - start
         if ready.event is not None:
-            self._order_streams(ready, ready.event)
+            _hand_over(ready.batch, ready.event)
+        self._health.add(len(ready.batch.label), ready.bad)
         self._state = ready.batch.state
         return ready.batch
 
@@ -73,7 +76,7 @@ class Loader:
 
     @property
     def bad_samples(self) -> int:
-        """Bad records met so far, those read ahead included."""
+        """Bad records behind the batches handed out so far."""
         return self._health.bad_samples
 
     @property
@@ -102,19 +105,15 @@ class Loader:
     ) -> None:
         self.close()
 
-    def _order_streams(self, ready: Ready, event: torch.cuda.Event) -> None:
-        """Make the caller's stream wait for the batch, and keep batches alive until it is done with them.
 
-        DALI frees its buffers in the order of its own stream, which knows nothing of kernels that still
-        read them.
-        """
-        stream = torch.cuda.current_stream()
-        if self._last is not None:
-            self._given.append((self._last, stream.record_event()))
-        while self._given and self._given[0][1].query():
-            self._given.popleft()
-        stream.wait_event(event)
-        self._last = ready
+def _hand_over(batch: Batch, event: torch.cuda.Event) -> None:
+    """Order the caller's stream after the feed's, and keep memory from reuse until its work is done."""
+    stream = torch.cuda.current_stream(batch.online.device)
+    stream.wait_event(event)
+    for name in ("online", "target", "ids_keep", "ids_mask", "sample_index", "label"):
+        tensor = getattr(batch, name)
+        if tensor is not None:
+            tensor.record_stream(stream)
 
 
 def build_loader(
@@ -134,6 +133,7 @@ def build_loader(
     shuffle: bool = True,
     source: Literal["auto", "indexed", "stream"] = "auto",
     backend: Literal["auto", "dali", "host"] = "auto",
+    hw_decoder_load: float = 0.65,
     ledger: Path | None = None,
     max_bad_fraction: float = 0.01,
     probation: int = 1000,
@@ -157,6 +157,7 @@ def build_loader(
         shuffle: draw a new order in every epoch.
         source: 'indexed' needs a sidecar index for every shard, 'stream' none; 'auto' looks.
         backend: 'dali' or 'host' make the views; 'auto' is DALI on CUDA and the faster host way on a CPU.
+        hw_decoder_load: share of the JPEGs for the GPU's decoder unit; the best value differs by machine.
         ledger: JSON lines file for bad records.
         max_bad_fraction: raise DataError above this fraction of bad records.
         probation: samples before that fraction is looked at.
@@ -171,24 +172,30 @@ def build_loader(
     _check_sizes(batch_size, global_batch_size, rank=rank, world_size=world_size, prefetch=prefetch)
     paths = expand_shards(shards)
     health = Health(ledger=ledger, max_bad_fraction=max_bad_fraction, probation=probation)
-    common: dict[str, Any] = {
-        "rank": rank,
-        "world_size": world_size,
-        "batch_size": batch_size,
-        "health": health,
-    }
+    place = {"rank": rank, "world_size": world_size, "batch_size": batch_size}
     opened: Source
     if _is_indexed(source, paths):
         index = DatasetIndex.load(paths)
         plan = EpochPlan(len(index), global_batch_size, seed=seed, shuffle=shuffle)
-        opened = IndexedSource(index, plan=plan, check_crc=check_crc, **common)
+        opened = IndexedSource(index, plan=plan, check_crc=check_crc, **place)
     else:
-        opened = StreamSource(paths, seed=seed, shuffle=shuffle, **common)
+        opened = StreamSource(paths, seed=seed, shuffle=shuffle, **place)
     if state is None:
         state = LoaderState(seed, epoch=0, next_sample=0, digest=opened.digest)
     _check_state(state, seed=seed, digest=opened.digest)
     threads = num_threads or len(os.sched_getaffinity(0))
-    maker = _build_maker(views, device, backend=backend, batch_size=batch_size, num_threads=threads)
+    backend = _pick_backend(backend, device)
+    maker: ViewMaker = (
+        HostViews(views, num_threads=threads)
+        if backend == "host"
+        else GraphViews(
+            views,
+            device,
+            batch_size=batch_size,
+            num_threads=threads,
+            hw_decoder_load=hw_decoder_load,
+        )
+    )
     feed = Feed(
         opened,
         maker,
@@ -201,18 +208,16 @@ def build_loader(
     return Loader(opened, maker, feed=feed, health=health, state=state)
 
 
-def _build_maker(
-    views: ViewConfig, device: torch.device, *, backend: str, batch_size: int, num_threads: int
-) -> ViewMaker:
+def _pick_backend(
+    backend: Literal["auto", "dali", "host"], device: torch.device
+) -> Literal["dali", "host"]:
     if backend == "auto":
-        backend = "dali" if device.type == "cuda" else "host"
-    if backend == "dali":
-        return GraphViews(views, device, batch_size=batch_size, num_threads=num_threads)
-    if backend != "host":
+        return "dali" if device.type == "cuda" else "host"
+    if backend not in ("dali", "host"):
         raise ValueError(f"backend={backend!r} must be auto, dali or host")
-    if device.type != "cpu":
+    if backend == "host" and device.type != "cpu":
         raise ValueError(f"backend='host' makes views on the CPU; device={device} needs 'dali'")
-    return HostViews(views, num_threads=num_threads)
+    return backend
 
 
 def _is_indexed(source: str, paths: Sequence[str]) -> bool:

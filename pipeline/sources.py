@@ -20,14 +20,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import webdataset as wds
 from jaxtyping import Int32, Int64, UInt8
 
 from cmae.pipeline.batch import LoaderState
-from cmae.pipeline.health import BadSample, DataError, Health
+from cmae.pipeline.buffers import BufferPool
+from cmae.pipeline.health import BadSample, DataError
 from cmae.pipeline.index import DatasetIndex, TarError, iter_records
 from cmae.pipeline.jpeg import BadImageError, inspect_jpeg
 from cmae.pipeline.plan import EpochPlan
@@ -47,8 +48,10 @@ class Record:
     height: int
     width: int
     label: int
+    sample_id: int
     position: int
-    """Where it was read: its number in the data set (indexed), or its sample id (stream)."""
+    """Where it lies: its number in the data set (indexed), or in the shard (stream)."""
+    key: str = ""
 
 
 @dataclass
@@ -60,6 +63,8 @@ class RawBatch:
     epoch: int
     state: LoaderState
     """The position after this batch."""
+    bad: list[BadSample]
+    """Records that could not be used, met on the way to this batch."""
 
     @property
     def encoded(self) -> list[UInt8[np.ndarray, " n"]]:
@@ -95,24 +100,24 @@ class Source(Protocol):
         """Batches from `state` on, without end."""
 
     def replace(self, raw: RawBatch, bad: dict[int, str]) -> None:
-        """Report the records in these slots, which no decoder takes, and fill the slots with others."""
+        """Note that no decoder takes the records in these slots, and fill the slots with others."""
 
     def close(self) -> None:
         """Release threads and files."""
 
 
-def check_record(data: bytes, *, crc32: int | None = None) -> tuple[int, int]:
-    """Height and width of a JPEG that can be decoded.
+class _Row(NamedTuple):
+    """What the index says of one sample."""
 
-    Raises:
-        BadImageError: The CRC differs from the index's, or the header walk refuses the file.
-    """
-    if crc32 is not None and zlib.crc32(data) != crc32:
-        raise BadImageError("the CRC32 differs from the index: bits of the file have changed")
-    info = inspect_jpeg(data)
-    if not info.kind.decodable:
-        raise BadImageError(f"a JPEG of kind {info.kind.name}, which no decoder here takes")
-    return info.height, info.width
+    position: int
+    sample_id: int
+    shard: int
+    offset: int
+    size: int
+    height: int
+    width: int
+    label: int
+    crc32: int
 
 
 class IndexedSource:
@@ -135,7 +140,6 @@ class IndexedSource:
         rank: int,
         world_size: int,
         batch_size: int,
-        health: Health,
         check_crc: bool = True,
         num_readers: int = 4,
     ) -> None:
@@ -145,9 +149,9 @@ class IndexedSource:
         self.read_s = 0.0
         self._index = index
         self._files = _OpenFiles(index.paths)
+        self._buffers = BufferPool()
         self._plan = plan
         self._rank, self._world_size, self._batch_size = rank, world_size, batch_size
-        self._health = health
         self._check_crc = check_crc
         self._num_readers = num_readers
         self._pool = ThreadPoolExecutor(num_readers, thread_name_prefix="cmae-read")
@@ -162,11 +166,12 @@ class IndexedSource:
             yield ahead.popleft().result()
 
     def replace(self, raw: RawBatch, bad: dict[int, str]) -> None:
-        """Report these slots and fill each with the next good record of the data set."""
+        """Fill each slot with the next good record of the data set."""
         for slot, reason in bad.items():
-            position = raw.records[slot].position
-            self._report(position, reason, raw.epoch)
-            raw.records[slot] = self._next_good(position + 1)
+            record = raw.records[slot]
+            if record.sample_id == raw.sample_index[slot]:  # a bad substitute has a turn of its own
+                raw.bad.append(self._bad_sample(record.position, reason, raw.epoch))
+            raw.records[slot] = self._next_good(record.position + 1)
 
     def close(self) -> None:
         """Stop the reading threads."""
@@ -188,6 +193,7 @@ class IndexedSource:
             )
             if positions is None:
                 epoch, start = epoch + 1, 0
+                self._pool.submit(self._plan.order, epoch + 1)  # ready before it is needed
                 continue
             start += stride
             ends = start + stride > self._plan.samples_per_epoch
@@ -196,48 +202,57 @@ class IndexedSource:
 
     def _read(self, positions: Int64[np.ndarray, " B"], epoch: int, state: LoaderState) -> RawBatch:
         start = time.perf_counter()
-        self._health.count(len(positions))
-        records = [self._record_or_next(int(position), epoch) for position in positions]
+        records, bad = [], []
+        ends = np.cumsum(self._index.size[positions]).tolist()
+        buffer = self._buffers.take(ends[-1])
+        for row, end in zip(self._rows(positions), ends, strict=True):
+            data = buffer[end - row.size : end]
+            try:
+                records.append(self._record(row, data))
+            except BadImageError as error:
+                bad.append(self._bad_sample(row.position, str(error), epoch))
+                records.append(self._next_good(row.position + 1))
         sample_index = self._index.sample_index(positions)
         self.read_s += time.perf_counter() - start
-        return RawBatch(records, sample_index, epoch, state)
-
-    def _record_or_next(self, position: int, epoch: int) -> Record:
-        try:
-            return self._record(position)
-        except BadImageError as error:
-            self._report(position, str(error), epoch)
-            return self._next_good(position + 1)
+        return RawBatch(records, sample_index, epoch, state, bad)
 
     def _next_good(self, position: int) -> Record:
-        num_samples = self._plan.num_samples
-        for attempt in range(min(_MAX_BAD_RUN, num_samples)):
-            try:
-                return self._record((position + attempt) % num_samples)
-            except BadImageError:  # reported when its own turn comes
-                continue
-        shard, _ = self._index.locate(position % num_samples)
+        following = np.arange(position, position + _MAX_BAD_RUN) % self._plan.num_samples
+        for row in self._rows(following):
+            with contextlib.suppress(BadImageError):  # noted when its own turn comes
+                return self._record(row, np.empty(row.size, dtype=np.uint8))
+        shard, _ = self._index.locate(following[0])
         raise DataError(
             f"{_MAX_BAD_RUN} bad records in a row from {self._index.paths[shard]} on; check the shard "
             "with `cmae shards verify`"
         )
 
-    def _record(self, position: int) -> Record:
+    def _rows(self, positions: Int64[np.ndarray, " n"]) -> Iterator[_Row]:
+        """Look all of them up at once: one by one, numpy would cost more than reading."""
         index = self._index
-        shard = int(self._index.locate(position)[0])
-        size = int(index.size[position])
-        data = self._files.read(shard, int(index.offset[position]), size)
-        if len(data) < size:
-            raise BadImageError(f"the shard ends inside the file: {len(data)} of {size} bytes")
-        crc32 = int(index.crc32[position]) if self._check_crc else None
-        height, width = check_record(data, crc32=crc32)
-        label = int(index.label[position])
-        return Record(np.frombuffer(data, np.uint8), height, width, label, position)
+        shard, _ = index.locate(positions)
+        names = ("offset", "size", "height", "width", "label", "crc32")
+        columns = [positions, index.sample_index(positions), shard]
+        columns += [getattr(index, name)[positions] for name in names]
+        return map(_Row, *(column.tolist() for column in columns))
 
-    def _report(self, position: int, reason: str, epoch: int) -> None:
+    def _record(self, row: _Row, data: UInt8[np.ndarray, " n"]) -> Record:
+        """Fill `data` with the sample's bytes and check them."""
+        num_read = self._files.read_into(data, row.shard, offset=row.offset)
+        if num_read < row.size:
+            raise BadImageError(f"the shard ends inside the file: {num_read} of {row.size} bytes")
+        if not self._check_crc:
+            inspect_jpeg(
+                data.data
+            )  # with the CRC of the index, its header walk holds for these bytes
+        elif zlib.crc32(data.data) != row.crc32:
+            raise BadImageError("the CRC32 differs from the index: bits of the file have changed")
+        return Record(data, row.height, row.width, row.label, row.sample_id, row.position)
+
+    def _bad_sample(self, position: int, reason: str, epoch: int) -> BadSample:
         shard, number = map(int, self._index.locate(position))
         path, key = self._index.paths[shard], self._index.key(shard, number)
-        self._health.report(BadSample(path, key, number, reason, epoch))
+        return BadSample(path, key, number, reason, epoch)
 
 
 class _OpenFiles:
@@ -249,8 +264,8 @@ class _OpenFiles:
         self._files: OrderedDict[int, Any] = OrderedDict()
         self._lock = threading.Lock()
 
-    def read(self, number: int, offset: int, size: int) -> bytes:
-        """Fresh bytes, fewer than `size` at the end of the file."""
+    def read_into(self, data: UInt8[np.ndarray, " n"], number: int, *, offset: int) -> int:
+        """Fill `data` from a file; returns how much there was."""
         with self._lock:
             file = self._files.pop(number, None)
             if file is None:
@@ -259,7 +274,13 @@ class _OpenFiles:
             if len(self._files) > self._max_open:
                 # Only forgotten: it closes when the last reader in another thread lets go of it.
                 self._files.popitem(last=False)
-        return os.pread(file.fileno(), size, offset)
+        num_read = 0
+        # Network file systems may return less than was asked for.
+        while more := os.preadv(file.fileno(), [data.data[num_read:]], offset + num_read):
+            num_read += more
+            if num_read == data.size:
+                break
+        return num_read
 
 
 class StreamSource:
@@ -283,7 +304,6 @@ class StreamSource:
         rank: int,
         world_size: int,
         batch_size: int,
-        health: Health,
         shuffle: bool = True,
         shuffle_window: int = 1024,
     ) -> None:
@@ -292,12 +312,12 @@ class StreamSource:
                 f"shards lists {len(urls)} for world_size={world_size} ranks: a stream deals whole shards. "
                 "Write more shards, or an index with `cmae shards index`"
             )
-        self.digest = hashlib.sha256("\n".join(urls).encode()).hexdigest()[:32]
+        self.digest = hashlib.sha256("\n".join(urls).encode()).hexdigest()[:16]
         self.read_s = 0.0
         self._urls = list(urls)
         self._seed = seed
         self._rank, self._world_size, self._batch_size = rank, world_size, batch_size
-        self._health = health
+        self._bad: list[BadSample] = []  # since the last batch
         self._shuffle = shuffle
         self._window = shuffle_window if shuffle else 1
         if rank == 0:
@@ -323,10 +343,12 @@ class StreamSource:
             epoch, done = epoch + 1, 0
 
     def replace(self, raw: RawBatch, bad: dict[int, str]) -> None:
-        """Report these slots and fill each with the next good record of the batch."""
+        """Fill each slot with the next good record of the batch."""
         size = len(raw.records)
         for slot, reason in bad.items():
-            self._report(raw.records[slot].position, "", reason, raw.epoch)
+            record = raw.records[slot]
+            url = self._urls[record.sample_id >> 32]
+            raw.bad.append(BadSample(url, record.key, record.position, reason, raw.epoch))
         if len(bad) == size:
             raise DataError(f"none of the {size} samples of a batch can be decoded: {bad[0]}")
         for slot in bad:
@@ -346,11 +368,10 @@ class StreamSource:
                 batch.append(record)
                 if len(batch) < self._batch_size:
                     continue
-                self._health.count(len(batch))
-                ids = np.array([record.position for record in batch], dtype=np.int64)
+                ids = np.array([record.sample_id for record in batch], dtype=np.int64)
                 self.read_s += time.perf_counter() - start
-                yield RawBatch(batch, ids, epoch, state)
-                batch, start = [], time.perf_counter()
+                yield RawBatch(batch, ids, epoch, state, self._bad)
+                batch, self._bad, start = [], [], time.perf_counter()
 
     def _shard_order(self, epoch: int) -> list[int]:
         numbers = np.arange(len(self._urls))
@@ -362,7 +383,7 @@ class StreamSource:
         """Give out the smallest random key among the next few records."""
         heap: list[tuple[int, int, Record]] = []
         for record in records:
-            key = int(self._keys(np.array([record.position]), epoch)[0]) if self._shuffle else 0
+            key = int(self._keys(np.array([record.sample_id]), epoch)[0]) if self._shuffle else 0
             heapq.heappush(heap, (key, record.position, record))
             if len(heap) >= self._window:
                 yield heapq.heappop(heap)[2]
@@ -380,22 +401,23 @@ class StreamSource:
         position = -1
         try:
             with contextlib.closing(wds.gopen(url)) as stream:
-                for position, tar_record in enumerate(iter_records(stream, name=url)):
-                    sample_id = (number << 32) | position
+                for position, found in enumerate(iter_records(stream, name=url)):
                     try:
-                        height, width = check_record(tar_record.image)
+                        height, width, kind, _ = inspect_jpeg(found.image)
+                        if not kind.decodable:
+                            raise BadImageError(
+                                f"a JPEG of kind {kind.name}, which no decoder takes"
+                            )
                     except BadImageError as error:
-                        self._health.count(1)
-                        self._report(sample_id, tar_record.key, str(error), epoch)
+                        self._bad.append(BadSample(url, found.key, position, str(error), epoch))
                         continue
-                    data = np.frombuffer(tar_record.image, np.uint8)
-                    yield Record(data, height, width, tar_record.label, sample_id)
+                    data, sample_id = (
+                        np.frombuffer(found.image, np.uint8),
+                        (number << 32) | position,
+                    )
+                    yield Record(data, height, width, found.label, sample_id, position, found.key)
         except (
             TarError,
             OSError,
         ) as error:  # the rest of the shard is lost, the other shards are not
-            self._health.report(BadSample(url, "", position + 1, str(error), epoch))
-
-    def _report(self, sample_id: int, key: str, reason: str, epoch: int) -> None:
-        url, position = self._urls[sample_id >> 32], sample_id & 0xFFFFFFFF
-        self._health.report(BadSample(url, key, position, reason, epoch))
+            self._bad.append(BadSample(url, "", position + 1, str(error), epoch))

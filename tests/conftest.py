@@ -18,8 +18,8 @@ REPO_ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Two threads are as many as CI has; more of them only fight each other in the small problems here.
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    # The problems here are small, and `make test` runs one process per core.
+    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

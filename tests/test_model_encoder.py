@@ -131,6 +131,49 @@ def test_hybrid_stage_is_the_convolution_of_the_image():
     torch.testing.assert_close(rows, expected.flatten(2).transpose(1, 2), rtol=1e-4, atol=1e-5)
 
 
+def plain_hybrid(encoder, x: Tensor, ids_keep: Tensor) -> Tensor:
+    """Section 6 of the method in channels-first layout: (B, 3, H, W) to (B, K, D)."""
+    side = x.shape[-1] // 16
+    keep = torch.zeros(len(x), side * side, dtype=x.dtype).scatter(1, ids_keep, 1.0)
+    keep = keep.view(-1, 1, side, side)
+
+    def linear(layer, z):
+        return torch.nn.functional.conv2d(z, layer.weight[:, :, None, None], layer.bias)
+
+    def norm(layer, z):
+        return layer(z.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def chosen(z):
+        tokens = z.flatten(2).transpose(1, 2)
+        return torch.stack([row[ids] for row, ids in zip(tokens, ids_keep, strict=True)])
+
+    gelu, fused = torch.nn.functional.gelu, 0
+    x = gelu(norm(encoder.embed_norm[0], encoder.patch_embed.proj(x)))
+    for stage, scale in ((0, 4), (1, 2)):
+        mask = torch.nn.functional.interpolate(keep, scale_factor=scale, mode="nearest")
+        for block in encoder.stages[stage]:
+            inner = block.depthwise(mask * linear(block.fc1, norm(block.norm1, x)))
+            x = x + linear(block.fc2, inner)
+            hidden = gelu(linear(block.mlp.fc1, norm(block.norm2, x)))
+            x = x + linear(block.mlp.fc2, hidden)
+        fused = fused + chosen(encoder.fuse[stage](x))
+        x = gelu(norm(encoder.embed_norm[stage + 1], encoder.merge[stage](x)))
+    position = encoder.pos_embed.transpose(1, 2).unflatten(2, (side, side))
+    x = chosen(linear(encoder.embed, x) + position)
+    for block in encoder.blocks:
+        x = block(x)
+    return encoder.norm(x + fused)
+
+
+def test_hybrid_equals_its_formula_in_channels_first_layout():
+    config = ModelConfig(**HYBRID, mask_cell=1, mask_ratio=0.5)
+    encoder = build_model(config, seed=0).double().encoder
+    ids_keep = torch.stack([torch.randperm(16)[:7] for _ in range(3)])
+    pixels = normalised(images(64)).double()
+    expected = plain_hybrid(encoder, pixels, ids_keep)
+    torch.testing.assert_close(encoder(pixels, ids_keep), expected, rtol=1e-10, atol=1e-10)
+
+
 def test_hybrid_has_no_cls_token_and_no_timm_form():
     model = build_model(ModelConfig(**HYBRID), seed=0)
     with pytest.raises(ValueError, match="pool='cls'"):

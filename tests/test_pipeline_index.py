@@ -6,6 +6,7 @@ import json
 import os
 import stat
 import tarfile
+import threading
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -369,15 +370,19 @@ def test_a_dataset_without_a_usable_image_is_refused(tmp_path: Path) -> None:
 def test_run_threads_keeps_order_and_drops_the_rest_after_an_error() -> None:
     assert run_threads(lambda x: x * x, range(50), workers=4) == [x * x for x in range(50)]
     done: list[int] = []
+    stop = threading.Event()
 
     def work(x: int) -> None:
         if x == 2:
             raise KeyError(x)
+        if x > 2:
+            stop.wait(timeout=10)
         done.append(x)
 
     with pytest.raises(KeyError):
-        run_threads(work, range(1000), workers=1)
-    assert len(done) < 999
+        run_threads(work, range(1000), workers=1, stop=stop)
+    assert stop.is_set()
+    assert len(done) <= 3
 
 
 def test_real_shards_index_as_tarfile_reads_them(imagenet_sample: list[Path]) -> None:

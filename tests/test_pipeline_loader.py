@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import _thread
+import json
 import logging
 import subprocess
 import sys
@@ -14,9 +15,10 @@ import pytest
 import torch
 from pipeline_data import toy_mask, write_photo_shards
 
-from cmae.pipeline import Batch, Loader, LoaderState, ViewConfig, build_loader
-from cmae.pipeline.index import build_indices
+from cmae.pipeline import Batch, EpochPlan, Loader, LoaderState, ViewConfig, build_loader
+from cmae.pipeline.index import DatasetIndex, build_indices
 from cmae.pipeline.reference import reference_views
+from cmae.pipeline.sources import IndexedSource
 from cmae.pipeline.views import draw_view_params
 
 VIEWS = ViewConfig(img_size=32, master_size=40, target_shift=8)
@@ -125,7 +127,9 @@ def test_state_is_the_place_after_the_last_batch_handed_out(shards):
             batch = next(loader)
             assert loader.state == batch.state
             assert loader.state.next_sample == 8 * number
-        assert LoaderState.from_dict(loader.state.to_dict()) == loader.state
+        packed = json.dumps(loader.state.to_dict())
+        assert LoaderState.from_dict(json.loads(packed)) == loader.state
+        assert len(packed) < 100
 
 
 @pytest.mark.parametrize("done", [1, 2, 5, 6, 7])
@@ -143,7 +147,10 @@ def test_a_global_batch_is_the_same_on_any_number_of_ranks(shards, world_size):
     one = merged([take(open_loader(shards, batch_size=16), 3)])
     many = merged(
         [
-            take(open_loader(shards, batch_size=4, rank=rank, world_size=world_size), 12 // world_size)
+            take(
+                open_loader(shards, batch_size=4, rank=rank, world_size=world_size),
+                12 // world_size,
+            )
             for rank in range(world_size)
         ]
     )
@@ -247,16 +254,25 @@ def test_an_error_in_the_background_comes_out_of_next(shards):
                 next(loader)
 
 
-def test_a_shard_that_vanishes_is_named(shards, tmp_path):
-    (copy,) = write_photo_shards(tmp_path / "gone", sizes=[16])
-    build_indices([str(copy)])
-    loader = open_loader(tmp_path / "gone", batch_size=4, global_batch_size=4)
-    loader.close()
-    with open_loader(tmp_path / "gone", batch_size=4, global_batch_size=4) as loader:
-        copy.unlink()
-        with pytest.raises(FileNotFoundError, match=r"part-000\.tar"):
-            for _ in range(100):
-                next(loader)
+def test_a_shard_that_vanishes_is_named(tmp_path):
+    (path,) = write_photo_shards(tmp_path, sizes=[16])
+    build_indices([str(path)])
+    index = DatasetIndex.load([path])
+    source = IndexedSource(index, plan=EpochPlan(16, 4), rank=0, world_size=1, batch_size=4)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"part-000\.tar"):
+        next(source.batches(LoaderState(0, 0, 0, index.digest)))
+    source.close()
+
+
+def test_many_shards_are_read_with_few_open_files(tmp_path):
+    paths = write_photo_shards(tmp_path, sizes=[1] * 100, edge=20)
+    build_indices([str(path) for path in paths])
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with open_loader(tmp_path, batch_size=50, global_batch_size=50) as loader:
+        for _ in range(4):
+            next(loader)
+        assert len(list(Path("/proc/self/fd").iterdir())) < before + 80
 
 
 def test_ctrl_c_interrupts_a_blocked_next(shards):
@@ -331,7 +347,9 @@ def test_what_does_not_fit_is_refused_with_its_value(shards, options, message):
 
 def test_stream_and_index_give_a_sample_the_same_views_masks_and_label(shards):
     indexed = merged([take(open_loader(shards, batch_size=53, global_batch_size=53), 1)])
-    stream = merged([take(open_loader(shards, batch_size=53, global_batch_size=53, source="stream"), 1)])
+    stream = merged(
+        [take(open_loader(shards, batch_size=53, global_batch_size=53, source="stream"), 1)]
+    )
     assert indexed.keys() == stream.keys()
     for sample, parts in indexed.items():
         assert all(torch.equal(a, b) for a, b in zip(parts, stream[sample], strict=True))

@@ -19,8 +19,8 @@ from cmae.pipeline.views import ViewConfig, draw_view_params
 
 CPU = torch.device("cpu")
 
-# Mean and 99.99 % quantile of the absolute error in units of 1/255, without colour. Both sides resample with the
-# same filter; they round or clip between the two passes at different points, which shows at hard edges.
+# Mean and 99.99 % quantile of the absolute error in units of 1/255, without colour. Both sides resample with
+# the same filter; they round or clip between the two passes at different points: it shows at hard edges.
 LIMITS = {"host": (0.1, 3), "dali": (0.5, 16)}
 
 

@@ -4,6 +4,8 @@ import io
 import json
 import shutil
 import tarfile
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +68,7 @@ def read_with_webdataset(out: Path) -> dict[str, tuple[bytes, int]]:
     return {sample["__key__"]: (sample["jpg"], int(sample["cls"])) for sample in dataset}
 
 
-def whats(report: VerifyReport) -> str:
+def problem_lines(report: VerifyReport) -> str:
     return "\n".join(f"{Path(p.shard).name} {p.key}: {p.what}" for p in report.problems)
 
 
@@ -295,6 +297,29 @@ def test_an_interrupted_write_resumes_to_the_same_bytes(
     assert contents(parts) == contents(whole)
 
 
+def test_an_interrupt_stops_the_other_threads_within_their_shard(
+    images: Path, tmp_path: Path
+) -> None:
+    threads: list[int] = []
+
+    def interrupt_the_first_thread(amount: int) -> None:
+        threads.append(threading.get_ident())
+        time.sleep(0.1 * amount)  # so that both threads have begun
+        if amount and threads[1] == threading.get_ident():  # threads[0] is the main thread
+            raise KeyboardInterrupt
+
+    source = scan_image_folder(images)
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(
+            source,
+            tmp_path / "out",
+            samples_per_shard=5,
+            workers=2,
+            progress=interrupt_the_first_thread,
+        )
+    assert not tars(tmp_path / "out")  # a thread that went on would have finished its shard
+
+
 def test_what_a_kill_leaves_behind_is_repaired(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     write(images, out)
@@ -393,7 +418,7 @@ def test_damaged_shards_are_found(written: list[Path]) -> None:
     index_path(written[3]).unlink()
     report = verify_shards(written)
     assert not report.ok
-    text = whats(report)
+    text = problem_lines(report)
     assert "train-000000.index.npz was made for other contents" in text
     assert "train-000001.tar None: damaged: the tar ends with a zero block" in text
     assert "train-000002.tar None: truncated" in text
@@ -408,7 +433,7 @@ def test_a_tar_cut_between_members_is_found(written: list[Path]) -> None:
     with open(written[0], "r+b") as file:
         file.truncate(end)
     save_index(build_index(written[0]), index_path(written[0]))
-    assert "no end marker" in whats(verify_shards(written[:1]))
+    assert "no end marker" in problem_lines(verify_shards(written[:1]))
 
 
 def test_an_index_that_lies_is_found(written: list[Path]) -> None:
@@ -443,14 +468,14 @@ def test_missing_labels_are_a_problem_only_where_others_have_one(tmp_path: Path)
         source = read_image_list(tmp_path / f"{name}.txt", root=folder)
         write_shards(source, tmp_path / "out" / name)
     some, none = (verify_shards(tars(tmp_path / "out" / name)) for name in ("some", "none"))
-    assert "1 sample(s) have no integer label" in whats(some)
+    assert "1 sample(s) have no integer label" in problem_lines(some)
     assert none.ok
     assert "no sample has a label" in none.notes[0]
 
 
 def test_a_label_beyond_the_class_list_is_found(written: list[Path]) -> None:
     (written[0].parent / "classes.json").write_text('["ant", "bee"]')
-    assert "beyond the 2 names" in whats(verify_shards(written))
+    assert "beyond the 2 names" in problem_lines(verify_shards(written))
 
 
 @pytest.mark.parametrize("decode", ["pil", "nvimgcodec"])

@@ -192,7 +192,12 @@ def _shards(arguments: Sequence[str]) -> int:
         "verify": shards_cli.verify,
         "inspect": shards_cli.inspect,
     }
-    code: int = auto_cli(commands, args=list(arguments), prog="cmae shards", parser_class=Parser)
+    code: int = auto_cli(
+        commands,
+        args=shards_cli.join_shards(arguments),
+        prog="cmae shards",
+        parser_class=Parser,
+    )
     return code
 
 

@@ -1,0 +1,71 @@
+"""The graph with mixed decode: pixels beside the reference, and life after a batch that fails."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pipeline_data import jpeg, photo, toy_mask, write_tar
+
+from cmae.pipeline import ViewConfig, build_loader, draw_view_params
+from cmae.pipeline.index import build_index, index_path, save_index
+from cmae.pipeline.reference import reference_views
+
+pytestmark = pytest.mark.gpu
+VIEWS = ViewConfig(color="none")
+
+
+def test_mixed_decode_gives_the_references_pixels() -> None:
+    from cmae.pipeline.graph import GraphViews
+
+    files = [jpeg(photo(h, w, seed=h)) for h, w in [(180, 240), (400, 300), (97, 501), (260, 256)]]
+    sizes = np.array([Image.open(io.BytesIO(file)).size for file in files])
+    params = draw_view_params(
+        VIEWS,
+        seed=0,
+        epoch=0,
+        sample_index=np.arange(len(files)),
+        height=sizes[:, 1],
+        width=sizes[:, 0],
+    )
+    maker = GraphViews(VIEWS, torch.device("cuda", 0), batch_size=len(files), num_threads=2)
+    encoded = [np.frombuffer(file, np.uint8) for file in files]
+    made = maker.collect(maker.submit(encoded, params))
+    maker.close()
+    for row, file in enumerate(files):
+        expected = reference_views(file, params, views=VIEWS, row=row)
+        for view, reference in zip((made.online, made.target), expected, strict=True):
+            error = np.abs(view[row].cpu().numpy().astype(int) - reference)
+            assert error.mean() < 1.0, row
+
+
+def test_batches_after_an_undecodable_one_still_come(tmp_path: Path) -> None:
+    good = [jpeg(photo(90, 120, seed=i)) for i in range(24)]
+    # Header, size and end are those of a JPEG, so that only the decoder can refuse it.
+    broken = bytearray(good[5])
+    start = broken.index(b"\xff\xc4") + 4
+    broken[start : start + 60] = b"\xff" * 60
+    good[5] = bytes(broken)
+    tar = write_tar(tmp_path / "x.tar", [(f"s{i:02d}", data, i) for i, data in enumerate(good)])
+    save_index(build_index(tar), index_path(tar))
+    ledger = tmp_path / "bad.jsonl"
+    with build_loader(
+        tar,
+        VIEWS,
+        batch_size=4,
+        global_batch_size=4,
+        draw_mask=toy_mask,
+        device="cuda",
+        shuffle=False,
+        ledger=ledger,
+        max_bad_fraction=0.5,
+    ) as loader:
+        batches = [next(loader) for _ in range(12)]
+    assert [len(batch.online) for batch in batches] == [4] * 12
+    keys = [json.loads(line)["key"] for line in ledger.read_text().splitlines()]
+    assert set(keys) == {"s05"}
