@@ -43,10 +43,11 @@ def color_chain(
         return images
     x = torch.empty(images.shape[0], 3, *images.shape[1:3], device=images.device)
     x.copy_(images.permute(0, 3, 1, 2))
-    jitter = _jitter_exact if mode == "exact" else _jitter_fast
-    jitter(x, params)
-    _on_rows(x, params.grayscale, lambda rows, _: _gray(rows).expand_as(rows), params.grayscale)
-    _on_rows(x, params.blur_sigma > 0, _blur, params.blur_sigma)
+    x = _jitter_exact(x, params) if mode == "exact" else _jitter_fast(x, params)
+    x = _on_rows(
+        x, params.grayscale, lambda rows, _: _gray(rows).repeat(1, 3, 1, 1), params.grayscale
+    )
+    x = _on_rows(x, params.blur_sigma > 0, _blur, params.blur_sigma)
     return _interleave(x)
 
 
@@ -66,23 +67,25 @@ def _on_rows(
     chosen: Bool[np.ndarray, " B"],
     operation: Callable[[Tensor, np.ndarray], Tensor],
     values: Shaped[np.ndarray, "B ..."],
-) -> None:
-    """Replace the chosen samples by what `operation` makes of them and of their rows of `values`."""
+) -> Float[Tensor, "B 3 H W"]:
+    """Apply `operation`, which may work in place, to the chosen samples and their rows of `values`."""
     index = np.flatnonzero(chosen)
     if index.size == len(chosen):
-        x.copy_(operation(x, values))
-    elif index.size:
+        return operation(x, values)
+    if index.size:
         rows = torch.from_numpy(index).to(x.device)
         x[rows] = operation(x[rows], values[index])
+    return x
 
 
-def _jitter_exact(x: Float[Tensor, "B 3 H W"], params: ViewParams) -> None:
+def _jitter_exact(x: Float[Tensor, "B 3 H W"], params: ViewParams) -> Float[Tensor, "B 3 H W"]:
     operations = (_brightness, _contrast, _saturation, _hue)
     order = JITTER_ORDERS[params.order]
     for place in range(4):
         for number, operation in enumerate(operations):
             chosen = params.jitter & (order[:, place] == number)
-            _on_rows(x, chosen, operation, params.factors[:, number])
+            x = _on_rows(x, chosen, operation, params.factors[:, number])
+    return x
 
 
 def _per_image(values: Float32[np.ndarray, " B"], x: Tensor) -> Float[Tensor, "B 1 1 1"]:
@@ -102,18 +105,19 @@ def _gray(x: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 1 H W"]:
 
 
 def _brightness(x: Float[Tensor, "B 3 H W"], factors: Float32[np.ndarray, " B"]) -> Tensor:
-    return _to_integers(x * _per_image(factors, x))
+    return _to_integers(x.mul_(_per_image(factors, x)))
 
 
 def _contrast(x: Float[Tensor, "B 3 H W"], factors: Float32[np.ndarray, " B"]) -> Tensor:
     factor = _per_image(factors, x)
     mean = _gray(x).mean(dim=(1, 2, 3), keepdim=True)
-    return _to_integers((x * factor).add_((1 - factor) * mean))
+    return _to_integers(x.mul_(factor).add_((1 - factor) * mean))
 
 
 def _saturation(x: Float[Tensor, "B 3 H W"], factors: Float32[np.ndarray, " B"]) -> Tensor:
     factor = _per_image(factors, x)
-    return _to_integers((x * factor).add_(_gray(x).mul_(1 - factor)))
+    gray = _gray(x)
+    return _to_integers(x.mul_(factor).add_(gray.mul_(1 - factor)))
 
 
 def _hue(x: Float[Tensor, "B 3 H W"], turns: Float32[np.ndarray, " B"]) -> Tensor:
@@ -177,7 +181,7 @@ _RGB_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, 
 _MID_GREY = 128.0
 
 
-def _jitter_fast(x: Float[Tensor, "B 3 H W"], params: ViewParams) -> None:
+def _jitter_fast(x: Float[Tensor, "B 3 H W"], params: ViewParams) -> Float[Tensor, "B 3 H W"]:
     brightness, contrast, saturation, turn = params.factors.astype(np.float64).T
     angle = 2 * np.pi * turn
     twist = np.zeros((len(params), 3, 3))
@@ -195,4 +199,4 @@ def _jitter_fast(x: Float[Tensor, "B 3 H W"], params: ViewParams) -> None:
         out = torch.baddbmm(b[:, None, None], m, rows.flatten(2)).view_as(rows)
         return out.clamp_(0, 255).round_()
 
-    _on_rows(x, params.jitter, apply, np.arange(len(params)))
+    return _on_rows(x, params.jitter, apply, np.arange(len(params)))

@@ -13,11 +13,12 @@ from typing import Literal, Self
 import torch
 
 from cmae.pipeline.batch import Batch, LoaderState
+from cmae.pipeline.dataset_index import DatasetIndex
 from cmae.pipeline.feed import DrawMask, Feed, ViewMaker
 from cmae.pipeline.graph import GraphViews
 from cmae.pipeline.health import Health
 from cmae.pipeline.host import HostViews
-from cmae.pipeline.index import DatasetIndex, index_path
+from cmae.pipeline.index import index_path
 from cmae.pipeline.plan import EpochPlan
 from cmae.pipeline.sources import IndexedSource, Source, StreamSource
 from cmae.pipeline.urls import expand_shards, is_local

@@ -28,11 +28,12 @@ from jaxtyping import Int32, Int64, UInt8
 
 from cmae.pipeline.batch import LoaderState
 from cmae.pipeline.buffers import BufferPool
+from cmae.pipeline.dataset_index import DatasetIndex
 from cmae.pipeline.health import BadSample, DataError
-from cmae.pipeline.index import DatasetIndex, TarError, iter_records
 from cmae.pipeline.jpeg import BadImageError, inspect_jpeg
 from cmae.pipeline.plan import EpochPlan
 from cmae.pipeline.randomness import hash_words
+from cmae.pipeline.tar import TarError, iter_records
 
 logger = logging.getLogger(__name__)
 

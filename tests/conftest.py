@@ -11,6 +11,7 @@ import pytest
 import torch
 import webdataset as wds
 from PIL import Image
+from shard_data import NUM_IMAGES, jpeg, tars, write
 
 from cmae.pipeline.index import build_index, index_path, save_index
 
@@ -76,3 +77,20 @@ def _grating(index: int, label: int) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(np.uint8(np.clip(pixels, 0, 255))).save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """24 JPEGs in three classes; one class has a subfolder."""
+    root = tmp_path / "images"
+    for i in range(NUM_IMAGES):
+        folder = root / ["cat", "ant/deep", "bee"][i % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{i:03d}.{['jpg', 'JPEG'][i % 2]}").write_bytes(jpeg(i))
+    return root
+
+
+@pytest.fixture
+def written(images: Path, tmp_path: Path) -> list[Path]:
+    write(images, tmp_path / "train")
+    return tars(tmp_path / "train")

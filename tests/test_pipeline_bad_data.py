@@ -14,8 +14,9 @@ from PIL import Image
 from pipeline_data import jpeg, photo, toy_mask, write_tar
 
 from cmae.pipeline import DataError, Loader, ViewConfig, build_loader
+from cmae.pipeline.dataset_index import build_indices
 from cmae.pipeline.health import BadSample, Health
-from cmae.pipeline.index import build_indices, index_path, load_index
+from cmae.pipeline.index import index_path, load_index
 
 VIEWS = ViewConfig(img_size=32, master_size=40, target_shift=8)
 NUM = 40

@@ -92,6 +92,15 @@ def test_grey_pixels_keep_their_value_when_the_hue_turns():
     assert torch.equal(turned, grey)
 
 
+def test_operations_that_touch_all_samples_leave_later_ones_to_each():
+    pixels = images(32)
+    off, every = np.zeros(N, bool), np.ones(N, bool)
+    sigma = np.where(np.arange(N) % 2, 1.5, 0).astype(np.float32)
+    given = params(jitter=off, grayscale=every, blur_sigma=sigma)
+    together = color_chain(pixels, given, mode="exact")
+    assert torch.equal(together, apply_color(pixels, given, mode="exact"))
+
+
 @pytest.mark.parametrize("mode", ["exact", "fast"])
 def test_batch_and_single_images_give_the_same(mode):
     pixels, drawn = images(64), params()

@@ -16,7 +16,7 @@ import torch
 from pipeline_data import toy_mask, write_photo_shards
 
 from cmae.pipeline import Batch, EpochPlan, Loader, LoaderState, ViewConfig, build_loader
-from cmae.pipeline.index import DatasetIndex, build_indices
+from cmae.pipeline.dataset_index import DatasetIndex, build_indices
 from cmae.pipeline.reference import reference_views
 from cmae.pipeline.sources import IndexedSource
 from cmae.pipeline.views import draw_view_params

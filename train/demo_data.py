@@ -13,7 +13,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from cmae.pipeline.shards import scan_image_folder, write_shards
+from cmae.pipeline.image_list import scan_image_folder
+from cmae.pipeline.shards import write_shards
 
 PHOTOGRAPHS = (
     "astronaut",

@@ -22,21 +22,12 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from cmae.pipeline.index import build_indices
-from cmae.pipeline.shards import (
-    SKIPPED_FILE,
-    Decode,
-    ImageSource,
-    ShardStatistics,
-    contact_sheet,
-    load_classes,
-    read_image_list,
-    scan_image_folder,
-    shard_statistics,
-    verify_shards,
-    write_shards,
-)
+from cmae.pipeline.dataset_index import build_indices
+from cmae.pipeline.image_list import ImageSource, read_image_list, scan_image_folder
+from cmae.pipeline.shards import SKIPPED_FILE, write_shards
+from cmae.pipeline.survey import ShardStatistics, contact_sheet, load_classes, shard_statistics
 from cmae.pipeline.urls import expand_shards, is_local
+from cmae.pipeline.verify import Decode, verify_shards
 
 _MAX_LINES = 20
 """Problems that are printed; the rest are counted."""

@@ -1,0 +1,165 @@
+"""Index of many shards: make the index of each, and join them to one sequence of samples."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from cmae.pipeline.index import (
+    COLUMNS,
+    ShardIndex,
+    StaleIndexError,
+    build_index,
+    index_path,
+    is_decodable,
+    load_index,
+    read_columns,
+    save_index,
+)
+from cmae.pipeline.threads import no_progress, run_threads
+
+
+class IndexResult(NamedTuple):
+    """What became of one shard in `build_indices`; `error` is None when it has a fresh index now."""
+
+    path: str
+    num_samples: int
+    num_bad: int
+    built: bool
+    error: str | None
+
+
+def build_indices(
+    tar_paths: Sequence[str],
+    *,
+    rebuild: bool = False,
+    workers: int | None = None,
+    progress: Callable[[int], None] = no_progress,
+) -> list[IndexResult]:
+    """Give every shard a fresh index; shards that have one are left alone unless `rebuild`.
+
+    A shard that cannot be indexed does not stop the others: its result carries the error.
+    """
+
+    def ensure(path: str) -> IndexResult:
+        try:
+            index = None if rebuild else _load_if_fresh(path)
+            built = index is None
+            if index is None:
+                index = build_index(path)
+                save_index(index, index_path(path))
+        except (ValueError, OSError) as error:
+            return IndexResult(path, 0, 0, built=False, error=str(error))
+        return IndexResult(path, len(index), int((~index.valid).sum()), built=built, error=None)
+
+    return run_threads(ensure, tar_paths, workers=workers, progress=progress)
+
+
+def _load_if_fresh(tar_path: str) -> ShardIndex | None:
+    try:
+        return load_index(tar_path)
+    except (StaleIndexError, FileNotFoundError):
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class DatasetIndex:
+    """The decodable images of many shards as one sequence of n samples, 42 bytes each.
+
+    A *global position* 0..n-1 counts valid samples, shard after shard. `position` is the record's number in
+    its shard, bad records counted, and with the shard number makes the sample id: it does not change when
+    another image of the shard is found to be bad.
+    """
+
+    paths: tuple[str, ...]
+    """Tar path of every shard."""
+    shard_sizes: npt.NDArray[np.int64]
+    """(shards,) Valid samples in each."""
+    digest: str
+    """16 hex digits over sizes, offsets, CRCs and kinds of all shards in order; not over their paths."""
+    num_bad: int
+    """Records left out because their image cannot be decoded."""
+    position: npt.NDArray[np.int32]
+    """(n,) Record number in its shard."""
+    offset: npt.NDArray[np.int64]
+    size: npt.NDArray[np.int64]
+    height: npt.NDArray[np.int32]
+    width: npt.NDArray[np.int32]
+    kind: npt.NDArray[np.uint8]
+    orientation: npt.NDArray[np.uint8]
+    crc32: npt.NDArray[np.uint32]
+    label: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.offset)
+
+    @classmethod
+    def load(cls, shard_paths: Sequence[str | Path], *, workers: int | None = None) -> DatasetIndex:
+        """Load and check the indices of all shards, in the order given.
+
+        Raises:
+            FileNotFoundError: A shard has no index.
+            StaleIndexError: An index does not belong to its tar.
+            ValueError: No shards, or no valid sample in them.
+        """
+        if not shard_paths:
+            raise ValueError("shard_paths is empty: name at least one tar file")
+        paths = tuple(map(str, shard_paths))
+        shards = run_threads(
+            lambda path: read_columns(path, without=["keys"]), paths, workers=workers
+        )
+        digest = hashlib.sha256()
+        for shard in shards:
+            for name in ("tar_size", "offset", "crc32", "kind"):
+                digest.update(np.ascontiguousarray(shard[name]).tobytes())
+        valid = [np.flatnonzero(is_decodable(shard["kind"])).astype(np.int32) for shard in shards]
+        columns = {
+            name: np.concatenate(
+                [shard[name][rows] for shard, rows in zip(shards, valid, strict=True)]
+            )
+            for name in COLUMNS
+            if name != "keys"
+        }
+        num_records = sum(len(shard["kind"]) for shard in shards)
+        sizes = np.asarray([len(rows) for rows in valid], np.int64)
+        if not sizes.sum():
+            raise ValueError(
+                f"none of the {num_records} records in {len(paths)} shards is a JPEG that can be decoded"
+            )
+        return cls(
+            paths=paths,
+            shard_sizes=sizes,
+            digest=digest.hexdigest()[:16],
+            num_bad=num_records - int(sizes.sum()),
+            position=np.concatenate(valid),
+            **columns,
+        )
+
+    def locate(
+        self, global_position: npt.ArrayLike
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Shard number and position in the shard of one or many global positions (same shape)."""
+        rows = np.asarray(global_position, np.int64)
+        shard = np.searchsorted(np.cumsum(self.shard_sizes), rows, side="right")
+        return shard, self.position[rows].astype(np.int64)
+
+    def sample_index(self, global_position: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """Sample ids (shard number << 32) | position of one or many global positions (same shape)."""
+        shard, position = self.locate(global_position)
+        return np.asarray(shard << 32 | position, np.int64)
+
+    def key(self, shard: int, position: int) -> str:
+        """WebDataset key of a record; the keys of a shard are read from its index when first asked for."""
+        return str(_shard_keys(self.paths[shard])[position])
+
+
+@lru_cache(maxsize=16)
+def _shard_keys(tar_path: str) -> npt.NDArray[np.str_]:
+    return load_index(tar_path).keys

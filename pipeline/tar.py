@@ -1,0 +1,201 @@
+"""Read a tar in order, from a file or a pipe, and group its members as WebDataset does.
+
+A *record* is a group of consecutive members with the same WebDataset key (path up to the first dot of the
+file name) that holds an image. A record's *position* is its number in tar order, bad images included, so
+positions stay the same whatever is later found wrong with an image.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import IO, NamedTuple
+
+IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg"})
+"""Lower-case WebDataset extensions (everything after the first dot) that are taken for an image."""
+NO_LABEL = -1
+TAR_BLOCK = 512
+"""Bytes; headers take one block, payloads are padded to whole blocks."""
+KEY_AND_EXTENSION = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # WebDataset's rule
+
+_WEBDATASET_META = re.compile(r"__[^/]*__($|/)")  # names that WebDataset skips
+_REGULAR_TYPES = frozenset(b"\x000" + b"7")
+_TYPES_WITHOUT_DATA = frozenset(b"123456")  # links, devices, folders, fifos
+
+
+class TarError(ValueError):
+    """A shard that is not a well-formed tar, or holds no images; names the file and the byte."""
+
+
+class TarMember(NamedTuple):
+    """A regular file in a tar; `offset` is that of its payload."""
+
+    name: str
+    offset: int
+    data: bytes
+
+
+class TarRecord(NamedTuple):
+    """One sample of a shard; `offset` is that of the image payload in the tar, `label` -1 if absent."""
+
+    key: str
+    offset: int
+    image: bytes
+    label: int
+
+
+def iter_tar(stream: IO[bytes], *, name: str) -> Iterator[TarMember]:
+    """Yield the regular files of a tar, in order; 3 to 7 times faster than `tarfile`.
+
+    Reads ustar, GNU long names and pax headers, from anything with `read`, pipes included. The two zero
+    blocks at the end may be missing, but where they are nothing may follow them.
+
+    Args:
+        stream: Positioned at the first header; `read(n)` gives fewer than n bytes only at the end.
+        name: What errors call the stream.
+
+    Raises:
+        TarError: A header with a wrong checksum, a member cut short, or a hole of zeros.
+    """
+    position, padding = 0, 0
+    long_name: str | None = None
+    long_size: int | None = None
+    while True:
+        block = stream.read(padding + TAR_BLOCK)[padding:]
+        position += padding
+        if not block:
+            return
+        if block.count(0) == TAR_BLOCK:
+            _check_only_zeros_follow(stream, name, position)
+            return
+        member, size, kind = _parse_header(block, name, position)
+        position += TAR_BLOCK
+        if long_size is not None:
+            size, long_size = long_size, None
+        if kind in _TYPES_WITHOUT_DATA:
+            size = 0
+        data = stream.read(size)
+        if len(data) != size:
+            raise TarError(
+                f"{name}: truncated: {member} needs {size} bytes from byte {position}, {len(data)} are left"
+            )
+        if kind == ord("L"):
+            long_name = data.rstrip(b"\0").decode(errors="surrogateescape")
+        elif kind == ord("x"):
+            try:
+                pax = _parse_pax(data)
+                long_name = pax.get("path", long_name)
+                long_size = int(pax["size"]) if "size" in pax else None
+            except ValueError as error:
+                raise TarError(
+                    f"{name}: damaged: pax header at byte {position}: {error}"
+                ) from error
+        elif kind != ord("g") and kind != ord("K"):
+            if kind in _REGULAR_TYPES:
+                yield TarMember(long_name or member, position, data)
+            long_name = None
+        position += size
+        padding = -size % TAR_BLOCK
+
+
+def iter_records(stream: IO[bytes], *, name: str) -> Iterator[TarRecord]:
+    """Group the members of a tar as WebDataset does and yield the groups that hold an image.
+
+    The label is the integer in `.cls`, or the integer `label` in `.json`.
+
+    Raises:
+        TarError: See `iter_tar`.
+    """
+    key: str | None = None
+    image: TarMember | None = None
+    label = NO_LABEL
+    seen: set[str] = set()
+    for member in iter_tar(stream, name=name):
+        match = KEY_AND_EXTENSION.match(member.name)
+        if match is None or _WEBDATASET_META.match(member.name):
+            continue
+        extension = match[2].lower()
+        if match[1] != key or extension in seen:
+            if key is not None and image is not None:
+                yield TarRecord(key, image.offset, image.data, label)
+            key, image, label = match[1], None, NO_LABEL
+            seen.clear()
+        seen.add(extension)
+        if extension in IMAGE_EXTENSIONS and image is None:
+            image = member
+        elif extension in ("cls", "json") and label == NO_LABEL:
+            label = _parse_label(extension, member.data)
+    if key is not None and image is not None:
+        yield TarRecord(key, image.offset, image.data, label)
+
+
+def _parse_header(block: bytes, name: str, position: int) -> tuple[str, int, int]:
+    """Member name, payload size in bytes and type flag of one 512-byte header."""
+    try:
+        stored = int(block[148:156].strip(b" \0"), 8)
+        # Sizes of 8 GiB and more are stored as a binary number whose first bit is set.
+        size = (
+            int.from_bytes(block[125:136])
+            if block[124] & 0x80
+            else int(block[124:136].strip(b" \0") or b"0", 8)
+        )
+    except (ValueError, IndexError):
+        stored, size = -1, 0
+    if stored != sum(block) - sum(block[148:156]) + 8 * ord(" "):
+        raise TarError(_not_a_header(block, name, position))
+    member = block[:100].split(b"\0", 1)[0]
+    prefix = block[345:500].split(b"\0", 1)[0] if block[257:263] == b"ustar\0" else b""
+    full = prefix + b"/" + member if prefix else member
+    if block[156] == ord("S"):
+        raise TarError(
+            f"{name}: {full.decode(errors='replace')} is a GNU sparse file; write the tar without --sparse"
+        )
+    return full.decode(errors="surrogateescape"), size, block[156]
+
+
+def _not_a_header(block: bytes, name: str, position: int) -> str:
+    if position > 0 and len(block) < TAR_BLOCK:
+        return f"{name}: truncated: {len(block)} bytes at byte {position} are no tar header"
+    if position > 0:
+        return f"{name}: damaged: no tar header at byte {position} (wrong checksum)"
+    if (
+        block[:2] == b"\x1f\x8b"
+        or block[:3] == b"BZh"
+        or block[:4] in (b"\x28\xb5\x2f\xfd", b"\xfd7zX")
+    ):
+        return f"{name}: a compressed tar, which has no fixed offsets: unpack it (gunzip) to a .tar"
+    return f"{name}: not a tar file: it starts with {block[:16]!r}"
+
+
+def _check_only_zeros_follow(stream: IO[bytes], name: str, position: int) -> None:
+    start = position + TAR_BLOCK
+    while chunk := stream.read(1 << 20):
+        if chunk.count(0) != len(chunk):
+            raise TarError(
+                f"{name}: damaged: the tar ends with a zero block at byte {position}, but data follows "
+                f"after byte {start} (overwritten with zeros, or two tars in one file)"
+            )
+        start += len(chunk)
+
+
+def _parse_pax(data: bytes) -> dict[str, str]:
+    """Lines `<length> <keyword>=<value>` of a pax extended header (POSIX.1-2001)."""
+    records: dict[str, str] = {}
+    position = 0
+    while (space := data.find(b" ", position)) > 0:
+        end = position + int(data[position:space])
+        if end <= space:
+            raise ValueError(f"a pax line of {end - position} bytes")
+        keyword, _, value = data[space + 1 : end - 1].partition(b"=")
+        records[keyword.decode(errors="replace")] = value.decode(errors="surrogateescape")
+        position = end
+    return records
+
+
+def _parse_label(extension: str, data: bytes) -> int:
+    try:
+        value = json.loads(data).get("label", NO_LABEL) if extension == "json" else int(data)
+    except (ValueError, AttributeError):
+        return NO_LABEL
+    return value if isinstance(value, int) else NO_LABEL
