@@ -33,9 +33,11 @@ test: $(STAMP)  ## all tests that this machine can run
 demo: $(STAMP)  ## pretrain a micro CMAE on real photographs and look at what it learnt
 	$(BIN)/cmae demo
 
+bench: export PYTHONPATH = benchmarks
 bench: $(STAMP)  ## loader and step baselines on this machine -> benchmarks/results
 	$(BIN)/python benchmarks/bench_loader.py
 	$(BIN)/python benchmarks/bench_step.py
+	$(BIN)/python benchmarks/tables.py
 
 clean:  ## remove the environment, runs and caches
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache

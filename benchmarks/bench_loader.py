@@ -2,6 +2,9 @@
 
     python benchmarks/bench_loader.py --shards '/data/imagenet/train-*.tar'
 
+Without --shards it takes the research sample, or photographs of scikit-image where there is none: the result
+file says which.
+
 Predictions, written before the first run (2 CPU cores, DESIGN's measurements): torch DataLoader with PIL and
 colour 95-105 images/s a core; our DALI graph 120-150, indexed and stream within 5 % of each other, since
 decoding binds and reading does not; without colour about 180 a core against 173.
@@ -14,21 +17,26 @@ import io
 import itertools
 import os
 import random
+import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from harness import Measurement, interleave, summarise, time_batches, write_result
+import webdataset as wds
+from harness import ROOT, Measurement, interleave, summarise, time_batches, write_result
 from PIL import Image
 from torchvision.transforms import v2
 
 from cmae.model import ModelConfig, draw_mask
 from cmae.pipeline import ViewConfig, build_loader, expand_shards, synthetic_batches
-from cmae.pipeline.index import load_index
+from cmae.pipeline.index import build_index, index_path, load_index, save_index
+from cmae.train.demo_data import PHOTOGRAPHS, load_photograph
 
 CORES = len(os.sched_getaffinity(0))
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class TorchTwoViews(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
@@ -106,7 +114,12 @@ def torch_run(shards: list[str], views: ViewConfig, arguments: argparse.Namespac
 
 
 def cmae_run(
-    shards: list[str], views: ViewConfig, arguments: argparse.Namespace, source: str
+    shards: list[str],
+    views: ViewConfig,
+    arguments: argparse.Namespace,
+    *,
+    source: str,
+    backend: str,
 ) -> Measurement:
     """One timed stretch of our loader."""
     with build_loader(
@@ -117,6 +130,8 @@ def cmae_run(
         draw_mask=_mask,
         num_threads=CORES,
         source=source,
+        backend=backend,
+        device=DEVICE,
     ) as loader:
         sizes = (len(batch.online) for batch in loader)
         return time_batches(sizes, warmup=3, count=arguments.batches)
@@ -125,7 +140,7 @@ def cmae_run(
 def synthetic_run(views: ViewConfig, arguments: argparse.Namespace) -> Measurement:
     """The ceiling: batches that are ready, through the same mask and Batch."""
     batches = synthetic_batches(
-        views, batch_size=arguments.batch_size, device="cpu", draw_mask=_mask, seed=0
+        views, batch_size=arguments.batch_size, device=DEVICE, draw_mask=_mask, seed=0
     )
     return time_batches((len(batch.online) for batch in batches), warmup=1, count=arguments.batches)
 
@@ -138,30 +153,53 @@ def build_contenders(
     shards: list[str], arguments: argparse.Namespace
 ) -> Iterator[tuple[str, str, Callable[[], Measurement]]]:
     """(colour mode, name, run) of everything that is compared."""
+    backends = ("dali",) if DEVICE == "cuda" else ("host", "dali")
     for color in arguments.colors:
         views = ViewConfig(color=color)
-        yield (
-            color,
-            "cmae indexed",
-            lambda views=views: cmae_run(shards, views, arguments, "indexed"),
-        )
-        yield color, "cmae stream", lambda views=views: cmae_run(shards, views, arguments, "stream")
+        for source, backend in [*(("indexed", name) for name in backends), ("stream", backends[0])]:
+            run = partial(cmae_run, shards, views, arguments, source=source, backend=backend)
+            yield color, f"cmae {source}, {backend}", run
         if color != "fast":
-            yield (
-                color,
-                "torch DataLoader + PIL + torchvision v2",
-                lambda views=views: torch_run(shards, views, arguments),
-            )
-    views = ViewConfig(color="none")
-    yield "-", "synthetic ceiling", lambda: synthetic_run(views, arguments)
+            name = "torch DataLoader, PIL + torchvision v2"
+            yield color, name, partial(torch_run, shards, views, arguments)
+    yield "-", "synthetic ceiling", partial(synthetic_run, ViewConfig(color="none"), arguments)
 
 
-def default_shards() -> str:
-    """The research sample beside the checkout, or where CMAE_DATA says."""
-    root = Path(
-        os.environ.get("CMAE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")
+def prepare_shards(pattern: str | None, folder: Path) -> tuple[list[str], str]:
+    """Indexed shards and what they hold; tars without an index are linked and indexed in `folder`."""
+    if pattern is None:
+        root = Path(os.environ.get("CMAE_DATA", ROOT.parent / "shared" / "data"))
+        sample = root / "imagenet-sample"
+        pattern = str(sample / "*.tar") if sample.is_dir() else write_photographs(folder)
+    paths = expand_shards(pattern)
+    if not all(index_path(path).exists() for path in paths):
+        links = [folder / Path(path).name for path in paths]
+        for link, path in zip(links, paths, strict=True):
+            link.symlink_to(Path(path).resolve())
+            save_index(build_index(link), index_path(link))
+        paths = [str(link) for link in links]
+    sizes = [int(size) for path in paths for size in load_index(path).size]
+    return (
+        paths,
+        f"{len(sizes)} JPEGs of {np.mean(sizes) / 1000:.0f} kB ({Path(pattern).parent.name})",
     )
-    return str(root / "imagenet-sample" / "*.tar")
+
+
+def write_photographs(folder: Path) -> str:
+    """A stand-in where there is no ImageNet: 256 crops of 500 x 375 px from scikit-image's photographs."""
+    rng = np.random.default_rng(0)
+    path = folder / "photographs" / "photographs-000000.tar"
+    path.parent.mkdir()
+    with wds.TarWriter(str(path)) as tar:
+        for number in range(256):
+            image = Image.fromarray(load_photograph(PHOTOGRAPHS[number % len(PHOTOGRAPHS)]))
+            image = image.resize((750, 750 * image.height // image.width))
+            top = int(rng.integers(0, max(1, image.height - 375)))
+            left = int(rng.integers(0, 250))
+            crop = io.BytesIO()
+            image.crop((left, top, left + 500, top + 375)).save(crop, "JPEG", quality=95)
+            tar.write({"__key__": f"{number:04d}", "jpg": crop.getvalue(), "cls": str(number % 16)})
+    return str(path)
 
 
 def main() -> None:
@@ -169,17 +207,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--shards", default=default_shards(), help="tars with sidecar indexes")
+    parser.add_argument("--shards", help="tars; default: the sample in CMAE_DATA, else photographs")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--batches", type=int, default=10, help="timed batches per round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--colors", nargs="+", default=["exact", "fast", "none"])
     arguments = parser.parse_args()
-    shards = expand_shards(arguments.shards)
-    contenders = {
-        f"{color}: {name}": run for color, name, run in build_contenders(shards, arguments)
-    }
-    measured = interleave(contenders, rounds=arguments.rounds)
+    with tempfile.TemporaryDirectory() as folder:
+        shards, data = prepare_shards(arguments.shards, Path(folder))
+        measured = interleave(
+            {f"{color}: {name}": run for color, name, run in build_contenders(shards, arguments)},
+            rounds=arguments.rounds,
+        )
     rows: list[dict[str, Any]] = [
         {
             "color": name.split(": ")[0],
@@ -190,7 +229,7 @@ def main() -> None:
         for name, results in measured.items()
     ]
     config = {key: value for key, value in vars(arguments).items() if key != "shards"}
-    config |= {"data": Path(arguments.shards).parent.name, "shards": len(shards), "threads": CORES}
+    config |= {"data": data, "shards": len(shards), "threads": CORES, "device": DEVICE}
     write_result("loader", config=config, rows=rows)
 
 

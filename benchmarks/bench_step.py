@@ -123,6 +123,8 @@ def main() -> None:
         gmacs = count_multiply_adds(model_config(arguments.size, method))["training_step"] / 1e9
         rows.append(
             {
+                "model": f"ViT-{arguments.size.upper()}",
+                "batch_size": arguments.batch_size,
                 "method": method,
                 "precision": precision,
                 "compile": compile,
@@ -131,7 +133,8 @@ def main() -> None:
                 "tflops": 2e-3 * gmacs * images_per_s["median"],
             }
         )
-    write_result("step", config=vars(arguments), rows=rows)
+    label = f"vit-{arguments.size}-b{arguments.batch_size}"
+    write_result("step", label=label, config=vars(arguments), rows=rows)
 
 
 if __name__ == "__main__":

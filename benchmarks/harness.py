@@ -134,21 +134,26 @@ def device_name() -> str:
 
 
 def write_result(
-    benchmark: str, *, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+    benchmark: str, *, label: str = "", config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
 ) -> Path:
     """Write `results/<date>_<benchmark>_<device>_<sha>.json`; README tables are made from these.
 
     Args:
         benchmark: the script's question, for instance 'loader'.
+        label: tells apart two results of one benchmark, for instance 'vit-l'.
         config: everything that was chosen.
         rows: one mapping per contender.
     """
     machine = describe_machine()
     device = re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
-    path = RESULTS / f"{time.strftime('%Y-%m-%d')}_{benchmark}_{device}_{machine['git']}.json"
+    path = (
+        RESULTS
+        / f"{time.strftime('%Y-%m-%d')}_{benchmark}_{device}_{machine['git']}{label and '_' + label}.json"
+    )
     RESULTS.mkdir(parents=True, exist_ok=True)
     content = {
         "benchmark": benchmark,
+        "label": label,
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "machine": machine,
         "config": dict(config),

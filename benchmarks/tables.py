@@ -22,13 +22,15 @@ README = ROOT / "README.md"
 Result = dict[str, Any]
 
 
-def newest(benchmark: str) -> tuple[Path, Result] | None:
-    """The newest result of a benchmark, by the time noted in it."""
-    found = [
-        (path, json.loads(path.read_text(encoding="utf-8")))
-        for path in RESULTS.glob(f"*_{benchmark}_*.json")
-    ]
-    return max(found, key=lambda entry: str(entry[1]["written"]), default=None)
+def newest(benchmark: str) -> list[tuple[Path, Result]]:
+    """The newest result of a benchmark for each device and configuration label, by the time noted in it."""
+    latest: dict[str, tuple[Path, Result]] = {}
+    for path in RESULTS.glob(f"*_{benchmark}_*.json"):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        key = f"{result['machine']['device']} {result['label']}"
+        if key not in latest or result["written"] > latest[key][1]["written"]:
+            latest[key] = (path, result)
+    return [latest[key] for key in sorted(latest)]
 
 
 def loader_table(result: Result) -> list[list[str]]:
@@ -44,11 +46,12 @@ def loader_table(result: Result) -> list[list[str]]:
 
 def step_table(result: Result) -> list[list[str]]:
     """Step rates on synthetic data."""
-    rows = [["method", "precision", "compile", "images/s", "TFLOP/s", "n"]]
+    rows = [["model", "method", "batch", "precision", "compile", "images/s", "TFLOP/s", "n"]]
     for row in result["rows"]:
         rate = row["images_per_s"]
-        head = [row["method"], row["precision"], row["compile"]]
-        rows.append([*head, _spread(rate, 1), f"{row['tflops']:.3g}", str(rate["n"])])
+        head = [row["model"], row["method"], str(row["batch_size"]), row["precision"]]
+        tail = [_spread(rate, 1), f"{row['tflops']:.3g}", str(rate["n"])]
+        rows.append([*head, row["compile"], *tail])
     return rows
 
 
@@ -59,18 +62,21 @@ TABLES: dict[str, Callable[[Result], list[list[str]]]] = {
 
 
 def render(name: str) -> str:
-    """Markdown of one table with the machine and the result file under it."""
+    """Markdown of the newest tables of a benchmark, each with its machine and result file under it."""
     found = newest(name)
-    if found is None:
+    if not found:
         return "*not measured yet*"
-    path, result = found
+    return "\n\n".join(_render_one(name, path, result) for path, result in found)
+
+
+def _render_one(name: str, path: Path, result: Result) -> str:
     head, *body = TABLES[name](result)
     lines = [head, ["---"] * len(head), *body]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    machine = result["machine"]
+    data = f"; {result['config']['data']}" if "data" in result["config"] else ""
     return (
-        f"{table}\n\nMedian (smallest to largest) of n interleaved rounds on {machine['device']}; "
-        f"[{path.name}](benchmarks/results/{path.name})."
+        f"{table}\n\nMedian (smallest to largest) of n interleaved rounds on "
+        f"{result['machine']['device']}{data}; [{path.name}](benchmarks/results/{path.name})."
     )
 
 

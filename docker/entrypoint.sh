@@ -6,6 +6,8 @@ set -euo pipefail
 
 # DALI and torch each start a pool; without this every rank takes all cores for itself.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# Time to write a checkpoint after SIGTERM before torchrun kills; below the grace period of the launcher.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240}"
 
 if [ "${1:-}" != pretrain ]; then
     exec python3 -m cmae.train "$@"

@@ -134,6 +134,18 @@ def test_values_out_of_range_name_key_value_and_range(capsys: pytest.CaptureFixt
     assert "> 0" in error
 
 
+def test_errors_of_the_model_name_the_key_with_its_section(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert "model.mask_ratio=2.0" in failure(capsys, "--model.mask_ratio", "2")
+    assert "data.views.hue" in failure(capsys, "--data.views.hue", "3")
+
+
+def test_pictures_without_a_decoder_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    error = failure(capsys, "--run.picture_every", "5", "--model.reconstruction_weight", "0")
+    assert "run.picture_every is 5" in error
+
+
 def test_one_view_with_a_contrastive_loss_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "data.views.num_views is 1" in failure(capsys, "--data.views.num_views", "1")
 

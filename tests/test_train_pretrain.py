@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
+from cmae.model import ModelConfig, build_model
 from cmae.train.checkpoint import list_checkpoints, load_checkpoint
 from cmae.train.cli import build_config_parser, main, read_config
 from cmae.train.metrics import read_metrics
 from cmae.train.pretrain import Outcome, pretrain
+from cmae.train.weights import load_model, save_model
 
 MODEL = {
     "img_size": 32,
@@ -176,6 +180,54 @@ def test_signals_write_a_checkpoint_and_exit_for_requeue(
     _, error = process.communicate(timeout=60)
     assert process.returncode == code, error
     assert "run the same command again" in error
+    last = load_checkpoint(list_checkpoints(tmp_path / "checkpoints")[-1])
+    assert last["step"] == read_metrics(tmp_path / "metrics.jsonl")[-1]["step"]
+
+
+def test_weights_alone_start_a_run_but_do_not_resume_one(
+    small_shards: str, whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = tmp_path / "weights.pt"
+    trained = load_model(list_checkpoints(whole_run / "checkpoints")[-1])
+    save_model(trained, weights)
+    overrides = {"run.resume": weights, "run.out": tmp_path / "a"}
+    assert main(["pretrain", *arguments(small_shards, tmp_path, **overrides)]) == 1
+    assert "--init_from" in capsys.readouterr().err
+    # Another temperature is another loss, not another network.
+    changed = {"init_from": weights, "model.temperature": 0.2, "optim.total_steps": 1}
+    run(small_shards, tmp_path / "b", **changed, **{"optim.lr_per_256": 1e-12})
+    started = load_checkpoint(list_checkpoints(tmp_path / "b" / "checkpoints")[-1])["model"]
+    for name, value in trained.encoder.state_dict().items():
+        torch.testing.assert_close(started[f"encoder.{name}"], value, msg=name)
+
+
+def test_mae_weights_start_a_cmae_run_with_a_target_of_their_own(
+    small_shards: str, tmp_path: Path
+) -> None:
+    model = build_model(ModelConfig(**MODEL, contrastive_loss="none"), seed=5)
+    save_model(model, tmp_path / "mae.pt")
+    changed = {"init_from": tmp_path / "mae.pt", "optim.total_steps": 1}
+    run(small_shards, tmp_path / "run", **changed, **{"optim.lr_per_256": 1e-12})
+    started = load_checkpoint(list_checkpoints(tmp_path / "run" / "checkpoints")[-1])["model"]
+    weight = model.encoder.blocks[0].attn.qkv.weight
+    torch.testing.assert_close(started["target_encoder.blocks.0.attn.qkv.weight"], weight)
+
+
+def test_a_signal_to_one_rank_stops_all_of_them_alike(small_shards: str, tmp_path: Path) -> None:
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+    launcher = (*torchrun, "--nproc-per-node", "2", "-m", "cmae.train")
+    overrides = {"optim.total_steps": 100000, "speed.num_threads": 1}
+    process = start(small_shards, tmp_path, *launcher, **overrides)
+    wait_for_checkpoint(process, tmp_path)
+    ranks = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if "cmae.train" in child.cmdline()
+    ]
+    ranks[1].send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=120)
+    assert re.search(r"exitcode\s*: 75", error), error
+    assert "run the same command again" in error  # said by the rank that got no signal
     last = load_checkpoint(list_checkpoints(tmp_path / "checkpoints")[-1])
     assert last["step"] == read_metrics(tmp_path / "metrics.jsonl")[-1]["step"]
 

@@ -154,10 +154,33 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     step([batch], lr=1e-3, momentum=0.9)
     step.model.encoder.norm.weight.register_hook(lambda gradient: gradient * float("nan"))
     before = {name: value.clone() for name, value in step.model.named_parameters()}
-    _, taken = step([batch], lr=1e-3, momentum=0.9)
-    assert not taken
+    for _ in range(3):
+        _, taken = step([batch], lr=1e-3, momentum=0.9)
+        assert not taken
     for name, value in step.model.named_parameters():
         assert torch.equal(value, before[name]), name
+    assert step.scaler.get_scale() == 1.0
+
+
+def test_an_image_that_is_not_finite_leaves_no_nan_in_a_checkpoint() -> None:
+    step = TrainStep(build_model(SMALL, seed=0), OPTIM, SpeedConfig(), ALONE)
+    batch = make_batch(SMALL, 0, 8)
+    poison = torch.full((8, 3, 32, 32), float("nan"))
+    _, taken = step([replace(batch, online=poison, target=poison)], lr=1e-3, momentum=0.9)
+    assert not taken
+    for name, value in step.state_dict()["model"].items():
+        assert torch.isfinite(value).all(), name
+    assert step([batch], lr=1e-3, momentum=0.9)[1]
+
+
+def test_another_precision_resumes_with_a_loss_scale_of_its_own() -> None:
+    stored = TrainStep(build_model(SMALL, seed=0), OPTIM, SpeedConfig(), ALONE).state_dict()
+    stored["scaler"]["scale"] = 65536.0
+    stored["precision"] = "fp16"
+    step = TrainStep(build_model(SMALL, seed=1), OPTIM, SpeedConfig(), ALONE)
+    step.load_state_dict(stored)
+    assert step.scaler.get_scale() == 1.0
+    assert step([make_batch(SMALL, 0, 8)], lr=1e-3, momentum=0.9)[1]
 
 
 def test_steps_lower_the_loss() -> None:

@@ -100,6 +100,27 @@ def test_a_file_with_other_objects_asks_for_trust(
     assert "--trust true" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", [b"", b"not weights"])
+def test_import_names_a_file_that_torch_cannot_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    path = tmp_path / "broken.pth"
+    path.write_bytes(content)
+    assert main(["import", str(path), str(tmp_path / "out.pt")]) == 1
+    error = capsys.readouterr().err
+    assert "broken.pth cannot be read" in error
+    assert "Traceback" not in error
+
+
+def test_reconstruct_names_a_file_that_is_no_image(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "note.jpg"
+    path.write_text("hello")
+    assert main(["reconstruct", str(checkpoint), str(path)]) == 1
+    assert "note.jpg" in capsys.readouterr().err
+
+
 def test_reconstruct_draws_several_files(checkpoint: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     paths = [tmp_path / f"{name}.png" for name in "ab"]

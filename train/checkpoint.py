@@ -41,7 +41,7 @@ class Checkpointer:
         self._error: BaseException | None = None
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob("*.tmp"):  # of a run that was killed while writing
-            leftover.unlink()
+            leftover.unlink(missing_ok=True)
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
         """Copy the state to host memory now and write it in the background.

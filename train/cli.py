@@ -56,8 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     try:
         return COMMANDS[name][1](rest)
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
-        if _is_ours(error):
+    except (ValueError, OSError, RuntimeError) as error:
+        # An OSError names its file; the others say all only when this project raised them itself.
+        if isinstance(error, OSError) or _is_ours(error):
             print(f"cmae {name}: error: {error}", file=sys.stderr)
             return 1
         raise
@@ -159,8 +160,22 @@ def read_config(parser: Parser, arguments: Sequence[str]) -> Config:
     """
     from cmae.train.config import Config
 
-    sections = parser.instantiate(parser.parse_args(find_recipes(arguments)))
+    parsed = parser.parse_args(find_recipes(arguments))
+    try:
+        sections = parser.instantiate(parsed)
+    except ValueError as error:
+        raise ValueError(_with_section(str(error))) from error
     return Config(**{field.name: sections[field.name] for field in fields(Config)})
+
+
+def _with_section(message: str) -> str:
+    """Complete the key that starts a message of ModelConfig or ViewConfig, which know no sections."""
+    from cmae.model import ModelConfig
+
+    key = message.split("=")[0]
+    if key in {field.name for field in fields(ModelConfig)}:
+        return f"model.{message}"
+    return f"data.{message}" if message.startswith("views.") else message
 
 
 def _pretrain(arguments: Sequence[str]) -> int:

@@ -25,7 +25,7 @@ class RunConfig:
     stop_at_step: int | None = None
     """Stop early, with a checkpoint, after this optimiser step; the schedule stays as it is."""
     log_every: int = 20
-    """Optimiser steps between two metric records; the only host synchronisation of the loop."""
+    """Optimiser steps between two metric records."""
     checkpoint_every: int = 1000
     """Optimiser steps between two checkpoints; the last step always writes one."""
     keep_checkpoints: int = 3
@@ -58,7 +58,7 @@ class SpeedConfig:
     """Images per rank in one forward pass. null: the whole share of the global batch at once.
     BatchNorm in the heads sees one micro-batch of every rank."""
     num_threads: int | None = None
-    """DALI's CPU threads. null: one per core that this process may use."""
+    """CPU threads that decode, for each rank. null: the node's cores, shared out to its ranks."""
     view_backend: Literal["auto", "dali", "host"] = "auto"
     """What decodes and crops: DALI, or torch's own CPU operators on threads, which are faster without a
     GPU. 'auto' takes DALI on a GPU. The pixels agree within rounding."""
@@ -175,6 +175,11 @@ class Config:
     def __post_init__(self) -> None:
         """Refuse views that do not fit the model."""
         views, model = self.data.views, self.model
+        if self.run.picture_every and not model.has_reconstruction:
+            raise ValueError(
+                f"run.picture_every is {self.run.picture_every}, but model.reconstruction_weight is 0: "
+                "there is no decoder to draw with; leave run.picture_every out"
+            )
         if views.img_size != model.img_size:
             raise ValueError(
                 f"data.views.img_size is {views.img_size} but model.img_size is {model.img_size}; "

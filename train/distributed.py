@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,12 @@ class Ranks:
     def is_first(self) -> bool:
         """Whether this process writes files and speaks."""
         return self.rank == 0
+
+
+def threads_per_rank() -> int:
+    """This process's share of the CPU cores that its node's ranks may use together."""
+    cores = len(os.sched_getaffinity(0))
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 @contextmanager
@@ -116,10 +123,19 @@ def mean_over_ranks(value: Tensor, ranks: Ranks) -> Tensor:
     return value
 
 
-def any_rank(flag: bool, ranks: Ranks) -> bool:
-    """Whether the flag is set on any rank; the same answer on all of them."""
+def largest(number: int, ranks: Ranks) -> int:
+    """The largest of all ranks' numbers, on every rank."""
     if ranks.world_size == 1:
-        return flag
-    agreed = torch.tensor(float(flag), device=ranks.device)
+        return number
+    agreed = torch.tensor(number, device=ranks.device)
     dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
-    return bool(agreed.item())
+    return int(agreed.item())
+
+
+def from_first(value: Any, ranks: Ranks) -> Any:
+    """The first rank's value, on every rank; anything that pickles."""
+    if ranks.world_size == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0, device=ranks.device)
+    return values[0]

@@ -105,9 +105,12 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def _drop_records_after(path: Path, step: int) -> None:
+    if not path.is_file():
+        return
     kept = [record for record in read_metrics(path) if record["step"] <= step]
-    if path.is_file():
-        path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    temporary = path.with_suffix(".tmp")  # a kill in the middle must not cost the history
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    temporary.replace(path)
 
 
 def _start_wandb(project: str, out: Path, config: dict[str, Any] | None) -> Any:
@@ -118,7 +121,17 @@ def _start_wandb(project: str, out: Path, config: dict[str, Any] | None) -> Any:
             f"run.wandb_project is {project!r}, but the package wandb is not installed; "
             "`pip install wandb`, or leave the key out"
         ) from error
-    return wandb.init(project=project, dir=str(out), config=config, resume="allow", id=out.name)
+    stored = out / "wandb_id"  # of its own: two runs may have folders of one name
+    if not stored.is_file():
+        stored.write_text(wandb.util.generate_id(), encoding="utf-8")
+    return wandb.init(
+        project=project,
+        dir=str(out),
+        name=out.name,
+        id=stored.read_text(encoding="utf-8"),
+        config=config,
+        resume="allow",
+    )
 
 
 class Display:

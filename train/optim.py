@@ -46,22 +46,26 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     """
     groups = parameter_groups(model.named_parameters(), config)
     if config.impl == "apex":
-        return _fused_adam_class()(groups, lr=0.0, betas=config.betas, adam_w_mode=True)
+        return _build_fused_adam(groups, config)
     return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, fused=True)
 
 
-def _fused_adam_class() -> Callable[..., torch.optim.Optimizer]:
+def _build_fused_adam(
+    groups: list[dict[str, object]], config: OptimConfig
+) -> torch.optim.Optimizer:
     try:
         from apex.optimizers import FusedAdam
-    except ImportError as error:
+
+        optimizer: torch.optim.Optimizer = FusedAdam(
+            groups, lr=0.0, betas=config.betas, adam_w_mode=True
+        )
+    except (ImportError, RuntimeError) as error:  # RuntimeError: built without its CUDA extensions
         raise ValueError(
-            "optim.impl is 'apex', but NVIDIA's apex cannot be imported "
-            f"({error}). The package called `apex` on PyPI is another project: `pip uninstall apex`, "
-            "then build NVIDIA's from source or use NVIDIA's PyTorch container; "
-            "or set optim.impl=torch_fused"
+            f"optim.impl is 'apex', but NVIDIA's apex does not work here ({error}). The package called "
+            "`apex` on PyPI is another project: `pip uninstall apex`, then build NVIDIA's from source "
+            "with its CUDA extensions or use NVIDIA's PyTorch container; or set optim.impl=torch_fused"
         ) from error
-    fused_adam: Callable[..., torch.optim.Optimizer] = FusedAdam
-    return fused_adam
+    return optimizer
 
 
 def build_schedule(

@@ -9,20 +9,22 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from cmae.model import CMAE, build_model, draw_mask, momentum_at
+from cmae.model import build_model, draw_mask, momentum_at
 from cmae.pipeline import Loader, LoaderState, build_loader
 from cmae.train.checkpoint import (
     Checkpointer,
+    CheckpointError,
     changed_settings,
     check_model_fits,
     find_checkpoint,
     load_checkpoint,
 )
 from cmae.train.config import BatchSplit, Config
-from cmae.train.distributed import Ranks, any_rank, join_ranks
+from cmae.train.distributed import Ranks, from_first, join_ranks, largest, threads_per_rank
 from cmae.train.optim import build_schedule
 from cmae.train.recorder import Recorder
 from cmae.train.step import TrainStep, check_precision
+from cmae.train.weights import load_initial_weights
 
 
 class TrainingError(RuntimeError):
@@ -59,8 +61,8 @@ def pretrain(config: Config) -> Outcome:
         split = BatchSplit.of(
             config.optim.global_batch_size, config.speed.micro_batch_size, ranks.world_size
         )
-        found = find_checkpoint(config.run.resume, config.run.out / "checkpoints")
-        resumed = _load_fitting(found, config) if found else None
+        found = _agree_on_checkpoint(config, ranks)
+        resumed = _load_complete(found, config) if found else None
         loader = stack.enter_context(_open_loader(config, split, ranks, resumed))
         total_steps = _total_steps(config, loader)
         step = resumed["step"] if resumed else 0
@@ -69,62 +71,98 @@ def pretrain(config: Config) -> Outcome:
         )
         changes = changed_settings(resumed["config"], config.to_dict()) if resumed else []
         recorder.opening(found, changes)
-        model = _initial_model(config).to(ranks.device)
-        train_step = TrainStep(model, config.optim, config.speed, ranks)
+        model = build_model(config.model, seed=config.seed)
+        if config.init_from is not None and not resumed:
+            recorder.say(load_initial_weights(model, config.init_from))
+        train_step = TrainStep(model.to(ranks.device), config.optim, config.speed, ranks)
         if resumed:
             train_step.load_state_dict(resumed)
         del resumed  # a second copy of all weights
         stop = stack.enter_context(StopSignals())
-        return _loop(config, ranks, split, loader, train_step, recorder, stop, step, total_steps)
+        run = _Run(config, ranks, split, loader, train_step, recorder, stop)
+        return _loop(run, step, total_steps=total_steps)
 
 
-def _loop(
-    config: Config,
-    ranks: Ranks,
-    split: BatchSplit,
-    loader: Loader,
-    train_step: TrainStep,
-    recorder: Recorder,
-    stop: StopSignals,
-    step: int,
-    total_steps: int,
-) -> Outcome:
-    run = config.run
-    last_step = min(total_steps, run.stop_at_step or total_steps)
+@dataclass(frozen=True)
+class _Run:
+    """Everything that one run holds open."""
+
+    config: Config
+    ranks: Ranks
+    split: BatchSplit
+    loader: Loader
+    train_step: TrainStep
+    recorder: Recorder
+    stop: StopSignals
+
+
+def _loop(run: _Run, step: int, *, total_steps: int) -> Outcome:
+    config, ranks, loader, recorder = run.config, run.ranks, run.loader, run.recorder
+    last_step = min(total_steps, config.run.stop_at_step or total_steps)
     schedule = build_schedule(
         config.optim, total_steps=total_steps, steps_per_epoch=loader.steps_per_epoch
     )
-    checkpoints = Checkpointer(
-        run.out / "checkpoints", keep=run.keep_checkpoints, keep_every=run.keep_every
-    )
-    skipped, stopping, path = 0, False, None
-    while step < last_step and not stopping:
-        batches = [next(loader) for _ in range(split.accumulation)]
+    checkpoints = _open_checkpoints(config) if ranks.is_first else None
+    skipped, signal_number, path = 0, 0, None
+    while step < last_step and not signal_number:
+        batches = [next(loader) for _ in range(run.split.accumulation)]
         momentum = momentum_at(config.model, step, total_steps)
-        losses, taken = train_step(batches, lr=schedule(step), momentum=momentum)
-        if not taken:  # nothing has changed: not the weights, not the schedule, not the counter
+        losses, taken = run.train_step(batches, lr=schedule(step), momentum=momentum)
+        if not taken:  # nothing has moved: not the weights, not the schedule, not the counter
             skipped += 1
             recorder.skipped(step, skipped, batches, losses)
-            if skipped > config.optim.max_skipped_steps:
-                raise TrainingError(_not_finite(step, skipped, run.out))
+            if skipped >= config.optim.max_skipped_steps:
+                raise TrainingError(_not_finite(step, skipped, config.run.out))
             continue
         skipped = 0
         step += 1
         recorder.step(step, batches, losses)
-        at_record = step % run.log_every == 0 or step == last_step
-        if at_record:
+        if step % config.run.log_every == 0 or step == last_step:
             recorder.record(step, lr=schedule(step - 1), epoch=batches[-1].epoch)
-        if at_record or ranks.world_size == 1:  # ranks agree where they meet anyway
-            stopping = any_rank(stop.is_set, ranks)
-        if run.picture_every and step % run.picture_every == 0:
-            recorder.picture(step, train_step.model, batches[0])
-        is_due = step % run.checkpoint_every == 0 or step == last_step or stopping
-        if is_due and ranks.is_first:
-            state = {**train_step.state_dict(), "loader": loader.state.to_dict()}
+        if config.run.picture_every and step % config.run.picture_every == 0:
+            recorder.picture(step, run.train_step.model, batches[0])
+        signal_number = largest(run.stop.number, ranks)  # every rank stops at the same step
+        is_due = step % config.run.checkpoint_every == 0 or step == last_step or signal_number
+        if is_due and checkpoints is not None:
+            state = {**run.train_step.state_dict(), "loader": loader.state.to_dict()}
             path = checkpoints.save(step, {**state, "config": config.to_dict()})
-    checkpoints.wait()
-    recorder.closing(step, path, stopping)
-    return Outcome(step, total_steps, path, stop.number if stopping else None)
+    if checkpoints is not None:
+        checkpoints.wait()
+    recorder.closing(step, path, stopped=bool(signal_number))
+    return Outcome(step, total_steps, path, signal_number or None)
+
+
+def _open_checkpoints(config: Config) -> Checkpointer:
+    run = config.run
+    return Checkpointer(
+        run.out / "checkpoints", keep=run.keep_checkpoints, keep_every=run.keep_every
+    )
+
+
+def _agree_on_checkpoint(config: Config, ranks: Ranks) -> Path | None:
+    """The checkpoint that the first rank finds; every rank must see the same file."""
+    own = None
+    if ranks.is_first:
+        own = find_checkpoint(config.run.resume, config.run.out / "checkpoints")
+    found: Path | None = from_first(own, ranks)
+    missing = largest(int(found is not None and not found.is_file()), ranks)
+    if missing:
+        raise CheckpointError(
+            f"{found}: the first rank sees this checkpoint and another rank does not; run.out must lie "
+            "on storage that all nodes share"
+        )
+    return found
+
+
+def _load_complete(path: Path, config: Config) -> dict[str, Any]:
+    state = load_checkpoint(path)
+    if "optimizer" not in state:
+        raise CheckpointError(
+            f"{path} holds weights alone, with no optimiser and no place in the data to resume; start a "
+            f"run from them with --init_from {path}"
+        )
+    check_model_fits(path, state["config"]["model"], config.to_dict()["model"])
+    return state
 
 
 def _open_loader(
@@ -150,7 +188,7 @@ def _open_loader(
         draw_mask=lambda sample_index, epoch: draw_mask(
             config.model, sample_index, seed=config.seed, epoch=epoch
         ),
-        num_threads=config.speed.num_threads,
+        num_threads=config.speed.num_threads or threads_per_rank(),
         prefetch=config.speed.prefetch,
         state=LoaderState.from_dict(resumed["loader"]) if resumed else None,
         shuffle=data.shuffle,
@@ -159,19 +197,6 @@ def _open_loader(
         ledger=config.run.out / "bad_samples.jsonl",
         max_bad_fraction=data.max_bad_fraction,
     )
-
-
-def _initial_model(config: Config) -> CMAE:
-    model = build_model(config.model, seed=config.seed)
-    if config.init_from is not None:
-        model.load_state_dict(_load_fitting(config.init_from, config)["model"])
-    return model
-
-
-def _load_fitting(path: Path, config: Config) -> dict[str, Any]:
-    state = load_checkpoint(path)
-    check_model_fits(path, state["config"]["model"], config.to_dict()["model"])
-    return state
 
 
 def _total_steps(config: Config, loader: Loader) -> int:
@@ -188,7 +213,7 @@ def _total_steps(config: Config, loader: Loader) -> int:
 def _not_finite(step: int, skipped: int, out: Path) -> str:
     return (
         f"{skipped} steps in a row after step {step} had gradients that are not finite; the samples are "
-        f"listed in {out / 'skipped_steps.jsonl'}. The last checkpoint is from before: resume from it "
+        f"listed in {out / 'skipped_steps.rank*.jsonl'}. The last checkpoint is from before: resume from it "
         "with a lower optim.lr_per_256, a longer warmup, or optim.precision=bf16"
     )
 
@@ -197,13 +222,9 @@ class StopSignals:
     """Turns SIGINT, SIGTERM and SIGUSR1 into a flag; a second SIGINT interrupts at once."""
 
     def __init__(self) -> None:
-        self.number: int | None = None
+        self.number = 0
+        """The signal that asked the run to stop; 0 as long as none did."""
         self._before: dict[int, Any] = {}
-
-    @property
-    def is_set(self) -> bool:
-        """Whether somebody asked the run to stop."""
-        return self.number is not None
 
     def __enter__(self) -> Self:
         """Take over the three signals."""
@@ -222,6 +243,6 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.is_set:
+        if number == signal.SIGINT and self.number:
             raise KeyboardInterrupt
         self.number = number

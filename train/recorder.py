@@ -88,6 +88,11 @@ class Recorder:
         for note in notes:
             self._display.say(f"[yellow]changed:[/] {note}")
 
+    def say(self, message: str) -> None:
+        """Print a message, on the first rank."""
+        if self._ranks.is_first:
+            self._display.say(message)
+
     def step(self, step: int, batches: Sequence[Batch], losses: Tensor) -> None:
         """Note a step that was taken."""
         self._window.add(losses)
@@ -126,7 +131,9 @@ class Recorder:
             "losses": losses.tolist(),
             "samples": [index for batch in batches for index in batch.sample_index.tolist()],
         }
-        with (out / "skipped_steps.jsonl").open("a", encoding="utf-8") as file:
+        with (out / f"skipped_steps.rank{self._ranks.rank}.jsonl").open(
+            "a", encoding="utf-8"
+        ) as file:
             file.write(json.dumps(line) + "\n")
         if self._ranks.is_first:
             self._display.say(
@@ -141,7 +148,7 @@ class Recorder:
             with torch.no_grad():
                 reconstruction_picture(model, batch, folder / f"step-{step:08d}.png")
 
-    def closing(self, step: int, checkpoint: Path | None, stopping: bool) -> None:
+    def closing(self, step: int, checkpoint: Path | None, *, stopped: bool) -> None:
         """Say where the results lie."""
         if not self._ranks.is_first:
             return
@@ -150,7 +157,7 @@ class Recorder:
             loss_plot(self._log.path, out / "loss.png")
         if checkpoint is None:
             self._display.say(f"nothing to do: {out} is already at step {step}")
-        elif stopping:
+        elif stopped:
             self._display.say(f"stopped at step {step}; run the same command again to continue")
         else:
             self._display.say(f"done: step {step}, {checkpoint}")

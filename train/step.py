@@ -14,7 +14,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from cmae.model import CMAE, Losses
-from cmae.model.heads import set_all_reduce
+from cmae.model.heads import SyncedBatchNorm1d, set_all_reduce
 from cmae.pipeline import Batch
 from cmae.train.config import OptimConfig, SpeedConfig
 from cmae.train.distributed import Ranks, gather_rows, sum_over_ranks
@@ -43,7 +43,9 @@ class TrainStep:
         self.clip_grad = optim.clip_grad
         self.dtype = _DTYPES[optim.precision]
         self.optimizer = build_optimizer(model, optim)
+        self.precision = optim.precision
         self.scaler = _build_scaler(optim.precision, ranks.device)
+        self._scale = self.scaler.get_scale()
         _compile(model, speed.compile)
         self.network = _replicate(model, optim, ranks)
 
@@ -67,12 +69,14 @@ class TrainStep:
         if self.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
-        scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        taken = self.scaler.get_scale() >= scale  # the step's one host synchronisation
-        if taken and self.model.config.has_contrast:
+        scale = self.scaler.get_scale()  # the step's one host synchronisation
+        taken, self._scale = scale >= self._scale, scale
+        if not taken:
+            self._recover()
+        elif self.model.config.has_contrast:
             self.model.update_target(momentum)
         return losses, taken
 
@@ -82,13 +86,30 @@ class TrainStep:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "precision": self.precision,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`."""
+        """Continue from `state_dict`; a loss scale of another precision is left behind."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["precision"] == self.precision:
+            self.scaler.load_state_dict(state["scaler"])
+            self._scale = self.scaler.get_scale()
+
+    def _recover(self) -> None:
+        """After a skipped step: a fixed scale back to 1, and no NaN in the heads' running statistics.
+
+        Training does not read those statistics, but a checkpoint holds them and evaluation does.
+        """
+        if self.precision != "fp16":
+            self.scaler.update(new_scale=1.0)
+            self._scale = 1.0
+        for module in self.model.modules():
+            statistics = getattr(module, "running_var", None)
+            if statistics is not None and not torch.isfinite(statistics).all():
+                assert isinstance(module, SyncedBatchNorm1d)
+                module.reset_running_stats()
 
     def backward(self, batches: Sequence[Batch]) -> Tensor:
         """Add the (scaled) gradients of the global batch's mean loss; returns the mean losses.
@@ -138,7 +159,7 @@ class TrainStep:
 
 
 def check_precision(precision: str, device: torch.device) -> None:
-    """Refuse fp16 on a CPU, which computes it in emulation.
+    """Refuse fp16 on a CPU, which has no fast fp16.
 
     Raises:
         ValueError: as said.
@@ -164,6 +185,10 @@ def _compile(model: CMAE, mode: str) -> None:
                 module.compile(fullgraph=True, dynamic=False)
     elif mode == "model":
         model.compile(fullgraph=True)  # shapes are static, but label_offset differs by micro-batch
+        if model.target_encoder is not None:  # reached through target_keys, not through forward
+            model.target_encoder.mean_tokens = torch.compile(  # type: ignore[method-assign]
+                model.target_encoder.mean_tokens, fullgraph=True
+            )
 
 
 def _replicate(model: CMAE, optim: OptimConfig, ranks: Ranks) -> CMAE | DistributedDataParallel:

@@ -10,7 +10,12 @@ import torch
 from rich.console import Console
 
 from cmae.model import CMAE, ModelConfig, build_model, from_authors, from_mae, to_timm
-from cmae.train.checkpoint import FORMAT, load_checkpoint, write_atomically
+from cmae.train.checkpoint import (
+    FORMAT,
+    CheckpointError,
+    load_checkpoint,
+    write_atomically,
+)
 
 
 def load_model(checkpoint: Path) -> CMAE:
@@ -32,6 +37,47 @@ def save_model(model: CMAE, out: Path) -> None:
     config = {key: list(value) if isinstance(value, tuple) else value for key, value in fields}
     state = {"config": {"model": config}, "model": model.state_dict()}
     write_atomically(out, {"format": FORMAT, "step": 0, **state})
+
+
+def load_initial_weights(model: CMAE, path: Path) -> str:
+    """Start a model from a checkpoint's weights; parts that the checkpoint lacks stay as initialised.
+
+    Losses, masks and momentum may differ from the checkpoint's, the encoder may not. Without a target in the
+    checkpoint (MAE), the target starts as a copy of the loaded online branch.
+
+    Returns:
+        What was loaded and what was not, for the log.
+
+    Raises:
+        CheckpointError: a tensor has another shape, the encoder is incomplete, or its pixels were
+            normalised otherwise.
+    """
+    state = load_checkpoint(path)
+    stored: dict[str, torch.Tensor] = state["model"]
+    own = model.state_dict()
+    _check_pixels(path, model_config(state["config"]["model"]), model.config)
+    wrong = [name for name in own.keys() & stored.keys() if own[name].shape != stored[name].shape]
+    wrong += [name for name in own if name.startswith("encoder.") and name not in stored]
+    if wrong:
+        raise CheckpointError(
+            f"init_from={path}: {len(wrong)} tensors do not fit the model, the first: {min(wrong)}; set the "
+            "sizes in [model] as in the checkpoint"
+        )
+    model.load_state_dict({name: stored[name] for name in own.keys() & stored.keys()}, strict=False)
+    if not any(name.startswith("target_") for name in stored):
+        model.reset_target()
+    fresh = sorted({name.split(".")[0] for name in own.keys() - stored.keys()})
+    return f"weights from {path}" + (f"; freshly initialised: {', '.join(fresh)}" if fresh else "")
+
+
+def _check_pixels(path: Path, stored: ModelConfig, current: ModelConfig) -> None:
+    for key in ("pixel_mean", "pixel_std"):
+        if getattr(stored, key) != getattr(current, key):
+            raise CheckpointError(
+                f"init_from={path}: its network saw pixels normalised with {key} {getattr(stored, key)}, "
+                f"the model has {getattr(current, key)}; add --model.{key} "
+                f"'{list(getattr(stored, key))}'"
+            )
 
 
 def model_config(stored: dict[str, Any]) -> ModelConfig:
@@ -104,14 +150,16 @@ def export_weights(
 
 def _read_foreign(source: Path, *, trust: bool) -> dict[str, Any]:
     if not source.is_file():
-        raise ValueError(f"{source}: there is no such file")
+        raise ValueError(f"{source} is not a file; name what torch.save wrote")
     try:
         loaded: dict[str, Any] = torch.load(source, map_location="cpu", weights_only=not trust)
     except Exception as error:  # torch's reader raises anything on a file that is something else
         hint = "" if trust else "; if it holds more than tensors and you trust it, add --trust true"
         raise ValueError(
-            f"{source} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}){hint}"
+            f"{source} cannot be read ({type(error).__name__}: {error}){hint}"
         ) from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{source} holds a {type(loaded).__name__}; expected a state dict")
     return loaded
 
 
