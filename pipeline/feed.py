@@ -81,6 +81,9 @@ class Feed:
         self._seed = state.seed
         self.num_batches = 0
         self.num_bytes = 0
+        # A thread that asks for the first time gets the number that was set last, by any thread: ask here and
+        # now, or the workers' 1 would become the training thread's number too.
+        torch.get_num_threads()
         self._thread = threading.Thread(
             target=self._run, args=(state,), name="cmae-feed", daemon=True
         )

@@ -3,6 +3,7 @@ from __future__ import annotations
 import _thread
 import json
 import logging
+import os
 import subprocess
 import sys
 import tarfile
@@ -417,3 +418,26 @@ def test_stream_shuffles_inside_a_shard_and_differently_each_epoch(shards):
 def test_stream_with_fewer_shards_than_ranks_is_refused(shards):
     with pytest.raises(ValueError, match=r"4 for world_size=8 ranks.*cmae shards index"):
         open_loader(shards, source="stream", world_size=8, batch_size=2)
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core has one thread")
+def test_a_loader_leaves_the_callers_threads_alone(tmp_path):
+    (shard,) = write_photo_shards(tmp_path, sizes=[8])
+    program = f"""
+import torch
+from cmae.pipeline import ViewConfig, build_loader
+from pipeline_data import toy_mask
+views = ViewConfig(img_size=32, master_size=40, target_shift=8)
+with build_loader({str(shard)!r}, views, batch_size=4, global_batch_size=4, draw_mask=toy_mask) as loader:
+    next(loader)
+    print(torch.get_num_threads())
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split() == ["2"], done.stderr
