@@ -15,7 +15,9 @@ from cmae.train import demo_data
 from cmae.train.demo_data import (
     CELL_PX,
     PHOTOGRAPHS,
+    TILE_MEAN,
     TILE_PX,
+    equalise,
     load_photograph,
     tile_windows,
     write_demo_shards,
@@ -88,11 +90,24 @@ def test_shards_hold_labelled_tiles_and_writing_again_changes_nothing(
 def test_a_tile_lies_where_its_name_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo_data, "PHOTOGRAPHS", ("coffee",))
     write_demo_shards(tmp_path, max_train=3, max_val=2)
-    photograph = load_photograph("coffee").astype(int)
+    photograph = load_photograph("coffee").astype(float)
     for split, count in (("train", 3), ("val", 2)):
         files = sorted((tmp_path / "tiles" / split / "coffee").iterdir())
         assert len(files) == count
         for file in files:
             y, x = (int(part[1:]) for part in file.stem.split("_"))
-            tile = np.asarray(Image.open(file)).astype(int)
-            assert np.abs(tile - photograph[y : y + TILE_PX, x : x + TILE_PX]).mean() < 6
+            tile = np.asarray(Image.open(file)).astype(float)
+            region = photograph[y : y + TILE_PX, x : x + TILE_PX]
+            assert np.corrcoef(tile.ravel(), (region - region.mean((0, 1))).ravel())[0, 1] > 0.95
+
+
+def test_neither_colour_nor_light_tells_tiles_apart() -> None:
+    generator = np.random.default_rng(0)
+    tile = generator.integers(100, 140, (32, 32, 3)).astype(np.uint8)
+    dim_and_red = np.round(tile * 0.6 + [80, 0, 20]).astype(np.uint8)
+    first, second = equalise(tile).astype(int), equalise(dim_and_red).astype(int)
+    assert np.abs(first.mean((0, 1)) - TILE_MEAN).max() < 1
+    assert np.abs(second.mean((0, 1)) - TILE_MEAN).max() < 1
+    assert np.corrcoef(first.ravel(), second.ravel())[0, 1] > 0.99
+    assert abs(second.std() / first.std() - 1) < 0.2
+    assert equalise(np.full((8, 8, 3), 7, np.uint8)).tolist() == np.full((8, 8, 3), 128).tolist()

@@ -219,7 +219,7 @@ def _shards(arguments: Sequence[str]) -> int:
 def _reconstruct(arguments: Sequence[str]) -> int:
     parser = Parser(
         prog="cmae reconstruct",
-        description="Draw original, masked input, reconstruction and plain prediction of image files.",
+        description="Draw original, masked input and reconstruction of image files.",
     )
     parser.add_argument("checkpoint", type=Path, help="of a run, or made by `cmae import`")
     parser.add_argument("images", type=Path, nargs="+", help="files; the centre square is used")

@@ -59,6 +59,9 @@ class SpeedConfig:
     BatchNorm in the heads sees one micro-batch of every rank."""
     num_threads: int | None = None
     """CPU threads that decode, for each rank. null: the node's cores, shared out to its ranks."""
+    torch_threads: int | None = None
+    """CPU threads inside one torch operator. null: torch's own choice. Small models are faster with 1, and
+    threads that share their cores with other work wait for each other."""
     view_backend: Literal["auto", "dali", "host"] = "auto"
     """What decodes and crops: DALI, or torch's own CPU operators on threads, which are faster without a
     GPU. 'auto' takes DALI on a GPU. The pixels agree within rounding."""
@@ -69,7 +72,7 @@ class SpeedConfig:
 
     def __post_init__(self) -> None:
         """Refuse sizes that are not positive."""
-        for name in ("micro_batch_size", "num_threads"):
+        for name in ("micro_batch_size", "num_threads", "torch_threads"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"speed.{name}", value, ">= 1, or null")
         _require(self.prefetch >= 1, "speed.prefetch", self.prefetch, ">= 1")

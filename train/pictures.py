@@ -21,15 +21,16 @@ from cmae.train.weights import load_model
 
 Panel = UInt8[np.ndarray, "S S 3"]
 
-GRAY = 127
+GRAY = 205
 PANEL_PX = 144
+ROWS = 4
 GAP_PX = 6
 MARGIN_PX = 18
 TITLE_PX = 26
 INK, PAPER = (40, 40, 40), (255, 255, 255)
 
 
-def reconstruction_picture(model: CMAE, batch: Batch, path: Path, *, num_images: int = 12) -> None:
+def reconstruction_picture(model: CMAE, batch: Batch, path: Path, *, num_images: int = 16) -> None:
     """Draw the reconstructions of a batch's first images; see `draw_reconstructions`."""
     draw_reconstructions(model, batch.online[:num_images], batch.ids_keep[:num_images], path)
 
@@ -41,7 +42,7 @@ def draw_reconstructions(
     ids_keep: Int[Tensor, "B K"],
     path: Path,
 ) -> None:
-    """Write a PNG with original, masked input, reconstruction and plain prediction side by side.
+    """Write a PNG with original, masked input and reconstruction side by side.
 
     In the reconstruction, visible patches are the original's. With norm_pix_loss each predicted patch gets
     the mean and the scale of the true one, which the network is not asked for.
@@ -60,7 +61,6 @@ def draw_reconstructions(
         "original": online,
         "masked input": _paint_gray(online, hidden),
         "reconstruction": torch.where(hidden, predicted, online),
-        "prediction only": predicted,
     }
     draw_sheet({title: list(images.numpy()) for title, images in columns.items()}, path)
 
@@ -68,7 +68,7 @@ def draw_reconstructions(
 def reconstruct(
     checkpoint: Path, images: list[Path], out: Path = Path("reconstruction.png"), seed: int = 0
 ) -> int:
-    """Draw original, masked input, reconstruction and plain prediction of image files.
+    """Draw original, masked input and reconstruction of image files.
 
     Args:
         checkpoint: of this project, or made by `cmae import`.
@@ -97,13 +97,13 @@ def first_batch_picture(batch: Batch, path: Path, *, num_images: int = 8) -> Non
 
 
 def draw_sheet(columns: dict[str, list[Panel]], path: Path) -> None:
-    """Write a PNG with one titled column for each list of images; long lists go on in a second block.
+    """Write a PNG with one titled column for each list of images; after 4 rows they go on to the right.
 
     Small images are enlarged by a whole factor without smoothing, so that every pixel stays visible.
     """
     num_rows = len(next(iter(columns.values())))
-    num_blocks = 2 if num_rows > 4 else 1
-    rows = -(-num_rows // num_blocks)
+    num_blocks = -(-num_rows // ROWS)
+    rows = min(num_rows, ROWS)
     side = _enlarged(next(iter(columns.values()))[0]).width
     step = side + GAP_PX
     block = len(columns) * step - GAP_PX

@@ -9,6 +9,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+import torch
+
 from cmae.model import build_model, draw_mask, momentum_at
 from cmae.pipeline import Loader, LoaderState, build_loader
 from cmae.train.checkpoint import (
@@ -58,6 +60,8 @@ def pretrain(config: Config) -> Outcome:
     with ExitStack() as stack:
         ranks = stack.enter_context(join_ranks(config.speed.device))
         check_precision(config.optim.precision, ranks.device)
+        if config.speed.torch_threads is not None:
+            torch.set_num_threads(config.speed.torch_threads)
         split = BatchSplit.of(
             config.optim.global_batch_size, config.speed.micro_batch_size, ranks.world_size
         )
