@@ -1,4 +1,4 @@
-"""The demo's tiles: disjoint regions, no network, the same bytes every time."""
+"""The demo's tiles: disjoint regions, no network, the same bytes every time; and its verdict."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from cmae.pipeline import expand_shards
 from cmae.pipeline.index import load_index
 from cmae.train import demo_data
+from cmae.train.demo import MARGIN, _conclude
 from cmae.train.demo_data import (
     CELL_PX,
     PHOTOGRAPHS,
@@ -111,3 +113,12 @@ def test_neither_colour_nor_light_tells_tiles_apart() -> None:
     assert np.corrcoef(first.ravel(), second.ravel())[0, 1] > 0.99
     assert abs(second.std() / first.std() - 1) < 0.2
     assert equalise(np.full((8, 8, 3), 7, np.uint8)).tolist() == np.full((8, 8, 3), 128).tolist()
+
+
+@pytest.mark.parametrize(("ahead", "code"), [(MARGIN + 0.01, 0), (MARGIN - 0.01, 1), (-0.2, 1)])
+@pytest.mark.parametrize("strongest", ["random", "pixels"])
+def test_demo_fails_unless_every_baseline_is_clearly_beaten(
+    tmp_path: Path, strongest: str, ahead: float, code: int
+) -> None:
+    accuracies = {"pretrained": 0.5 + ahead, "random": 0.1, "pixels": 0.1, strongest: 0.5}
+    assert _conclude(Console(quiet=True), accuracies, tmp_path) == code
