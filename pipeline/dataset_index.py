@@ -21,8 +21,10 @@ from cmae.pipeline.index import (
     is_decodable,
     load_index,
     read_columns,
+    read_keys,
     save_index,
 )
+from cmae.pipeline.jpeg import JpegKind
 from cmae.pipeline.threads import no_progress, run_threads
 
 
@@ -69,6 +71,14 @@ def _load_if_fresh(tar_path: str) -> ShardIndex | None:
         return None
 
 
+class LeftOut(NamedTuple):
+    """A record that no epoch takes; `kind` is why."""
+
+    shard: int
+    position: int
+    kind: JpegKind
+
+
 @dataclass(frozen=True, eq=False)
 class DatasetIndex:
     """The decodable images of many shards as one sequence of n samples, 42 bytes each.
@@ -84,8 +94,8 @@ class DatasetIndex:
     """(shards,) Valid samples in each."""
     digest: str
     """16 hex digits over sizes, offsets, CRCs and kinds of all shards in order; not over their paths."""
-    num_bad: int
-    """Records left out because their image cannot be decoded."""
+    left_out: tuple[LeftOut, ...]
+    """Records that are in no epoch because their image cannot be decoded."""
     position: npt.NDArray[np.int32]
     """(n,) Record number in its shard."""
     offset: npt.NDArray[np.int64]
@@ -99,6 +109,11 @@ class DatasetIndex:
 
     def __len__(self) -> int:
         return len(self.offset)
+
+    @property
+    def num_bad(self) -> int:
+        """How many records are left out."""
+        return len(self.left_out)
 
     @classmethod
     def load(cls, shard_paths: Sequence[str | Path], *, workers: int | None = None) -> DatasetIndex:
@@ -127,17 +142,21 @@ class DatasetIndex:
             for name in COLUMNS
             if name != "keys"
         }
-        num_records = sum(len(shard["kind"]) for shard in shards)
+        left_out = tuple(
+            LeftOut(number, int(row), JpegKind(shard["kind"][row]))
+            for number, shard in enumerate(shards)
+            for row in np.flatnonzero(~is_decodable(shard["kind"]))
+        )
         sizes = np.asarray([len(rows) for rows in valid], np.int64)
         if not sizes.sum():
             raise ValueError(
-                f"none of the {num_records} records in {len(paths)} shards is a JPEG that can be decoded"
+                f"none of the {len(left_out)} records in {len(paths)} shards is a JPEG that can be decoded"
             )
         return cls(
             paths=paths,
             shard_sizes=sizes,
             digest=digest.hexdigest()[:16],
-            num_bad=num_records - int(sizes.sum()),
+            left_out=left_out,
             position=np.concatenate(valid),
             **columns,
         )
@@ -156,10 +175,17 @@ class DatasetIndex:
         return np.asarray(shard << 32 | position, np.int64)
 
     def key(self, shard: int, position: int) -> str:
-        """WebDataset key of a record; the keys of a shard are read from its index when first asked for."""
-        return str(_shard_keys(self.paths[shard])[position])
+        """WebDataset key of a record; '' when the index file is gone.
+
+        The keys of a shard are read when first asked for, and then the tar may be damaged or gone: that is
+        often why somebody asks.
+        """
+        try:
+            return str(_shard_keys(self.paths[shard])[position])
+        except (OSError, IndexError):
+            return ""
 
 
 @lru_cache(maxsize=16)
 def _shard_keys(tar_path: str) -> npt.NDArray[np.str_]:
-    return load_index(tar_path).keys
+    return read_keys(tar_path)

@@ -153,6 +153,11 @@ def index_row(record: TarRecord, info: JpegInfo | None) -> IndexRow:
     )
 
 
+def index_record(record: TarRecord, *, max_pixels: int = MAX_PIXELS) -> IndexRow:
+    """The index entry of a record, whose image may be bad."""
+    return index_row(record, _inspect(record.image, max_pixels))
+
+
 def build_index(tar_path: str | Path, *, max_pixels: int = MAX_PIXELS) -> ShardIndex:
     """Read a whole shard and index it; a record whose image is bad is kept with kind BAD.
 
@@ -162,7 +167,7 @@ def build_index(tar_path: str | Path, *, max_pixels: int = MAX_PIXELS) -> ShardI
     """
     with open(tar_path, "rb", buffering=1 << 20) as file:
         rows = [
-            index_row(record, _inspect(record.image, max_pixels))
+            index_record(record, max_pixels=max_pixels)
             for record in iter_records(file, name=str(tar_path))
         ]
     if not rows:
@@ -228,10 +233,37 @@ def load_index(tar_path: str | Path) -> ShardIndex:
         FileNotFoundError: There is no index (or no tar).
         StaleIndexError: Made for other contents, by another format version, or unreadable.
     """
-    columns = read_columns(tar_path, without=())
-    keys = np.char.decode(columns.pop("keys").astype(np.bytes_), "utf-8", "surrogateescape")
+    return _from_columns(read_columns(tar_path, without=()))
+
+
+def load_index_unchecked(tar_path: str | Path) -> ShardIndex | None:
+    """The index of a shard as it is, whether or not the tar has changed since; None where there is none."""
+    try:
+        columns = _read_archive(index_path(tar_path), without=())
+        if columns.pop("format_version") != FORMAT_VERSION:
+            return None
+        return _from_columns(columns)
+    except (OSError, KeyError):
+        return None
+
+
+def read_keys(tar_path: str | Path) -> npt.NDArray[np.str_]:
+    """WebDataset keys of a shard in tar order, from its index alone: the tar may be changed or gone.
+
+    Raises:
+        OSError: There is no index, or it cannot be read.
+    """
+    return _decode_keys(_read_archive(index_path(tar_path), without=())["keys"])
+
+
+def _from_columns(columns: Columns) -> ShardIndex:
+    keys = _decode_keys(columns.pop("keys"))
     size, digest = int(columns.pop("tar_size").item()), str(columns.pop("tar_digest"))
     return ShardIndex(keys=keys, **columns, tar_size=size, tar_digest=digest)
+
+
+def _decode_keys(keys: npt.NDArray[Any]) -> npt.NDArray[np.str_]:
+    return np.char.decode(keys.astype(np.bytes_), "utf-8", "surrogateescape")
 
 
 def read_columns(tar_path: str | Path, *, without: Sequence[str]) -> Columns:
@@ -244,13 +276,10 @@ def read_columns(tar_path: str | Path, *, without: Sequence[str]) -> Columns:
             f"{tar_path} has no index {path.name}: make it with `cmae shards index {tar_path}`"
         )
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            version = int(archive["format_version"])
-            columns: Columns = {
-                name: archive[name] for name in archive.files if name not in without
-            }
-    except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError) as error:
+        columns = _read_archive(path, without)
+    except OSError as error:
         raise StaleIndexError(f"{path} is damaged or no index; {repair}") from error
+    version = columns.pop("format_version")
     if version != FORMAT_VERSION:
         raise StaleIndexError(
             f"{path} has format {version}, this version reads {FORMAT_VERSION}; {repair}"
@@ -261,5 +290,17 @@ def read_columns(tar_path: str | Path, *, without: Sequence[str]) -> Columns:
         )
     if columns["tar_digest"] != digest:
         raise StaleIndexError(f"{path} was made for other contents of the same size; {repair}")
-    del columns["format_version"]
     return columns
+
+
+def _read_archive(path: Path, without: Sequence[str]) -> Columns:
+    """Arrays of an index file.
+
+    Raises:
+        OSError: It is not there, not readable, or no index.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files if name not in without}
+    except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError) as error:
+        raise OSError(f"{path} is damaged or no index") from error

@@ -17,7 +17,7 @@ from cmae.pipeline.counters import LoaderSnapshot, State
 from cmae.pipeline.dataset_index import DatasetIndex
 from cmae.pipeline.feed import DrawMask, Feed, ViewMaker
 from cmae.pipeline.graph import GraphViews
-from cmae.pipeline.health import Health
+from cmae.pipeline.health import BEFORE_FIRST_EPOCH, BadLimit, BadSample, Health
 from cmae.pipeline.host import HostViews
 from cmae.pipeline.index import index_path
 from cmae.pipeline.plan import EpochPlan
@@ -150,9 +150,10 @@ def build_loader(
     backend: Literal["auto", "dali", "host"] = "auto",
     hw_decoder_load: float = 0.65,
     ledger: Path | None = None,
-    max_bad_fraction: float = 0.01,
+    max_bad_fraction: float | None = 0.01,
     probation: int = 1000,
     check_crc: bool = True,
+    last_batch: Literal["drop", "pad"] = "drop",
 ) -> Loader:
     """Open shards and start reading.
 
@@ -174,9 +175,13 @@ def build_loader(
         backend: 'dali' or 'host' make the views; 'auto' is DALI on CUDA and the faster host way on a CPU.
         hw_decoder_load: share of the JPEGs for the GPU's decoder unit; the best value differs by machine.
         ledger: JSON lines file for bad records.
-        max_bad_fraction: raise DataError above this fraction of bad records.
+        max_bad_fraction: raise DataError above this fraction of bad records on this rank. None = the caller
+            adds `Loader.bad_samples` over all ranks and decides.
         probation: samples before that fraction is looked at.
         check_crc: compare files with the CRC32 in the index.
+        last_batch: leave the samples out that do not fill an epoch's last global batch, or 'pad' it with the
+            epoch's first ones (`EpochPlan.padding`). A stream can only drop: each rank leaves out what does
+            not fill its own last batch.
 
     Raises:
         ValueError: A size, the state or the shard list does not fit; the message names the repair.
@@ -186,13 +191,25 @@ def build_loader(
     device = torch.device(device)
     _check_sizes(batch_size, global_batch_size, rank=rank, world_size=world_size, prefetch=prefetch)
     paths = expand_shards(shards)
-    health = Health(ledger=ledger, max_bad_fraction=max_bad_fraction, probation=probation)
+    first_epoch = 0 if state is None else state.epoch
+    limit = None if max_bad_fraction is None else BadLimit(max_bad_fraction, probation)
+    health = Health(ledger=ledger, limit=limit, rank=rank, first_epoch=first_epoch)
     place = {"rank": rank, "world_size": world_size, "batch_size": batch_size}
     opened: Source
     if _is_indexed(source, paths):
         index = DatasetIndex.load(paths)
-        plan = EpochPlan(len(index), global_batch_size, seed=seed, shuffle=shuffle)
+        plan = EpochPlan(
+            len(index), global_batch_size, seed=seed, shuffle=shuffle, last_batch=last_batch
+        )
+        _check_grid(state, global_batch_size, stride=world_size * batch_size)
+        if rank == 0:
+            health.note_left_out(_left_out(index))
         opened = IndexedSource(index, plan=plan, check_crc=check_crc, **place)
+    elif last_batch == "pad":
+        raise ValueError(
+            "last_batch='pad' needs to know the samples of an epoch beforehand, and a stream does not: make "
+            "indexes with `cmae shards index`, or set last_batch=drop"
+        )
     else:
         opened = StreamSource(paths, seed=seed, shuffle=shuffle, **place)
     if state is None:
@@ -221,6 +238,19 @@ def build_loader(
         prefetch=prefetch,
     )
     return Loader(opened, maker, feed=feed, health=health, state=state)
+
+
+def _left_out(index: DatasetIndex) -> list[BadSample]:
+    return [
+        BadSample(
+            index.paths[shard],
+            index.key(shard, position),
+            position,
+            f"left out by the index: {kind.name.lower()} JPEG (`cmae shards verify` says more)",
+            BEFORE_FIRST_EPOCH,
+        )
+        for shard, position, kind in index.left_out
+    ]
 
 
 def _pick_backend(
@@ -255,6 +285,18 @@ def _check_sizes(
         raise ValueError(
             f"global_batch_size={global_batch_size} must be a multiple of world_size * batch_size = "
             f"{world_size} * {batch_size}: an optimiser step is a whole number of batches of every rank"
+        )
+
+
+def _check_grid(state: LoaderState | None, global_batch_size: int, *, stride: int) -> None:
+    """Refuse to continue inside a global batch at a place where no batch of these sizes begins."""
+    inside = 0 if state is None else state.next_sample % global_batch_size
+    if state is not None and inside % stride:
+        raise ValueError(
+            f"the state to continue from has next_sample={state.next_sample}, which is {inside} samples into "
+            f"a global batch of {global_batch_size}; {stride} = world_size * batch_size samples at a time "
+            "do not reach its end from there. Take a state from between two optimiser steps (checkpoints "
+            "hold such), the global_batch_size of the run before, or a smaller batch_size"
         )
 
 

@@ -38,7 +38,7 @@ from cmae.pipeline.tar import TarError, iter_records
 
 logger = logging.getLogger(__name__)
 
-_MAX_BAD_RUN = 100
+_MAX_BAD_RUN = 100  # bad records or lost shards in a row, after which no substitute is looked for
 _STREAM_LANE = 1 << 21  # away from the lanes of views and plan
 
 
@@ -68,6 +68,8 @@ class RawBatch:
     """The position after this batch."""
     bad: list[BadSample]
     """Records that could not be used, met on the way to this batch."""
+    num_own: int
+    """Slots from this one on are padding: the epoch had these samples before (last_batch='pad')."""
 
     @property
     def encoded(self) -> list[UInt8[np.ndarray, " n"]]:
@@ -129,6 +131,10 @@ class _Row(NamedTuple):
     kind: int
 
 
+class _LostShardError(BadImageError):
+    """No record of the shard can be read now: it was deleted, or its disk is gone."""
+
+
 class IndexedSource:
     """Reads the samples that the epoch plan names, by offset, in a few threads ahead of their use.
 
@@ -179,7 +185,8 @@ class IndexedSource:
         """Fill each slot with the next good record of the data set."""
         for slot, reason in bad.items():
             record = raw.records[slot]
-            if record.sample_id == raw.sample_index[slot]:  # a bad substitute has a turn of its own
+            # A bad substitute has a turn of its own, and a sample that pads had one.
+            if record.sample_id == raw.sample_index[slot] and slot < raw.num_own:
                 raw.bad.append(self._bad_sample(record.position, reason, raw.epoch))
             raw.records[slot] = self._next_good(record.position + 1)
 
@@ -189,10 +196,11 @@ class IndexedSource:
 
     def _places(
         self, state: LoaderState
-    ) -> Iterator[tuple[Int64[np.ndarray, " B"], int, LoaderState]]:
-        """Positions, epoch and the state after, for this rank's micro-batches one after another."""
+    ) -> Iterator[tuple[Int64[np.ndarray, " B"], int, LoaderState, int]]:
+        """Positions, epoch, state after and number of own slots of this rank's micro-batches in turn."""
         epoch, start = state.epoch, state.next_sample
         stride = self._world_size * self._batch_size
+        self._pool.submit(self._plan.order, epoch + 1)  # ready before it is needed
         while True:
             positions = self._plan.positions(
                 epoch,
@@ -203,40 +211,54 @@ class IndexedSource:
             )
             if positions is None:
                 epoch, start = epoch + 1, 0
-                self._pool.submit(self._plan.order, epoch + 1)  # ready before it is needed
+                self._pool.submit(self._plan.order, epoch + 1)
                 continue
+            num_own = self._plan.num_samples - (start + self._rank * self._batch_size)
             start += stride
             ends = start + stride > self._plan.samples_per_epoch
             place = (epoch + 1, 0) if ends else (epoch, start)
-            yield positions, epoch, LoaderState(self._plan.seed, *place, self.digest)
+            after = LoaderState(self._plan.seed, *place, self.digest)
+            yield positions, epoch, after, max(0, min(num_own, self._batch_size))
 
-    def _read(self, positions: Int64[np.ndarray, " B"], epoch: int, state: LoaderState) -> RawBatch:
+    def _read(
+        self, positions: Int64[np.ndarray, " B"], epoch: int, state: LoaderState, num_own: int
+    ) -> RawBatch:
         self.stage.switch(State.BUSY)
         records, bad, times = [], [], [time.perf_counter()]
         ends = np.cumsum(self._index.size[positions]).tolist()
         buffer = self._buffers.take(ends[-1])
-        for row, end in zip(self._rows(positions), ends, strict=True):
+        for slot, (row, end) in enumerate(zip(self._rows(positions), ends, strict=True)):
             data = buffer[end - row.size : end]
             try:
                 records.append(self._record(row, data))
             except BadImageError as error:
-                bad.append(self._bad_sample(row.position, str(error), epoch))
+                if slot < num_own:
+                    bad.append(self._bad_sample(row.position, str(error), epoch))
                 records.append(self._next_good(row.position + 1))
             times.append(time.perf_counter())
         sample_index = self._index.sample_index(positions)
         self.stage.add(items=len(records), num_bytes=ends[-1], latencies_s=np.diff(times))
         self.stage.switch(State.BLOCKED)
-        return RawBatch(records, sample_index, epoch, state, bad)
+        return RawBatch(records, sample_index, epoch, state, bad, num_own)
 
     def _next_good(self, position: int) -> Record:
-        following = np.arange(position, position + _MAX_BAD_RUN) % self._plan.num_samples
-        for row in self._rows(following):
-            with contextlib.suppress(BadImageError):  # noted when its own turn comes
+        """The next record in data set order that passes its checks; the bad ones have turns of their own.
+
+        A shard that cannot be read is passed over as a whole.
+        """
+        first, reason = position % self._plan.num_samples, ""
+        for _ in range(_MAX_BAD_RUN):
+            (row,) = self._rows(np.array([position % self._plan.num_samples]))
+            try:
                 return self._record(row, np.empty(row.size, dtype=np.uint8))
-        shard, _ = self._index.locate(following[0])
+            except _LostShardError as error:
+                position, reason = int(self._index.shard_sizes[: row.shard + 1].sum()), str(error)
+            except BadImageError as error:
+                position, reason = row.position + 1, str(error)
+        shard, _ = self._index.locate(first)
         raise DataError(
-            f"{_MAX_BAD_RUN} bad records in a row from {self._index.paths[shard]} on; check the shard "
-            "with `cmae shards verify`"
+            f"{_MAX_BAD_RUN} bad records or shards in a row from {self._index.paths[shard]} on ({reason}): "
+            "check them with `cmae shards verify`"
         )
 
     def _rows(self, positions: Int64[np.ndarray, " n"]) -> Iterator[_Row]:
@@ -250,7 +272,10 @@ class IndexedSource:
 
     def _record(self, row: _Row, data: UInt8[np.ndarray, " n"]) -> Record:
         """Fill `data` with the sample's bytes and check them."""
-        num_read = self._files.read_into(data, row.shard, offset=row.offset)
+        try:
+            num_read = self._files.read_into(data, row.shard, offset=row.offset)
+        except OSError as error:
+            raise _LostShardError(f"the shard cannot be read: {error.strerror or error}") from error
         if num_read < row.size:
             raise BadImageError(f"the shard ends inside the file: {num_read} of {row.size} bytes")
         if not self._check_crc:
@@ -295,11 +320,16 @@ class _OpenFiles:
                 # Only forgotten: it closes when the last reader in another thread lets go of it.
                 self._files.popitem(last=False)
         num_read = 0
-        # Network file systems may return less than was asked for.
-        while more := os.preadv(file.fileno(), [data.data[num_read:]], offset + num_read):
-            num_read += more
-            if num_read == data.size:
-                break
+        try:
+            # Network file systems may return less than was asked for.
+            while more := os.preadv(file.fileno(), [data.data[num_read:]], offset + num_read):
+                num_read += more
+                if num_read == data.size:
+                    break
+        except OSError:  # a stale handle stays stale: the next read opens the file again
+            with self._lock:
+                self._files.pop(number, None)
+            raise
         return num_read
 
 
@@ -393,7 +423,7 @@ class StreamSource:
                 num_bytes = sum(record.data.size for record in batch)
                 self.stage.add(items=len(batch), num_bytes=num_bytes)
                 self.stage.switch(State.BLOCKED)
-                yield RawBatch(batch, ids, epoch, state, self._bad)
+                yield RawBatch(batch, ids, epoch, state, self._bad, len(batch))
                 self.stage.switch(State.BUSY)
                 batch, self._bad = [], []
 

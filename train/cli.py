@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -59,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         # An OSError names its file; the others say all only when this project raised them itself.
         if isinstance(error, OSError) or _is_ours(error):
-            print(f"cmae {name}: error: {error}", file=sys.stderr)
+            if not _is_said_by_another_rank(error):
+                print(f"cmae {name}: error: {error}", file=sys.stderr)
             return 1
         raise
     except KeyboardInterrupt:
@@ -96,6 +98,11 @@ def _is_ours(error: BaseException) -> bool:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("cmae.")
+
+
+def _is_said_by_another_rank(error: BaseException) -> bool:
+    """Whether every rank of the run got this very error; then the first one's line is enough."""
+    return getattr(error, "is_on_every_rank", False) and os.environ.get("RANK", "0") != "0"
 
 
 def recipe_names() -> list[str]:
@@ -205,6 +212,7 @@ def _shards(arguments: Sequence[str]) -> int:
         "write": shards_cli.write,
         "index": shards_cli.index,
         "verify": shards_cli.verify,
+        "repair": shards_cli.repair,
         "inspect": shards_cli.inspect,
     }
     code: int = auto_cli(
@@ -258,7 +266,7 @@ def _doctor(arguments: Sequence[str]) -> int:
 COMMANDS: dict[str, tuple[str, Command]] = {
     "demo": ("pretrain a micro CMAE on real photographs, in minutes, on any machine", _demo),
     "doctor": ("check this machine and say what to fix", _doctor),
-    "shards": ("write, index, verify and inspect WebDataset shards", _shards),
+    "shards": ("write, index, verify, repair and inspect WebDataset shards", _shards),
     "pretrain": ("pretrain from shards; continues by itself", _pretrain),
     "reconstruct": ("picture of original, masked and reconstruction", _reconstruct),
     "import": ("weights of the authors' code or of MAE -> checkpoint", _import),

@@ -90,8 +90,13 @@ class DataConfig:
     to back: resume by shard. 'auto' takes the index when every shard has one."""
     shuffle: bool = True
     """Draw a new order of the samples in every epoch."""
+    last_batch: Literal["drop", "pad"] = "drop"
+    """Samples at an epoch's end that do not fill a global batch: 'drop' leaves them out, others in each
+    epoch; 'pad' takes them, and fills up with the epoch's first samples, which then come twice. A stream
+    can only drop: each rank leaves out what does not fill its own last batch."""
     max_bad_fraction: float = 0.01
-    """Stop when more than this fraction of the samples cannot be read or decoded."""
+    """Stop all ranks, with a checkpoint, when more than this fraction of all samples since step 0 could not
+    be read or decoded. Not looked at in the first 1000 samples."""
     views: ViewConfig = field(default_factory=ViewConfig)
     """Crops and colour operations."""
 

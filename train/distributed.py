@@ -1,9 +1,9 @@
-"""One process or many: the process group, and the three collectives that the loop needs."""
+"""One process or many: the process group, and the collectives that the loop needs."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -130,6 +130,26 @@ def largest(number: int, ranks: Ranks) -> int:
     agreed = torch.tensor(number, device=ranks.device)
     dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
     return int(agreed.item())
+
+
+def gather_numbers(numbers: Sequence[int], ranks: Ranks) -> list[list[int]]:
+    """A few numbers of every rank, in rank order, on every rank."""
+    if ranks.world_size == 1:
+        return [list(numbers)]
+    own = torch.tensor(numbers, dtype=torch.int64, device=ranks.device)
+    rows = [torch.empty_like(own) for _ in range(ranks.world_size)]
+    dist.all_gather(rows, own)
+    gathered: list[list[int]] = torch.stack(rows).tolist()
+    return gathered
+
+
+def gather_values(value: Any, ranks: Ranks) -> list[Any]:
+    """Every rank's value, in rank order, on every rank; anything that pickles."""
+    if ranks.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(values, value)
+    return values
 
 
 def from_first(value: Any, ranks: Ranks) -> Any:

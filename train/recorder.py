@@ -30,7 +30,7 @@ class Recorder:
         ranks: this process among all.
         start_step: step that the run begins after.
         total_steps: length of the schedule.
-        loader: asked for its waiting time and its bad samples.
+        loader: asked for its waiting time.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Recorder:
         if step == self._start_step + 1:
             first_batch_picture(batches[0], self._config.run.out / "first_batch.png")
 
-    def record(self, step: int, *, lr: float, epoch: int) -> None:
+    def record(self, step: int, *, lr: float, epoch: int, bad_samples: int) -> None:
         """Average over the ranks since the last record, write and show. A collective."""
         record = self._window.read(
             images_per_step=self._config.optim.global_batch_size,
@@ -111,11 +111,11 @@ class Recorder:
         )
         if not self._ranks.is_first:
             return
-        record |= {"lr": lr, "epoch": epoch, "bad_samples": self._loader.bad_samples}
+        record |= {"lr": lr, "epoch": epoch, "bad_samples": bad_samples}
         self._log.write(step, record)
         self._display.show(step, record)
-        if self._loader.bad_samples > self._seen_bad:
-            self._seen_bad = self._loader.bad_samples
+        if bad_samples > self._seen_bad:
+            self._seen_bad = bad_samples
             self._display.say(
                 f"[yellow]{self._seen_bad} bad samples replaced so far[/]; "
                 f"see {self._config.run.out / 'bad_samples.jsonl'}"
@@ -155,10 +155,10 @@ class Recorder:
         out = self._config.run.out
         if self._log.path.stat().st_size:
             loss_plot(self._log.path, out / "loss.png")
-        if checkpoint is None:
-            self._display.say(f"nothing to do: {out} is already at step {step}")
-        elif stopped:
+        if stopped:
             self._display.say(f"stopped at step {step}; run the same command again to continue")
+        elif checkpoint is None:
+            self._display.say(f"nothing to do: {out} is already at step {step}")
         else:
             self._display.say(f"done: step {step}, {checkpoint}")
 

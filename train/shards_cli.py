@@ -1,4 +1,4 @@
-"""`cmae shards write | index | verify | inspect`: functions that print a summary and return an exit code."""
+"""`cmae shards write | index | verify | repair | inspect`: functions that print, and return an exit code."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -24,6 +25,7 @@ from rich.table import Table
 
 from cmae.pipeline.dataset_index import build_indices
 from cmae.pipeline.image_list import ImageSource, read_image_list, scan_image_folder
+from cmae.pipeline.repair import REPAIRED_FILE, RepairPolicy, repair_shards
 from cmae.pipeline.shards import SKIPPED_FILE, write_shards
 from cmae.pipeline.survey import ShardStatistics, contact_sheet, load_classes, shard_statistics
 from cmae.pipeline.urls import expand_shards, is_local
@@ -158,6 +160,53 @@ def verify(shards: str | list[str], *, decode: Decode = "none", workers: int | N
     return 0 if report.ok else 1
 
 
+def repair(
+    shards: str | list[str],
+    out: Path,
+    *,
+    duplicates: Literal["rename", "drop"] = "rename",
+    unlabelled: Literal["drop", "keep"] = "drop",
+    reencode: bool = False,
+    decode: Decode = "none",
+    workers: int | None = None,
+) -> int:
+    """Write clean copies of shards: good records keep their bytes, the others are left out and listed.
+
+    Damaged tars are read on from the next whole header. Stop it at any time: the same command continues.
+
+    Args:
+        shards: Tar file, folder, quoted glob, braces such as train-{000000..000099}.tar, or a list of them.
+        out: Folder of its own for the clean shards, which keep their names; repaired.jsonl says what changed.
+        duplicates: A key that occurs again with another image gets a new name (rename) or is dropped.
+        unlabelled: Records without a label, where others have one, are dropped or kept.
+        reencode: Make JPEGs of PNG, WebP and other images that Pillow reads, instead of dropping them.
+        decode: Also decode every image, with Pillow (pil) or nvImageCodec (nvimgcodec), and drop what fails.
+        workers: Threads; null means one for each CPU core, at most 16.
+    """
+    start = time.perf_counter()
+    paths = _local_shards(shards)
+    policy = RepairPolicy(duplicates, unlabelled, reencode, decode)
+    try:
+        with _progress("repairing shards", 2 * len(paths)) as advance:
+            report = repair_shards(paths, out, policy, workers=workers, progress=advance)
+    except KeyboardInterrupt:
+        _say(f"interrupted; finished shards stay in {out}: run the same command again to continue")
+        return _INTERRUPTED
+    print(
+        f"{_count(report.num_samples, 'sample')} in {_count(report.num_shards, 'shard')}, "
+        f"{time.perf_counter() - start:.1f} s: {out}"
+    )
+    changes = {
+        "dropped": report.num_dropped,
+        "renamed": report.num_renamed,
+        "encoded again": report.num_reencoded,
+        "damaged stretches passed over": report.num_damages,
+    }
+    told = [f"{number} {what}" for what, number in changes.items() if number]
+    print(f"{', '.join(told)}: see {out / REPAIRED_FILE}" if told else "nothing had to be changed")
+    return 0
+
+
 def inspect(
     shards: str | list[str], *, sheet: Path | None = None, num_images: int = 40, columns: int = 8
 ) -> int:
@@ -184,7 +233,7 @@ def join_shards(arguments: Sequence[str]) -> list[str]:
     """Make one list of the paths that a shell expanded from an unquoted glob: `index a.tar b.tar` works."""
     command, paths = list(arguments[:1]), []
     rest = list(arguments[1:])
-    while command != ["write"] and rest and not rest[0].startswith("-"):
+    while command not in (["write"], ["repair"]) and rest and not rest[0].startswith("-"):
         paths.append(rest.pop(0))
     return command + ([json.dumps(paths)] if len(paths) > 1 else paths) + rest
 
