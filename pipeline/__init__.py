@@ -4,6 +4,7 @@ from cmae.pipeline.batch import Batch, LoaderState
 from cmae.pipeline.health import DataError
 from cmae.pipeline.loader import Loader, build_loader
 from cmae.pipeline.plan import EpochPlan
+from cmae.pipeline.remote import FillProgress, RemoteConfig, RemoteError
 from cmae.pipeline.synthetic import synthetic_batches
 from cmae.pipeline.urls import expand_shards
 from cmae.pipeline.views import ViewConfig, ViewParams, draw_view_params
@@ -12,8 +13,11 @@ __all__ = [
     "Batch",
     "DataError",
     "EpochPlan",
+    "FillProgress",
     "Loader",
     "LoaderState",
+    "RemoteConfig",
+    "RemoteError",
     "ViewConfig",
     "ViewParams",
     "build_loader",
