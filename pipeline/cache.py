@@ -27,8 +27,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from cmae.pipeline.index import atomic_write
-from cmae.pipeline.remote import PART_BYTES, RemoteError, RemoteFile
+from cmae.pipeline.remote import RemoteError, RemoteFile
 from cmae.pipeline.stores import ObjectInfo, redact
 
 _POLL_S = 0.1
@@ -278,9 +277,10 @@ def _copy_checked(
     path.unlink(
         missing_ok=True
     )  # of another version: it must not be taken for what `.meta` says next
-    with atomic_write(_beside(path, ".meta")) as out:
-        meta = {"url": redact(file.url), "size": file.size, "version": file.info.version}
-        out.write(json.dumps(meta).encode() + b"\n")
+    meta = {"url": redact(file.url), "size": file.size, "version": file.info.version}
+    draft = _beside(path, ".meta.new")  # one name: the lock is ours, and a kill leaves no second file
+    draft.write_text(json.dumps(meta) + "\n")
+    os.replace(draft, _beside(path, ".meta"))
     os.replace(partial, path)
     parts.unlink(missing_ok=True)
 
@@ -305,11 +305,11 @@ def _copy(
                 raise RemoteError(f"{file.shown}: {out.tell()} of {file.size} bytes came")
         else:
             done = _read_parts(parts, out.fileno(), file)
-            progress(sum(_part_size(number, file.size) for number in done))
-            todo = [n for n in range(-(-file.size // PART_BYTES)) if n not in done]
+            progress(sum(end - start for start, end in map(file.part_ends, done)))
+            todo = [number for number in range(file.num_parts) if number not in done]
             with open(parts, "a", buffering=1) as notes:
                 for number, data in file.parts(todo, ahead=_PARTS_AHEAD):
-                    out.seek(number * PART_BYTES)
+                    out.seek(file.part_ends(number)[0])
                     out.write(data)
                     out.flush()
                     notes.write(f"{number} {zlib.crc32(data)}\n")
@@ -324,13 +324,9 @@ def _raise_if(stop: threading.Event, partial: Path) -> None:
         raise InterruptedError(f"stopped copying {partial.name}")
 
 
-def _part_size(number: int, size: int) -> int:
-    return min(PART_BYTES, size - number * PART_BYTES)
-
-
 def _read_parts(parts: Path, handle: int, file: RemoteFile) -> set[int]:
     """Parts of this version that an earlier process wrote and that are on the disk as it wrote them."""
-    head = f"{file.info.version}|{file.size}|{PART_BYTES}"
+    head = f"{file.info.version}|{file.size}|{file.remote.config.part_bytes}"
     lines = parts.read_text().splitlines() if parts.exists() else []
     if not lines or lines[0] != head or not file.info.version:
         parts.write_text(head + "\n")
@@ -340,7 +336,8 @@ def _read_parts(parts: Path, handle: int, file: RemoteFile) -> set[int]:
         number, _, crc = line.partition(" ")
         if not (number.isdigit() and crc.isdigit()):  # cut off by a kill
             continue
-        data = os.pread(handle, _part_size(int(number), file.size), int(number) * PART_BYTES)
+        start, end = file.part_ends(int(number))
+        data = os.pread(handle, end - start, start)
         if zlib.crc32(data) == int(crc):
             done.add(int(number))
     with open(parts, "a") as notes:

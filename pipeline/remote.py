@@ -33,9 +33,6 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-PART_BYTES = 8 * 1024 * 1024
-"""Large objects are read in parts of this size, several at a time."""
-
 _PERMANENT_STATUS = frozenset({400, 401, 403, 404, 405, 410, 412, 414, 416, 501, 505})
 _PERMANENT = (
     FileNotFoundError,
@@ -97,6 +94,8 @@ class RemoteConfig:
     """Given to fsspec's file system."""
     connections: int = 64
     """Reads of samples at the same time."""
+    part_bytes: int = 8 * 1024 * 1024
+    """Whole shards are read in parts of this size, several at a time."""
     first_delay_s: float = 0.2
     """Wait before the first retry; doubles with each, up to 20 s, with jitter."""
     pace: Pace = field(default_factory=Pace)
@@ -109,7 +108,7 @@ class RemoteConfig:
             raise ValueError(f"remote={self.mode!r} must be auto, cache, range or stream")
         if self.mode == "cache" and self.cache_dir is None:
             raise ValueError("remote='cache' needs cache_dir: name a folder on a disk of this node")
-        for name in ("cache_quota_gib", "deadline_s", "connections", "first_delay_s"):
+        for name in ("cache_quota_gib", "deadline_s", "connections", "part_bytes", "first_delay_s"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name}={value} must be > 0")
@@ -314,10 +313,11 @@ def _status(error: BaseException) -> int | None:
         response = getattr(one, "response", None)
         if isinstance(response, dict):
             return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) or None
-        for name in ("status", "code"):
-            value = getattr(one, name, None)
-            if isinstance(value, int) or (isinstance(value, str) and value.isdigit()):
-                return int(value)
+    # Not of the cause: the one of aiohttp's broken transfers says 400 about the server's answer.
+    for name in ("status", "code"):
+        value = getattr(error, name, None)
+        if isinstance(value, int) or (isinstance(value, str) and value.isdigit()):
+            return int(value)
     return None
 
 
@@ -422,10 +422,10 @@ class RemoteFile:
         Where the server has no ranges, it starts over and what was given already is left out.
 
         Args:
-            ahead: parts of PART_BYTES in flight.
+            ahead: parts in flight.
         """
         if self.info.has_ranges:
-            yield from (data for _, data in self.parts(range(self._num_parts()), ahead=ahead))
+            yield from (data for _, data in self.parts(range(self.num_parts), ahead=ahead))
         else:
             yield from self._whole()
 
@@ -436,9 +436,8 @@ class RemoteFile:
         try:
             while True:
                 for number in todo:
-                    start = number * PART_BYTES
-                    end = min(start + PART_BYTES, self.size)
-                    flying.append((number, self.remote.submit(self.read_async(start, end))))
+                    read = self.read_async(*self.part_ends(number))
+                    flying.append((number, self.remote.submit(read)))
                     if len(flying) >= ahead:
                         break
                 if not flying:
@@ -449,8 +448,15 @@ class RemoteFile:
             for _, future in flying:
                 future.cancel()
 
-    def _num_parts(self) -> int:
-        return -(-self.size // PART_BYTES)
+    @property
+    def num_parts(self) -> int:
+        """Parts of the object; the last one may be short."""
+        return -(-self.size // self.remote.config.part_bytes)
+
+    def part_ends(self, number: int) -> tuple[int, int]:
+        """First byte of a part, and one past its last."""
+        length = self.remote.config.part_bytes
+        return number * length, min((number + 1) * length, self.size)
 
     def _whole(self) -> Iterator[bytes]:
         """The object from one answer; begins again after a failure, `deadline_s` after the last progress."""

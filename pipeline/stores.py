@@ -101,10 +101,10 @@ def open_filesystem(url: str, storage_options: Mapping[str, Any] | None = None) 
     """
     scheme = split_scheme(url)
     options = {"use_listings_cache": False, **(storage_options or {})}
-    if _EXTRAS.get(scheme) == "s3":
-        pool = {"max_pool_connections": 100}  # botocore's 10 would queue the reads
-        options["config_kwargs"] = pool | dict(options.get("config_kwargs", {}))
     try:
+        if _EXTRAS.get(scheme) == "s3":
+            pool = {"max_pool_connections": 100}  # botocore's 10 would queue the reads
+            options["config_kwargs"] = pool | dict(options.get("config_kwargs", {}))
         filesystem = fsspec.filesystem(scheme, **options)
     except ImportError as error:
         extra = _EXTRAS.get(scheme)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import json
 import re
 import socket
 import struct
@@ -14,7 +16,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 Fault = Literal[
     "500", "503", "404", "403", "truncated", "reset", "trickle", "too_short", "too_long"
@@ -43,8 +45,6 @@ class FaultyServer:
     bytes_per_s: float | None = None
     """Of one connection."""
     requests: list[Request] = field(default_factory=list)
-    rotten: dict[str, bytes] = field(default_factory=dict)
-    """Contents to send in place of the file's, under the file's size and ETag."""
     url: str = ""
     _faults: list[list] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -112,7 +112,14 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, *, with_body: bool) -> None:
         server = self.faulty
         time.sleep(server.latency_s)
-        file = server.folder / urlsplit(self.path).path.lstrip("/")
+        path = urlsplit(self.path).path
+        if gcs := re.fullmatch(r"(/download)?/storage/v1/b/([^/]+)/o/(.+)", path):
+            file = server.folder / gcs[2] / unquote(gcs[3])
+            if gcs[1] is None:
+                self._describe_gcs(file, gcs[2])
+                return
+        else:
+            file = server.folder / path.lstrip("/")
         if file.is_dir():
             self._list(file)
             return
@@ -125,12 +132,13 @@ class _Handler(BaseHTTPRequestHandler):
         if server.has_etag:
             headers["ETag"] = f'"{hashlib.sha1(body).hexdigest()}"'
         if server.sends_md5:
-            import base64
-
             digest = base64.b64encode(hashlib.md5(body).digest()).decode()
             headers["Digest"] = f"md5={digest}"
         size = len(body)
-        body = server.rotten.get(file.name, body)
+        if fault == "rotten":  # one bit, of a byte that no header of the tar nor of a JPEG holds
+            body = bytearray(body)
+            body[1200] ^= 1
+            body = bytes(body)
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         start, end = (int(asked[1]), min(int(asked[2]) + 1, size)) if asked else (None, size)
         server.requests.append(Request(self.path, start, end))
@@ -183,6 +191,26 @@ class _Handler(BaseHTTPRequestHandler):
         except (ConnectionError, TimeoutError):  # the client gave up
             self.close_connection = True
 
+    def _describe_gcs(self, file: Path, bucket: str) -> None:
+        if not file.is_file():
+            self._refuse(404)
+            return
+        md5 = base64.b64encode(hashlib.md5(file.read_bytes()).digest()).decode()
+        described = {
+            "kind": "storage#object",
+            "bucket": bucket,
+            "name": str(file.relative_to(self.faulty.folder / bucket)),
+            "size": str(file.stat().st_size),
+            "md5Hash": md5,
+            "etag": md5,
+            "updated": "2026-01-01T00:00:00.000Z",
+            "timeCreated": "2026-01-01T00:00:00.000Z",
+        }
+        body = json.dumps(described).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self._send(body, {}, None, len(body))
+
     def _refuse(self, status: int) -> None:
         self.send_response(status)
         if status == 503:
@@ -198,3 +226,29 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(page)))
         self.end_headers()
         self.wfile.write(page)
+
+
+@contextmanager
+def serve_s3(folder: Path, bucket: str) -> Iterator[dict]:
+    """A local S3 whose bucket holds the files of a folder; gives the storage options."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    options = {"endpoint_url": f"http://{host}:{port}", "key": "test-key", "secret": "test-secret"}
+    try:
+        client = boto3.client(
+            "s3",
+            endpoint_url=options["endpoint_url"],
+            aws_access_key_id=options["key"],
+            aws_secret_access_key=options["secret"],
+            region_name="us-east-1",
+        )
+        client.create_bucket(Bucket=bucket)
+        for file in sorted(folder.iterdir()):
+            client.put_object(Bucket=bucket, Key=f"train/{file.name}", Body=file.read_bytes())
+        yield options
+    finally:
+        server.stop()
