@@ -139,9 +139,9 @@ class Feed:
         """Stop and join the thread, then release the workers. May be called again."""
         atexit.unregister(self.close)
         self._stop.set()
+        self._source.close()  # first: the thread may be waiting for a read that takes minutes
         self._thread.join()
         self._maker.close()
-        self._source.close()
 
     def _run(self, state: LoaderState) -> None:
         # Small work beside the decoding threads: a parallel region would only wait for their cores.
