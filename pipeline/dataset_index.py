@@ -20,9 +20,11 @@ from cmae.pipeline.index import (
     index_path,
     is_decodable,
     load_index,
+    presized_counts,
     read_columns,
     save_index,
 )
+from cmae.pipeline.presize import sum_counts
 from cmae.pipeline.threads import no_progress, run_threads
 
 
@@ -86,6 +88,8 @@ class DatasetIndex:
     """16 hex digits over sizes, offsets, CRCs and kinds of all shards in order; not over their paths."""
     num_bad: int
     """Records left out because their image cannot be decoded."""
+    presized: dict[str, int]
+    """Images re-encoded by `cmae shards write --max-size`, by setting; empty where all are original files."""
     position: npt.NDArray[np.int32]
     """(n,) Record number in its shard."""
     offset: npt.NDArray[np.int64]
@@ -138,6 +142,7 @@ class DatasetIndex:
             shard_sizes=sizes,
             digest=digest.hexdigest()[:16],
             num_bad=num_records - int(sizes.sum()),
+            presized=sum_counts(presized_counts(shard) for shard in shards),
             position=np.concatenate(valid),
             **columns,
         )

@@ -20,7 +20,9 @@ from cmae.pipeline.health import Health
 from cmae.pipeline.host import HostViews
 from cmae.pipeline.index import index_path
 from cmae.pipeline.plan import EpochPlan
+from cmae.pipeline.presize import presized_line
 from cmae.pipeline.sources import IndexedSource, Source, StreamSource
+from cmae.pipeline.survey import stated_presized
 from cmae.pipeline.urls import expand_shards, is_local
 from cmae.pipeline.views import ViewConfig
 
@@ -38,13 +40,23 @@ class Loader:
     """Optimiser steps in an epoch, equal on every rank; None for a stream."""
     wait_s: float
     """Seconds that `next` was blocked so far."""
+    presized: str
+    """Says which of the images are not the original files (`cmae shards write --max-size`); '' if all are."""
 
     def __init__(
-        self, source: Source, maker: ViewMaker, *, feed: Feed, health: Health, state: LoaderState
+        self,
+        source: Source,
+        maker: ViewMaker,
+        *,
+        feed: Feed,
+        health: Health,
+        state: LoaderState,
+        presized: str = "",
     ) -> None:
         self.num_samples = source.num_samples
         self.steps_per_epoch = source.steps_per_epoch
         self.wait_s = 0.0
+        self.presized = presized
         self._source = source
         self._maker = maker
         self._feed = feed
@@ -135,6 +147,7 @@ def build_loader(
     source: Literal["auto", "indexed", "stream"] = "auto",
     backend: Literal["auto", "dali", "host"] = "auto",
     hw_decoder_load: float = 0.65,
+    num_readers: int = 4,
     ledger: Path | None = None,
     max_bad_fraction: float = 0.01,
     probation: int = 1000,
@@ -159,6 +172,7 @@ def build_loader(
         source: 'indexed' needs a sidecar index for every shard, 'stream' none; 'auto' looks.
         backend: 'dali' or 'host' make the views; 'auto' is DALI on CUDA and the faster host way on a CPU.
         hw_decoder_load: share of the JPEGs for the GPU's decoder unit; the best value differs by machine.
+        num_readers: batches that are read at the same time; an indexed source has that many threads.
         ledger: JSON lines file for bad records.
         max_bad_fraction: raise DataError above this fraction of bad records.
         probation: samples before that fraction is looked at.
@@ -171,6 +185,8 @@ def build_loader(
     """
     device = torch.device(device)
     _check_sizes(batch_size, global_batch_size, rank=rank, world_size=world_size, prefetch=prefetch)
+    if num_readers < 1:
+        raise ValueError(f"num_readers={num_readers} must be at least 1; 4 is the default")
     paths = expand_shards(shards)
     health = Health(ledger=ledger, max_bad_fraction=max_bad_fraction, probation=probation)
     place = {"rank": rank, "world_size": world_size, "batch_size": batch_size}
@@ -178,9 +194,13 @@ def build_loader(
     if _is_indexed(source, paths):
         index = DatasetIndex.load(paths)
         plan = EpochPlan(len(index), global_batch_size, seed=seed, shuffle=shuffle)
-        opened = IndexedSource(index, plan=plan, check_crc=check_crc, **place)
+        opened = IndexedSource(
+            index, plan=plan, check_crc=check_crc, num_readers=num_readers, **place
+        )
+        presized = presized_line(index.presized, len(index))
     else:
         opened = StreamSource(paths, seed=seed, shuffle=shuffle, **place)
+        presized = stated_presized(paths)
     if state is None:
         state = LoaderState(seed, epoch=0, next_sample=0, digest=opened.digest)
     _check_state(state, seed=seed, digest=opened.digest)
@@ -206,7 +226,7 @@ def build_loader(
         state=state,
         prefetch=prefetch,
     )
-    return Loader(opened, maker, feed=feed, health=health, state=state)
+    return Loader(opened, maker, feed=feed, health=health, state=state, presized=presized)
 
 
 def _pick_backend(

@@ -16,6 +16,7 @@ from PIL import Image
 
 from cmae.pipeline.index import ShardIndex, StaleIndexError, build_index, load_index
 from cmae.pipeline.jpeg import BadImageError, JpegInfo
+from cmae.pipeline.presize import presized_line, sum_counts
 from cmae.pipeline.shards import CLASSES_FILE, inspect_decodable
 from cmae.pipeline.survey import load_classes
 from cmae.pipeline.tar import NO_LABEL, TAR_BLOCK, TarError
@@ -85,6 +86,8 @@ def verify_shards(
             for path, check in zip(paths, checks, strict=True)
             if (missing := int((check.labels == NO_LABEL).sum()))
         ]
+    if line := presized_line(sum_counts(check.presized for check in checks), len(labels)):
+        notes.append(line)
     return VerifyReport(
         num_shards=len(paths),
         num_samples=len(labels),
@@ -98,6 +101,7 @@ class _ShardCheck(NamedTuple):
     problems: list[Problem]
     keys: npt.NDArray[np.str_]
     labels: npt.NDArray[np.int64]
+    presized: dict[str, int]
 
 
 def _verify_shard(path: str, decode: Decode) -> _ShardCheck:
@@ -112,7 +116,7 @@ def _verify_shard(path: str, decode: Decode) -> _ShardCheck:
     except (TarError, OSError) as error:
         message = str(error).removeprefix(f"{path}: ")
         return _ShardCheck(
-            [Problem(path, None, message)], np.empty(0, np.str_), np.empty(0, np.int64)
+            [Problem(path, None, message)], np.empty(0, np.str_), np.empty(0, np.int64), {}
         )
     if not _has_end_marker(path):
         found.append(
@@ -126,7 +130,8 @@ def _verify_shard(path: str, decode: Decode) -> _ShardCheck:
         found.append(
             (None, f"{too_large} label(s) are beyond the {num_classes} names in {CLASSES_FILE}")
         )
-    return _ShardCheck([Problem(path, key, what) for key, what in found], now.keys, now.label)
+    problems = [Problem(path, key, what) for key, what in found]
+    return _ShardCheck(problems, now.keys, now.label, now.presized)
 
 
 def _has_end_marker(path: str) -> bool:
@@ -143,6 +148,11 @@ def _differences(stored: ShardIndex, now: ShardIndex) -> Iterator[tuple[str | No
             f"the index lists {len(stored)} samples elsewhere than the {len(now)} in the tar; index it again",
         )
         return
+    if stored.presized != now.presized:
+        yield (
+            None,
+            f"pre-resized images are {now.presized or 'none'}, the index says {stored.presized or 'none'}",
+        )
     changed = stored.crc32 != now.crc32
     for row in np.flatnonzero(changed):
         yield (
