@@ -83,6 +83,8 @@ class Recorder:
             f"global batch {config.optim.global_batch_size} on {self._ranks.world_size} x "
             f"{self._ranks.device.type}, {config.optim.precision}"
         )
+        if loader.presized:
+            self._display.say(f"[yellow]not the original files:[/] {loader.presized}")
         if resumed_from is not None:
             self._display.say(f"continuing {resumed_from}")
         for note in notes:
