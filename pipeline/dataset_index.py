@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from cmae.pipeline.index import (
     COLUMNS,
+    Columns,
     ShardIndex,
     StaleIndexError,
     build_index,
@@ -106,6 +107,8 @@ class DatasetIndex:
     orientation: npt.NDArray[np.uint8]
     crc32: npt.NDArray[np.uint32]
     label: npt.NDArray[np.int64]
+    index_files: tuple[str, ...]
+    """Index file of every shard."""
 
     def __len__(self) -> int:
         return len(self.offset)
@@ -130,6 +133,17 @@ class DatasetIndex:
         shards = run_threads(
             lambda path: read_columns(path, without=["keys"]), paths, workers=workers
         )
+        return cls.join(paths, shards, index_files=[index_path(path) for path in paths])
+
+    @classmethod
+    def join(
+        cls, paths: Sequence[str], shards: Sequence[Columns], *, index_files: Sequence[Path]
+    ) -> DatasetIndex:
+        """Join the columns of shards, whose tars may lie anywhere, and their index files on a disk.
+
+        Raises:
+            ValueError: No valid sample in them.
+        """
         digest = hashlib.sha256()
         for shard in shards:
             for name in ("tar_size", "offset", "crc32", "kind"):
@@ -153,11 +167,12 @@ class DatasetIndex:
                 f"none of the {len(left_out)} records in {len(paths)} shards is a JPEG that can be decoded"
             )
         return cls(
-            paths=paths,
+            paths=tuple(paths),
             shard_sizes=sizes,
             digest=digest.hexdigest()[:16],
             left_out=left_out,
             position=np.concatenate(valid),
+            index_files=tuple(map(str, index_files)),
             **columns,
         )
 
@@ -181,11 +196,11 @@ class DatasetIndex:
         often why somebody asks.
         """
         try:
-            return str(_shard_keys(self.paths[shard])[position])
+            return str(_shard_keys(self.index_files[shard])[position])
         except (OSError, IndexError):
             return ""
 
 
 @lru_cache(maxsize=16)
-def _shard_keys(tar_path: str) -> npt.NDArray[np.str_]:
-    return read_keys(tar_path)
+def _shard_keys(index_file: str) -> npt.NDArray[np.str_]:
+    return read_keys(index_file)

@@ -12,7 +12,7 @@ import os
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -27,7 +27,8 @@ from cmae.pipeline.tar import KEY_AND_EXTENSION, TarError, TarRecord, iter_recor
 FORMAT_VERSION = 1
 INDEX_SUFFIX = ".index.npz"
 
-_DIGEST_BYTES = 64 * 1024
+DIGEST_BYTES = 64 * 1024
+"""Length of each end of a tar that its digest covers."""
 
 Columns = dict[str, npt.NDArray[Any]]
 
@@ -129,11 +130,14 @@ def tar_digest(tar_path: str | Path) -> str:
     """
     with open(tar_path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        digest = hashlib.sha256(size.to_bytes(8, "little"))
-        digest.update(file.read(_DIGEST_BYTES))
-        file.seek(max(size - _DIGEST_BYTES, 0))
-        digest.update(file.read(_DIGEST_BYTES))
-    return digest.hexdigest()
+        head = file.read(DIGEST_BYTES)
+        file.seek(max(size - DIGEST_BYTES, 0))
+        return digest_of_ends(size, head, file.read(DIGEST_BYTES))
+
+
+def digest_of_ends(size: int, head: bytes, tail: bytes) -> str:
+    """See `tar_digest`; `head` and `tail` are the first and last DIGEST_BYTES, or all there is."""
+    return hashlib.sha256(size.to_bytes(8, "little") + head + tail).hexdigest()
 
 
 def index_row(record: TarRecord, info: JpegInfo | None) -> IndexRow:
@@ -247,13 +251,22 @@ def load_index_unchecked(tar_path: str | Path) -> ShardIndex | None:
         return None
 
 
-def read_keys(tar_path: str | Path) -> npt.NDArray[np.str_]:
-    """WebDataset keys of a shard in tar order, from its index alone: the tar may be changed or gone.
+def load_index_file(path: Path) -> ShardIndex:
+    """Load an index that was checked before; its tar need not be there.
+
+    Raises:
+        StaleIndexError: By another format version, or unreadable.
+    """
+    return _from_columns(read_index_file(path, without=(), tar=str(path), size=None, digest=None))
+
+
+def read_keys(index_file: str | Path) -> npt.NDArray[np.str_]:
+    """(n,) WebDataset keys in tar order, from an index alone: the tar may be changed or gone.
 
     Raises:
         OSError: There is no index, or it cannot be read.
     """
-    return _decode_keys(_read_archive(index_path(tar_path), without=())["keys"])
+    return _decode_keys(_read_archive(Path(index_file), without=())["keys"])
 
 
 def _from_columns(columns: Columns) -> ShardIndex:
@@ -262,19 +275,30 @@ def _from_columns(columns: Columns) -> ShardIndex:
     return ShardIndex(keys=keys, **columns, tar_size=size, tar_digest=digest)
 
 
-def _decode_keys(keys: npt.NDArray[Any]) -> npt.NDArray[np.str_]:
-    return np.char.decode(keys.astype(np.bytes_), "utf-8", "surrogateescape")
+def _decode_keys(stored: npt.NDArray[Any]) -> npt.NDArray[np.str_]:
+    return np.char.decode(stored.astype(np.bytes_), "utf-8", "surrogateescape")
 
 
-def read_columns(tar_path: str | Path, *, without: Sequence[str]) -> Columns:
+def read_columns(tar_path: str | Path, *, without: Collection[str]) -> Columns:
     """Arrays of a fresh index file by name, `format_version` checked and removed."""
     path = index_path(tar_path)
-    repair = f"make it again with `cmae shards index {tar_path}`"
     size, digest = os.path.getsize(tar_path), tar_digest(tar_path)
     if not path.exists():
         raise FileNotFoundError(
             f"{tar_path} has no index {path.name}: make it with `cmae shards index {tar_path}`"
         )
+    return read_index_file(path, without=without, tar=str(tar_path), size=size, digest=digest)
+
+
+def read_index_file(
+    path: Path, *, without: Collection[str], tar: str, size: int | None, digest: str | None
+) -> Columns:
+    """Arrays of an index file that belongs to the tar of this size and digest (None: not compared).
+
+    Raises:
+        StaleIndexError: It belongs to another tar, or is unreadable.
+    """
+    repair = f"make it again with `cmae shards index {tar}`"
     try:
         columns = _read_archive(path, without)
     except OSError as error:
@@ -284,16 +308,16 @@ def read_columns(tar_path: str | Path, *, without: Sequence[str]) -> Columns:
         raise StaleIndexError(
             f"{path} has format {version}, this version reads {FORMAT_VERSION}; {repair}"
         )
-    if columns["tar_size"] != size:
+    if size is not None and columns["tar_size"] != size:
         raise StaleIndexError(
             f"{path} was made for {columns['tar_size']} bytes, the tar has {size}; {repair}"
         )
-    if columns["tar_digest"] != digest:
+    if digest is not None and columns["tar_digest"] != digest:
         raise StaleIndexError(f"{path} was made for other contents of the same size; {repair}")
     return columns
 
 
-def _read_archive(path: Path, without: Sequence[str]) -> Columns:
+def _read_archive(path: Path, without: Collection[str]) -> Columns:
     """Arrays of an index file.
 
     Raises:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import time
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
@@ -13,6 +13,7 @@ from typing import Literal, Self
 import torch
 
 from cmae.pipeline.batch import Batch, LoaderState
+from cmae.pipeline.counters import LoaderSnapshot, State
 from cmae.pipeline.dataset_index import DatasetIndex
 from cmae.pipeline.feed import DrawMask, Feed, ViewMaker
 from cmae.pipeline.graph import GraphViews
@@ -20,9 +21,13 @@ from cmae.pipeline.health import BEFORE_FIRST_EPOCH, BadLimit, BadSample, Health
 from cmae.pipeline.host import HostViews
 from cmae.pipeline.index import index_path
 from cmae.pipeline.plan import EpochPlan
+from cmae.pipeline.remote import Remote, RemoteConfig
+from cmae.pipeline.remote_dataset import Reading, choose_reading, order_of_use
 from cmae.pipeline.sources import IndexedSource, Source, StreamSource
-from cmae.pipeline.urls import expand_shards, is_local
+from cmae.pipeline.urls import expand_shards, is_local, is_remote
 from cmae.pipeline.views import ViewConfig
+
+_DEFAULT_REMOTE = RemoteConfig()
 
 
 class Loader:
@@ -36,20 +41,18 @@ class Loader:
     """Samples in the data set; None for a stream."""
     steps_per_epoch: int | None
     """Optimiser steps in an epoch, equal on every rank; None for a stream."""
-    wait_s: float
-    """Seconds that `next` was blocked so far."""
 
     def __init__(
         self, source: Source, maker: ViewMaker, *, feed: Feed, health: Health, state: LoaderState
     ) -> None:
         self.num_samples = source.num_samples
         self.steps_per_epoch = source.steps_per_epoch
-        self.wait_s = 0.0
         self._source = source
         self._maker = maker
         self._feed = feed
         self._health = health
         self._state = state
+        self._num_batches = 0
         self._finalizer = weakref.finalize(self, feed.close)
 
     def __iter__(self) -> Self:
@@ -61,12 +64,11 @@ class Loader:
         Raises:
             DataError: Too many bad samples, or a shard that cannot be read.
         """
-        start = time.perf_counter()
         ready = self._feed.get()
-        self.wait_s += time.perf_counter() - start
         if ready.event is not None:
             _hand_over(ready.batch, ready.event)
         self._health.add(len(ready.batch.label), ready.bad)
+        self._num_batches += 1
         self._state = ready.batch.state
         return ready.batch
 
@@ -81,15 +83,31 @@ class Loader:
         return self._health.bad_samples
 
     @property
-    def counters(self) -> dict[str, float]:
-        """Work done so far, batches made ahead included: seconds summed over threads, bytes, batches."""
-        return {
-            "read_s": self._source.read_s,
-            "decode_s": self._maker.busy_s,
-            "wait_s": self.wait_s,
-            "bytes": self._feed.num_bytes,
-            "batches": self._feed.num_batches,
-        }
+    def wait_s(self) -> float:
+        """Seconds that `next` was blocked so far."""
+        return self._feed.ready.seconds(State.STARVED)
+
+    def snapshot(self) -> LoaderSnapshot:
+        """All counters as of now; may be called from any thread at any time.
+
+        The stages count batches made ahead; `batches`, `samples` and `bad_samples` those handed out.
+        """
+        time_s, depth = self._feed.depth.read()
+        finish, ready = self._feed.stage.snapshot(), self._feed.ready.snapshot()
+        ready = replace(
+            ready, blocked_s=finish.blocked_s
+        )  # the feed's: the same wait, seen from the queue
+        stages = (self._source.stage.snapshot(), self._maker.stage.snapshot(), finish, ready)
+        return LoaderSnapshot(
+            time_s=time_s,
+            stages={stage.name: stage for stage in stages},
+            batches=self._num_batches,
+            samples=ready.items,
+            wait_s=ready.starved_s,
+            queue_depth_mean=depth,
+            bad_samples=self.bad_samples,
+            views_by_kind={} if self._maker.kinds is None else self._maker.kinds.snapshot(),
+        )
 
     def close(self) -> None:
         """Stop and join all threads. May be called again."""
@@ -140,6 +158,7 @@ def build_loader(
     probation: int = 1000,
     check_crc: bool = True,
     last_batch: Literal["drop", "pad"] = "drop",
+    remote: RemoteConfig = _DEFAULT_REMOTE,
 ) -> Loader:
     """Open shards and start reading.
 
@@ -168,36 +187,39 @@ def build_loader(
         last_batch: leave the samples out that do not fill an epoch's last global batch, or 'pad' it with the
             epoch's first ones (`EpochPlan.padding`). A stream can only drop: each rank leaves out what does
             not fill its own last batch.
+        remote: how shards behind URLs are read.
 
     Raises:
         ValueError: A size, the state or the shard list does not fit; the message names the repair.
         FileNotFoundError: source='indexed' and a shard has no index.
         StaleIndexError: An index was made for another tar.
+        RemoteError: A remote shard or its store does not answer.
     """
     device = torch.device(device)
     _check_sizes(batch_size, global_batch_size, rank=rank, world_size=world_size, prefetch=prefetch)
-    paths = expand_shards(shards)
+    paths = expand_shards(shards, storage_options=remote.storage_options)
     first_epoch = 0 if state is None else state.epoch
     limit = None if max_bad_fraction is None else BadLimit(max_bad_fraction, probation)
     health = Health(ledger=ledger, limit=limit, rank=rank, first_epoch=first_epoch)
     place = {"rank": rank, "world_size": world_size, "batch_size": batch_size}
     opened: Source
-    if _is_indexed(source, paths):
-        index = DatasetIndex.load(paths)
+    index, reading = _find_index(source, paths, remote)
+    if index is not None:
         plan = EpochPlan(
             len(index), global_batch_size, seed=seed, shuffle=shuffle, last_batch=last_batch
         )
         _check_grid(state, global_batch_size, stride=world_size * batch_size)
         if rank == 0:
             health.note_left_out(_left_out(index))
-        opened = IndexedSource(index, plan=plan, check_crc=check_crc, **place)
+        files = reading.open_files(order_of_use(index, plan, state)) if reading else None
+        opened = IndexedSource(index, plan=plan, check_crc=check_crc, remote=files, **place)
     elif last_batch == "pad":
         raise ValueError(
             "last_batch='pad' needs to know the samples of an epoch beforehand, and a stream does not: make "
             "indexes with `cmae shards index`, or set last_batch=drop"
         )
     else:
-        opened = StreamSource(paths, seed=seed, shuffle=shuffle, **place)
+        opened = StreamSource(paths, seed=seed, shuffle=shuffle, remote=Remote(remote), **place)
     if state is None:
         state = LoaderState(seed, epoch=0, next_sample=0, digest=opened.digest)
     _check_state(state, seed=seed, digest=opened.digest)
@@ -251,12 +273,20 @@ def _pick_backend(
     return backend
 
 
-def _is_indexed(source: str, paths: Sequence[str]) -> bool:
+def _find_index(
+    source: str, paths: Sequence[str], remote: RemoteConfig
+) -> tuple[DatasetIndex | None, Reading | None]:
+    """The index, and how its shards are read where they are remote; None and None for a stream."""
     if source not in ("auto", "indexed", "stream"):
         raise ValueError(f"source={source!r} must be auto, indexed or stream")
-    if source != "auto":
-        return source == "indexed"
-    return all(is_local(path) and index_path(path).exists() for path in paths)
+    if source == "stream":
+        return None, None
+    if all(map(is_remote, paths)):
+        reading = choose_reading(paths, Remote(remote), needs_index=source == "indexed")
+        return (None, None) if reading is None else (reading.index, reading)
+    if source == "indexed" or all(is_local(path) and index_path(path).exists() for path in paths):
+        return DatasetIndex.load(paths), None
+    return None, None
 
 
 def _check_sizes(

@@ -8,6 +8,7 @@ through whole shards and continues at the start of one.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import heapq
 import logging
@@ -23,16 +24,20 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import webdataset as wds
 from jaxtyping import Int32, Int64, UInt8
 
 from cmae.pipeline.batch import LoaderState
 from cmae.pipeline.buffers import BufferPool
+from cmae.pipeline.counters import Stage, State
 from cmae.pipeline.dataset_index import DatasetIndex
 from cmae.pipeline.health import BadSample, DataError
-from cmae.pipeline.jpeg import BadImageError, inspect_jpeg
+from cmae.pipeline.index import COLUMNS, read_columns
+from cmae.pipeline.jpeg import BadImageError, JpegKind, inspect_jpeg
 from cmae.pipeline.plan import EpochPlan
 from cmae.pipeline.randomness import hash_words
+from cmae.pipeline.remote import Remote, RemoteConfig
+from cmae.pipeline.remote_dataset import RemoteFiles, open_shard
+from cmae.pipeline.stores import redact
 from cmae.pipeline.tar import TarError, iter_records
 
 logger = logging.getLogger(__name__)
@@ -53,6 +58,7 @@ class Record:
     position: int
     """Where it lies: its number in the data set (indexed), or in the shard (stream)."""
     key: str = ""
+    kind: int = JpegKind.BASELINE
 
 
 @dataclass
@@ -85,6 +91,11 @@ class RawBatch:
         return np.array([record.width for record in self.records], dtype=np.int32)
 
     @property
+    def kind(self) -> UInt8[np.ndarray, " B"]:
+        """JpegKind of each image."""
+        return np.array([record.kind for record in self.records], dtype=np.uint8)
+
+    @property
     def label(self) -> Int64[np.ndarray, " B"]:
         """-1 = none."""
         return np.array([record.label for record in self.records], dtype=np.int64)
@@ -96,8 +107,8 @@ class Source(Protocol):
     digest: str
     num_samples: int | None
     steps_per_epoch: int | None
-    read_s: float
-    """Seconds of all reading threads together."""
+    stage: Stage
+    """Counts of the reading threads."""
 
     def batches(self, state: LoaderState) -> Iterator[RawBatch]:
         """Batches from `state` on, without end."""
@@ -106,7 +117,7 @@ class Source(Protocol):
         """Note that no decoder takes the records in these slots, and fill the slots with others."""
 
     def close(self) -> None:
-        """Release threads and files."""
+        """Release threads and files; another thread's call of `batches` may fail from now on."""
 
 
 class _Row(NamedTuple):
@@ -121,6 +132,7 @@ class _Row(NamedTuple):
     width: int
     label: int
     crc32: int
+    kind: int
 
 
 class _LostShardError(BadImageError):
@@ -137,6 +149,7 @@ class IndexedSource:
         plan: which samples an epoch takes, in which order.
         check_crc: compare every file with the CRC32 in the index (about 0.1 ms for 110 KB).
         num_readers: batches that are read at the same time.
+        remote: reads the shards that are not local; closed with the source.
     """
 
     def __init__(
@@ -149,13 +162,16 @@ class IndexedSource:
         batch_size: int,
         check_crc: bool = True,
         num_readers: int = 4,
+        remote: RemoteFiles | None = None,
     ) -> None:
         self.digest = index.digest
         self.num_samples: int | None = plan.num_samples
         self.steps_per_epoch: int | None = plan.steps_per_epoch
-        self.read_s = 0.0
+        # Their input is the plan, which is always there: a reader without work waits for room.
+        self.stage = Stage("read", threads=num_readers, first_state=State.BLOCKED)
         self._index = index
-        self._files = _OpenFiles(index.paths)
+        self._remote = remote
+        self._files = remote or _OpenFiles(index.paths)
         self._buffers = BufferPool()
         self._plan = plan
         self._rank, self._world_size, self._batch_size = rank, world_size, batch_size
@@ -183,6 +199,8 @@ class IndexedSource:
 
     def close(self) -> None:
         """Stop the reading threads."""
+        if self._remote is not None:
+            self._remote.close()  # first: reads under way end at once, and not at their deadline
         self._pool.shutdown(cancel_futures=True)
 
     def _places(
@@ -214,20 +232,27 @@ class IndexedSource:
     def _read(
         self, positions: Int64[np.ndarray, " B"], epoch: int, state: LoaderState, num_own: int
     ) -> RawBatch:
-        start = time.perf_counter()
-        records, bad = [], []
+        self.stage.switch(State.BUSY)
+        records, bad, times = [], [], [time.perf_counter()]
         ends = np.cumsum(self._index.size[positions]).tolist()
         buffer = self._buffers.take(ends[-1])
-        for slot, (row, end) in enumerate(zip(self._rows(positions), ends, strict=True)):
+        rows = list(self._rows(positions))
+        if self._remote is not None:
+            self._remote.fetch([(row.shard, row.offset, row.size) for row in rows])
+        for slot, (row, end) in enumerate(zip(rows, ends, strict=True)):
             data = buffer[end - row.size : end]
             try:
                 records.append(self._record(row, data))
             except BadImageError as error:
+                if not isinstance(error, _LostShardError):
+                    self._files.check_unchanged(row.shard)
                 if slot < num_own:
                     bad.append(self._bad_sample(row.position, str(error), epoch))
                 records.append(self._next_good(row.position + 1))
+            times.append(time.perf_counter())
         sample_index = self._index.sample_index(positions)
-        self.read_s += time.perf_counter() - start
+        self.stage.add(items=len(records), num_bytes=ends[-1], latencies_s=np.diff(times))
+        self.stage.switch(State.BLOCKED)
         return RawBatch(records, sample_index, epoch, state, bad, num_own)
 
     def _next_good(self, position: int) -> Record:
@@ -254,7 +279,7 @@ class IndexedSource:
         """Look all of them up at once: one by one, numpy would cost more than reading."""
         index = self._index
         shard, _ = index.locate(positions)
-        names = ("offset", "size", "height", "width", "label", "crc32")
+        names = ("offset", "size", "height", "width", "label", "crc32", "kind")
         columns = [positions, index.sample_index(positions), shard]
         columns += [getattr(index, name)[positions] for name in names]
         return map(_Row, *(column.tolist() for column in columns))
@@ -273,7 +298,15 @@ class IndexedSource:
             )  # with the CRC of the index, its header walk holds for these bytes
         elif zlib.crc32(data.data) != row.crc32:
             raise BadImageError("the CRC32 differs from the index: bits of the file have changed")
-        return Record(data, row.height, row.width, row.label, row.sample_id, row.position)
+        return Record(
+            data,
+            row.height,
+            row.width,
+            row.label,
+            sample_id=row.sample_id,
+            position=row.position,
+            kind=row.kind,
+        )
 
     def _bad_sample(self, position: int, reason: str, epoch: int) -> BadSample:
         shard, number = map(int, self._index.locate(position))
@@ -282,20 +315,59 @@ class IndexedSource:
 
 
 class _OpenFiles:
-    """Reads at offsets of many files, of which only the most recently used stay open."""
+    """Reads at offsets of many files, of which only the most recently used stay open.
 
-    def __init__(self, paths: Sequence[str], *, max_open: int = 64) -> None:
+    Network file systems lose files for a moment: such reads are tried again on a new handle.
+    """
+
+    def __init__(
+        self, paths: Sequence[str], *, max_open: int = 64, first_delay_s: float = 0.2
+    ) -> None:
         self.paths = list(paths)
         self._max_open = max_open
+        self._first_delay_s = first_delay_s
         self._files: OrderedDict[int, Any] = OrderedDict()
+        self._seen: dict[int, _Identity] = {}
         self._lock = threading.Lock()
 
     def read_into(self, data: UInt8[np.ndarray, " n"], number: int, *, offset: int) -> int:
-        """Fill `data` from a file; returns how much there was."""
+        """Fill `data` from a file; returns how much there was.
+
+        Raises:
+            DataError: The file is another one than when it was first opened.
+            OSError: It cannot be read, six times in a row where trying again can help.
+        """
+        for attempt in range(_NUM_TRIES):
+            try:
+                return self._read(data, number, offset)
+            except OSError as error:
+                if error.errno not in _PASSING_ERRORS:
+                    raise
+                path = self.paths[number]
+                if attempt == _NUM_TRIES - 1:
+                    raise OSError(
+                        error.errno, f"{error.strerror}, {_NUM_TRIES} times in a row", path
+                    ) from error
+                logger.warning("%s: %s; opening it again", path, error.strerror)
+                with self._lock:
+                    self._files.pop(number, None)
+                time.sleep(self._first_delay_s * 2**attempt)
+        raise AssertionError("unreachable")
+
+    def check_unchanged(self, number: int) -> None:
+        """Compare the file under this name with the one that was opened first.
+
+        Raises:
+            DataError: It is another one, and its index no longer belongs to it.
+        """
+        self._compare(number, _Identity.of(os.stat(self.paths[number])))
+
+    def _read(self, data: UInt8[np.ndarray, " n"], number: int, offset: int) -> int:
         with self._lock:
             file = self._files.pop(number, None)
             if file is None:
                 file = Path(self.paths[number]).open("rb", buffering=0)  # noqa: SIM115  # kept open
+                self._compare(number, _Identity.of(os.fstat(file.fileno())))
             self._files[number] = file
             if len(self._files) > self._max_open:
                 # Only forgotten: it closes when the last reader in another thread lets go of it.
@@ -312,6 +384,44 @@ class _OpenFiles:
                 self._files.pop(number, None)
             raise
         return num_read
+
+    def _compare(self, number: int, now: _Identity) -> None:
+        before = self._seen.setdefault(number, now)
+        if now == before:
+            return
+        path = self.paths[number]
+        try:
+            read_columns(path, without=COLUMNS.keys())  # a copy of the same contents is welcome
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"{path} was replaced during the run: {before} when it was opened first, {now} now, and "
+                f"{error}. Start the run again when the shards no longer change"
+            ) from error
+        logger.warning(
+            "%s was replaced by a file of the same contents: %s, now %s", path, before, now
+        )
+        self._seen[number] = now
+
+
+_NUM_TRIES = 6
+_PASSING_ERRORS = (errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.EAGAIN, errno.EREMOTEIO)
+"""A server that restarts or fails over gives these for some seconds."""
+
+
+class _Identity(NamedTuple):
+    """What tells one file from another of the same name."""
+
+    size: int
+    modified_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> _Identity:
+        return cls(status.st_size, status.st_mtime_ns, status.st_ino)
+
+    def __str__(self) -> str:
+        modified = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.modified_ns / 1e9))
+        return f"{self.size} bytes of {modified}, inode {self.inode}"
 
 
 class StreamSource:
@@ -337,15 +447,21 @@ class StreamSource:
         batch_size: int,
         shuffle: bool = True,
         shuffle_window: int = 1024,
+        remote: Remote | None = None,
     ) -> None:
         if len(urls) < world_size:
             raise ValueError(
                 f"shards lists {len(urls)} for world_size={world_size} ranks: a stream deals whole shards. "
                 "Write more shards, or an index with `cmae shards index`"
             )
-        self.digest = hashlib.sha256("\n".join(urls).encode()).hexdigest()[:16]
-        self.read_s = 0.0
+        names = "\n".join(
+            map(redact, urls)
+        )  # a signature that was renewed does not make other data
+        self.digest = hashlib.sha256(names.encode()).hexdigest()[:16]
+        # Reading happens in the thread that asks for batches, and between them it is elsewhere.
+        self.stage = Stage("read", threads=1, first_state=State.BLOCKED)
         self._urls = list(urls)
+        self._remote = remote or Remote(RemoteConfig())
         self._seed = seed
         self._rank, self._world_size, self._batch_size = rank, world_size, batch_size
         self._bad: list[BadSample] = []  # since the last batch
@@ -354,7 +470,7 @@ class StreamSource:
         if rank == 0:
             logger.warning(
                 "streaming %d shards: resume is by shard, so a run that is continued sees samples of the "
-                "shard it was reading again; `cmae shards index` makes it exact for local tars",
+                "shard it was reading again; `cmae shards index` makes it exact",
                 len(urls),
             )
 
@@ -378,7 +494,7 @@ class StreamSource:
         size = len(raw.records)
         for slot, reason in bad.items():
             record = raw.records[slot]
-            url = self._urls[record.sample_id >> 32]
+            url = redact(self._urls[record.sample_id >> 32])
             raw.bad.append(BadSample(url, record.key, record.position, reason, raw.epoch))
         if len(bad) == size:
             raise DataError(f"none of the {size} samples of a batch can be decoded: {bad[0]}")
@@ -387,12 +503,13 @@ class StreamSource:
             raw.records[slot] = raw.records[good]
 
     def close(self) -> None:
-        """Nothing to release: the shard being read closes with its generator."""
+        """End a remote read under way; the shard being read closes with its generator."""
+        self._remote.close()
 
     def _epoch(self, epoch: int, done: int) -> Iterator[RawBatch]:
         mine = self._shard_order(epoch)[done:][self._rank :: self._world_size]
         batch: list[Record] = []
-        start = time.perf_counter()
+        self.stage.switch(State.BUSY)
         for round_, number in enumerate(mine):
             state = LoaderState(self._seed, epoch, done + round_ * self._world_size, self.digest)
             for record in self._shuffled(self._shard(number, epoch), epoch):
@@ -400,9 +517,12 @@ class StreamSource:
                 if len(batch) < self._batch_size:
                     continue
                 ids = np.array([record.sample_id for record in batch], dtype=np.int64)
-                self.read_s += time.perf_counter() - start
+                num_bytes = sum(record.data.size for record in batch)
+                self.stage.add(items=len(batch), num_bytes=num_bytes)
+                self.stage.switch(State.BLOCKED)
                 yield RawBatch(batch, ids, epoch, state, self._bad, len(batch))
-                batch, self._bad, start = [], [], time.perf_counter()
+                self.stage.switch(State.BUSY)
+                batch, self._bad = [], []
 
     def _shard_order(self, epoch: int) -> list[int]:
         numbers = np.arange(len(self._urls))
@@ -428,11 +548,11 @@ class StreamSource:
 
     def _shard(self, number: int, epoch: int) -> Iterator[Record]:
         """Good records of one shard."""
-        url = self._urls[number]
+        url, name = self._urls[number], redact(self._urls[number])
         position = -1
         try:
-            with contextlib.closing(wds.gopen(url)) as stream:
-                for position, found in enumerate(iter_records(stream, name=url)):
+            with contextlib.closing(open_shard(url, self._remote)) as stream:
+                for position, found in enumerate(iter_records(stream, name=name)):
                     try:
                         height, width, kind, _ = inspect_jpeg(found.image)
                         if not kind.decodable:
@@ -440,15 +560,24 @@ class StreamSource:
                                 f"a JPEG of kind {kind.name}, which no decoder takes"
                             )
                     except BadImageError as error:
-                        self._bad.append(BadSample(url, found.key, position, str(error), epoch))
+                        self._bad.append(BadSample(name, found.key, position, str(error), epoch))
                         continue
                     data, sample_id = (
                         np.frombuffer(found.image, np.uint8),
                         (number << 32) | position,
                     )
-                    yield Record(data, height, width, found.label, sample_id, position, found.key)
+                    yield Record(
+                        data,
+                        height,
+                        width,
+                        found.label,
+                        sample_id=sample_id,
+                        position=position,
+                        key=found.key,
+                        kind=kind,
+                    )
         except (
             TarError,
             OSError,
         ) as error:  # the rest of the shard is lost, the other shards are not
-            self._bad.append(BadSample(url, "", position + 1, str(error), epoch))
+            self._bad.append(BadSample(name, "", position + 1, str(error), epoch))

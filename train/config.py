@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from cmae.model import ModelConfig
 from cmae.pipeline import ViewConfig
+from cmae.pipeline.stores import REDACTED, redact_options
+from cmae.train.distributed import COLLECTIVE_TIMEOUT_S
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,8 @@ class DataConfig:
     """Which images, and which views of them."""
 
     shards: str | list[str] = ""
-    """WebDataset tars: a folder, a glob, braces such as 'x-{000000..000099}.tar', URLs or 'pipe:'
-    commands, or a list of these."""
+    """WebDataset tars: a folder, a glob, braces such as 'x-{000000..000099}.tar', all of these also behind
+    http(s), s3 and gs URLs, or 'pipe:' commands, or a list of these."""
     source: Literal["auto", "indexed", "stream"] = "auto"
     """'indexed' reads by the sidecar index: exact resume, global shuffle. 'stream' reads tars front
     to back: resume by shard. 'auto' takes the index when every shard has one."""
@@ -97,13 +99,40 @@ class DataConfig:
     max_bad_fraction: float = 0.01
     """Stop all ranks, with a checkpoint, when more than this fraction of all samples since step 0 could not
     be read or decoded. Not looked at in the first 1000 samples."""
+    remote: Literal["auto", "cache", "range", "stream"] = "auto"
+    """How shards behind URLs are read. 'cache' copies them to `cache_dir` in the background and reads by
+    byte range what is not there yet; 'range' keeps nothing on the disk; 'stream' reads front to back.
+    'auto': 'cache' when `cache_dir` is set, else 'range'; 'stream' where there is no index."""
+    cache_dir: Path | None = None
+    """Folder on a disk of each node for copies of remote shards; runs and ranks share it."""
+    cache_quota_gib: float | None = None
+    """Largest size of the shards in `cache_dir`. null: nine tenths of the free disk."""
+    remote_deadline_s: float = 300.0
+    """Longest time to read one batch from a store, retries included; below the ranks' timeout of 600 s."""
+    storage_options: dict[str, Any] = field(default_factory=dict, repr=False)
+    """Options of fsspec's file system, such as {endpoint_url: ..., anon: true}. Keys and tokens are better
+    given by the environment; here they are replaced by *** in all files of the run."""
     views: ViewConfig = field(default_factory=ViewConfig)
     """Crops and colour operations."""
 
     def __post_init__(self) -> None:
-        """Refuse fractions outside [0, 1]."""
+        """Refuse what is out of range, and secrets that were replaced by stars."""
         value = self.max_bad_fraction
         _require(0 <= value <= 1, "data.max_bad_fraction", value, "between 0 and 1")
+        quota, deadline = self.cache_quota_gib, self.remote_deadline_s
+        _require(quota is None or quota > 0, "data.cache_quota_gib", quota, "> 0, or null")
+        allowed = f"> 0 and < {COLLECTIVE_TIMEOUT_S:g}, the timeout of collectives"
+        _require(0 < deadline < COLLECTIVE_TIMEOUT_S, "data.remote_deadline_s", deadline, allowed)
+        if self.remote == "cache" and self.cache_dir is None:
+            raise ValueError(
+                "data.remote is 'cache' and data.cache_dir is null; name a folder on a disk of this node"
+            )
+        for name in ("shards", "storage_options"):
+            if REDACTED in str(getattr(self, name)):
+                raise ValueError(
+                    f"data.{name} holds {REDACTED}, which stands for a secret in the files of a run; give it "
+                    f"again with --data.{name}, or by the environment"
+                )
 
 
 @dataclass(frozen=True)
@@ -201,8 +230,10 @@ class Config:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings, lists and dicts, as stored in checkpoints and result files."""
+        """Plain numbers, strings, lists and dicts, as stored in checkpoints and result files; no secrets."""
         plain: dict[str, Any] = _plain(asdict(self))
+        for name in ("shards", "storage_options"):
+            plain["data"][name] = redact_options(plain["data"][name])
         return plain
 
 

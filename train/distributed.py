@@ -14,6 +14,9 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
+COLLECTIVE_TIMEOUT_S = 600.0
+"""How long a rank waits for the others; what a rank may wait for by itself must end earlier."""
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -36,7 +39,7 @@ def threads_per_rank() -> int:
 
 
 @contextmanager
-def join_ranks(device: str = "auto", *, timeout_s: float = 600.0) -> Iterator[Ranks]:
+def join_ranks(device: str = "auto", *, timeout_s: float = COLLECTIVE_TIMEOUT_S) -> Iterator[Ranks]:
     """Join the process group that torchrun announces; without one, run alone and without a group.
 
     Args:

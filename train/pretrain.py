@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, Self
 import torch
 
 from cmae.model import build_model, draw_mask, momentum_at
-from cmae.pipeline import Loader, LoaderState, build_loader
+from cmae.pipeline import FillProgress, Loader, LoaderState, RemoteConfig, build_loader
 from cmae.pipeline.health import BadLimit
 from cmae.train.checkpoint import (
     Checkpointer,
@@ -25,6 +26,7 @@ from cmae.train.checkpoint import (
 from cmae.train.config import BatchSplit, Config
 from cmae.train.data_gate import DataGate
 from cmae.train.distributed import Ranks, from_first, join_ranks, largest, threads_per_rank
+from cmae.train.metrics import ColdStart
 from cmae.train.optim import build_schedule
 from cmae.train.recorder import Recorder
 from cmae.train.step import TrainStep, check_precision
@@ -76,7 +78,10 @@ def pretrain(config: Config) -> Outcome:
         )
         found = _agree_on_checkpoint(config, ranks)
         resumed = _load_complete(found, config) if found else None
-        loader = stack.enter_context(_open_loader(config, split, ranks, resumed))
+        cold_start = ColdStart(speak=ranks.is_first)
+        loader = stack.enter_context(
+            _open_loader(config, split, ranks, resumed, progress=cold_start)
+        )
         total_steps = _total_steps(config, loader)
         step = resumed["step"] if resumed else 0
         recorder = stack.enter_context(
@@ -84,6 +89,7 @@ def pretrain(config: Config) -> Outcome:
         )
         changes = changed_settings(resumed["config"], config.to_dict()) if resumed else []
         recorder.opening(found, changes)
+        cold_start.show = recorder.fill
         model = build_model(config.model, seed=config.seed)
         if config.init_from is not None and not resumed:
             recorder.say(load_initial_weights(model, config.init_from))
@@ -196,7 +202,12 @@ def _load_complete(path: Path, config: Config) -> dict[str, Any]:
 
 
 def _open_loader(
-    config: Config, split: BatchSplit, ranks: Ranks, resumed: dict[str, Any] | None
+    config: Config,
+    split: BatchSplit,
+    ranks: Ranks,
+    resumed: dict[str, Any] | None,
+    *,
+    progress: Callable[[FillProgress], None],
 ) -> Loader:
     data = config.data
     if not data.shards:
@@ -227,6 +238,14 @@ def _open_loader(
         ledger=config.run.out / LEDGER_FILE,
         max_bad_fraction=None,  # the gate judges the counts of all ranks
         last_batch=data.last_batch,
+        remote=RemoteConfig(
+            mode=data.remote,
+            cache_dir=data.cache_dir,
+            cache_quota_gib=data.cache_quota_gib,
+            deadline_s=data.remote_deadline_s,
+            storage_options=data.storage_options,
+            progress=progress,
+        ),
     )
 
 

@@ -14,7 +14,7 @@ import yaml
 from torch import Tensor
 
 from cmae.model import CMAE
-from cmae.pipeline import Batch, Loader
+from cmae.pipeline import Batch, FillProgress, Loader
 from cmae.train.config import Config
 from cmae.train.distributed import Ranks
 from cmae.train.metrics import Display, MetricLog, MetricWindow
@@ -92,6 +92,11 @@ class Recorder:
         """Print a message, on the first rank."""
         if self._ranks.is_first:
             self._display.say(message)
+
+    def fill(self, progress: FillProgress) -> None:
+        """Show how far the copying of remote shards is, on the first rank. From any thread."""
+        if self._ranks.is_first:
+            self._display.fill(progress)
 
     def step(self, step: int, batches: Sequence[Batch], losses: Tensor) -> None:
         """Note a step that was taken."""
