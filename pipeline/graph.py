@@ -231,3 +231,4 @@ class GraphViews:
         """Let the batches in flight finish: DALI must not be torn down while it reads their bytes."""
         while self._in_flight:
             self._receive(self._in_flight.popleft())
+        vars(self).pop("_pipeline", None)  # its threads and buffers go with it

@@ -200,10 +200,12 @@ class IndexedSource:
             raw.records[slot] = self._next_good(record.position + 1)
 
     def close(self) -> None:
-        """Stop the reading threads."""
+        """Stop the reading threads and close the files."""
         if self._remote is not None:
             self._remote.close()  # first: reads under way end at once, and not at their deadline
         self._pool.shutdown(cancel_futures=True)
+        if isinstance(self._files, _OpenFiles):
+            self._files.close()
 
     def _places(
         self, state: LoaderState
@@ -355,6 +357,12 @@ class _OpenFiles:
                     self._files.pop(number, None)
                 time.sleep(self._first_delay_s * 2**attempt)
         raise AssertionError("unreachable")
+
+    def close(self) -> None:
+        """Close all files."""
+        with self._lock:
+            while self._files:
+                self._files.popitem()[1].close()
 
     def check_unchanged(self, number: int) -> None:
         """Compare the file under this name with the one that was opened first.

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from itertools import islice
 from pathlib import Path
@@ -127,20 +126,20 @@ def open_loader(shards: list[str], backend: str, **options: object):
 def test_memory_files_and_threads_stay_flat(small, backend):
     process = psutil.Process()
 
-    def run(count: int) -> None:
+    def run(count: int) -> object:
         with open_loader(small, backend) as loader:
             for _ in islice(loader, count):
                 pass
+        return loader
 
     run(50)  # pools, arenas and caches fill up
     gc.collect()
-    files, threads, memory = process.num_fds(), threading.active_count(), process.memory_info().rss
-    run(400)
-    for _ in range(4):
-        run(5)
+    files, threads, memory = process.num_fds(), process.num_threads(), process.memory_info().rss
+    closed = [run(count) for count in (400, 5, 5, 5, 5)]  # closed, but not dropped
     gc.collect()
-    assert threading.active_count() <= threads
+    assert process.num_threads() <= threads
     assert process.num_fds() <= files
+    assert len(closed) == 5
     assert (
         process.memory_info().rss - memory < 24 * 2**20
     )  # 400 kept batches of views would be 2.5 MB,
