@@ -10,7 +10,7 @@ import math
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,7 @@ class HostViews:
         self._buffers = BufferPool()
         self.stage = Stage("views", threads=num_threads)
         self.kinds = KindTable()
+        self._is_cancelled = False
 
     def submit(
         self,
@@ -94,6 +95,11 @@ class HostViews:
         for future in job.futures:
             bad |= future.result()
         return Views(job.online, job.target, bad)
+
+    def cancel(self) -> None:
+        """Drop work that has not begun; batches under way end at their next sample."""
+        self._is_cancelled = True
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def close(self) -> None:
         """Stop the threads; work that has not begun is dropped."""
@@ -134,6 +140,8 @@ class HostViews:
     ) -> dict[int, str]:
         bad = {}
         for i in samples:
+            if self._is_cancelled:
+                raise CancelledError
             row = params.rows(slice(i, i + 1))
             made = make_views(self._local.decoder, encoded[i], row, self._views)
             if made is None:

@@ -162,6 +162,8 @@ def build_loader(
     prefetch: int = 2,
     state: LoaderState | None = None,
     shuffle: bool = True,
+    shuffle_block: int = 1,
+    shuffle_window: int = 16384,
     source: Literal["auto", "indexed", "stream"] = "auto",
     backend: Literal["auto", "dali", "host"] = "auto",
     hw_decoder_load: float = 0.65,
@@ -189,6 +191,8 @@ def build_loader(
         prefetch: ready batches kept ahead.
         state: where to continue; None = the beginning.
         shuffle: draw a new order in every epoch.
+        shuffle_block: samples that stay near each other in that order, see `EpochPlan`; 1 is uniform.
+        shuffle_window: samples among which blocks are mixed.
         source: 'indexed' needs a sidecar index for every shard, 'stream' none; 'auto' looks.
         backend: 'dali' or 'host' make the views; 'auto' is DALI on CUDA and the faster host way on a CPU.
         hw_decoder_load: share of the JPEGs for the GPU's decoder unit; the best value differs by machine.
@@ -222,7 +226,13 @@ def build_loader(
     index, reading = _find_index(source, paths, remote)
     if index is not None:
         plan = EpochPlan(
-            len(index), global_batch_size, seed=seed, shuffle=shuffle, last_batch=last_batch
+            len(index),
+            global_batch_size,
+            seed=seed,
+            shuffle=shuffle,
+            block_size=shuffle_block,
+            window_size=shuffle_window,
+            last_batch=last_batch,
         )
         _check_grid(state, global_batch_size, stride=world_size * batch_size)
         if rank == 0:

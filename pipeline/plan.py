@@ -20,8 +20,9 @@ class EpochPlan:
     """A permutation of the data set for every epoch, cut into global batches.
 
     Blocks of `block_size` consecutive samples are permuted, then samples are shuffled inside windows
-    of `window_size`: neighbours in a window come from many places in the data set, yet a window touches only
-    window_size / block_size places on disk. A data set no larger than a window is shuffled fully.
+    of `window_size`. With blocks of 1 the shuffle is uniform. Larger ones let a window touch only
+    window_size / block_size places of the data set, for readers to whom places are dear; the price is in
+    docs/design/0014-shuffle.md. A data set no larger than a window is shuffled fully whatever the block.
     With last_batch='drop' the last num_samples % global_batch_size positions of an epoch are left out, other
     samples each time. With 'pad' every sample is used, and the epoch's first samples fill the last global
     batch up: `padding` names them. They come again with the views and masks of their first turn.
@@ -37,7 +38,7 @@ class EpochPlan:
     global_batch_size: int
     seed: int = 0
     shuffle: bool = True
-    block_size: int = 64
+    block_size: int = 1
     window_size: int = 16384
     last_batch: Literal["drop", "pad"] = "drop"
 

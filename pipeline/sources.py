@@ -13,6 +13,7 @@ import hashlib
 import heapq
 import logging
 import os
+import subprocess
 import threading
 import time
 import zlib
@@ -21,9 +22,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
+import psutil
 from jaxtyping import Int32, Int64, UInt8
 
 from cmae.pipeline.batch import LoaderState
@@ -198,10 +200,12 @@ class IndexedSource:
             raw.records[slot] = self._next_good(record.position + 1)
 
     def close(self) -> None:
-        """Stop the reading threads."""
+        """Stop the reading threads and close the files."""
         if self._remote is not None:
             self._remote.close()  # first: reads under way end at once, and not at their deadline
         self._pool.shutdown(cancel_futures=True)
+        if isinstance(self._files, _OpenFiles):
+            self._files.close()
 
     def _places(
         self, state: LoaderState
@@ -354,13 +358,22 @@ class _OpenFiles:
                 time.sleep(self._first_delay_s * 2**attempt)
         raise AssertionError("unreachable")
 
+    def close(self) -> None:
+        """Close all files."""
+        with self._lock:
+            while self._files:
+                self._files.popitem()[1].close()
+
     def check_unchanged(self, number: int) -> None:
         """Compare the file under this name with the one that was opened first.
 
         Raises:
             DataError: It is another one, and its index no longer belongs to it.
         """
-        self._compare(number, _Identity.of(os.stat(self.paths[number])))
+        with contextlib.suppress(
+            FileNotFoundError
+        ):  # deleted, and still open: nothing to compare with
+            self._compare(number, _Identity.of(os.stat(self.paths[number])))
 
     def _read(self, data: UInt8[np.ndarray, " n"], number: int, offset: int) -> int:
         with self._lock:
@@ -465,6 +478,8 @@ class StreamSource:
         self._seed = seed
         self._rank, self._world_size, self._batch_size = rank, world_size, batch_size
         self._bad: list[BadSample] = []  # since the last batch
+        self._is_closed = False
+        self._stream: IO[bytes] | None = None  # the shard being read
         self._shuffle = shuffle
         self._window = shuffle_window if shuffle else 1
         if rank == 0:
@@ -503,8 +518,12 @@ class StreamSource:
             raw.records[slot] = raw.records[good]
 
     def close(self) -> None:
-        """End a remote read under way; the shard being read closes with its generator."""
+        """End a read under way, remote or from a pipe; the shard closes with its generator."""
+        self._is_closed = True
         self._remote.close()
+        process: subprocess.Popen[bytes] | None = getattr(self._stream, "proc", None)
+        if process is not None:
+            _end_with_children(process.pid)
 
     def _epoch(self, epoch: int, done: int) -> Iterator[RawBatch]:
         mine = self._shard_order(epoch)[done:][self._rank :: self._world_size]
@@ -551,7 +570,12 @@ class StreamSource:
         url, name = self._urls[number], redact(self._urls[number])
         position = -1
         try:
+            if self._is_closed:
+                return
             with contextlib.closing(open_shard(url, self._remote)) as stream:
+                self._stream = stream
+                if self._is_closed:  # by another thread, which may not have seen this stream
+                    self.close()
                 for position, found in enumerate(iter_records(stream, name=name)):
                     try:
                         height, width, kind, _ = inspect_jpeg(found.image)
@@ -581,3 +605,12 @@ class StreamSource:
             OSError,
         ) as error:  # the rest of the shard is lost, the other shards are not
             self._bad.append(BadSample(name, "", position + 1, str(error), epoch))
+
+
+def _end_with_children(pid: int) -> None:
+    """Terminate the command of a pipe: its shell, and what the shell started, which holds the pipe open."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        shell = psutil.Process(pid)
+        for process in (*shell.children(recursive=True), shell):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()

@@ -92,6 +92,12 @@ class DataConfig:
     to back: resume by shard. 'auto' takes the index when every shard has one."""
     shuffle: bool = True
     """Draw a new order of the samples in every epoch."""
+    shuffle_block: int = 1
+    """Consecutive samples that stay near each other in that order. 1 shuffles uniformly, at no cost where any
+    sample can be read at once. For remote shards and a cache smaller than the data set: the samples of a
+    shard, so that only shuffle_window / shuffle_block shards are in use at a time. No effect on a stream."""
+    shuffle_window: int = 16384
+    """Samples among which blocks are mixed; without effect when shuffle_block is 1."""
     last_batch: Literal["drop", "pad"] = "drop"
     """Samples at an epoch's end that do not fill a global batch: 'drop' leaves them out, others in each
     epoch; 'pad' takes them, and fills up with the epoch's first samples, which then come twice. A stream

@@ -233,6 +233,8 @@ def _open_loader(
         prefetch=config.speed.prefetch,
         state=LoaderState.from_dict(resumed["loader"]) if resumed else None,
         shuffle=data.shuffle,
+        shuffle_block=data.shuffle_block,
+        shuffle_window=data.shuffle_window,
         source=data.source,
         backend=config.speed.view_backend,
         ledger=config.run.out / LEDGER_FILE,
