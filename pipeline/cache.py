@@ -27,6 +27,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
+from cmae.pipeline.index import INDEX_SUFFIX
 from cmae.pipeline.remote import RemoteError, RemoteFile
 from cmae.pipeline.stores import ObjectInfo, redact
 
@@ -187,13 +188,14 @@ class ShardCache:
             os.close(handle)
 
     def _entries(self) -> Iterator[tuple[float, int, Path]]:
-        """Time of last use, size and path of shards and partial copies."""
+        """Time of last use, size and path of shards and partial copies; indices are small and stay."""
         for folder in self.folder.iterdir() if self.folder.is_dir() else ():
             if not folder.is_dir():
                 continue
             for entry in folder.iterdir():
-                name = entry.name
-                if name.endswith(".partial") or _beside(entry, ".meta").exists():
+                if INDEX_SUFFIX in entry.name:
+                    continue
+                if entry.name.endswith(".partial") or _beside(entry, ".meta").exists():
                     with contextlib.suppress(FileNotFoundError):
                         status = entry.stat()
                         yield status.st_mtime, status.st_size, entry
@@ -278,7 +280,9 @@ def _copy_checked(
         missing_ok=True
     )  # of another version: it must not be taken for what `.meta` says next
     meta = {"url": redact(file.url), "size": file.size, "version": file.info.version}
-    draft = _beside(path, ".meta.new")  # one name: the lock is ours, and a kill leaves no second file
+    draft = _beside(
+        path, ".meta.new"
+    )  # one name: the lock is ours, and a kill leaves no second file
     draft.write_text(json.dumps(meta) + "\n")
     os.replace(draft, _beside(path, ".meta"))
     os.replace(partial, path)

@@ -81,8 +81,7 @@ def serve(folder: Path, **options) -> Iterator[FaultyServer]:
     class Handler(_Handler):
         faulty = server
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.daemon_threads = True
+    http = _Server(("127.0.0.1", 0), Handler)
     server.url = f"http://127.0.0.1:{http.server_address[1]}"
     thread = threading.Thread(
         target=http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
@@ -93,6 +92,11 @@ def serve(folder: Path, **options) -> Iterator[FaultyServer]:
     finally:
         http.shutdown()
         http.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # the clients come all at once
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -121,7 +125,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             file = server.folder / path.lstrip("/")
         if file.is_dir():
-            self._list(file)
+            self._list(file, with_body=with_body)
             return
         fault = server.take_fault(self.path)
         if fault in ("500", "503", "404", "403") or not file.is_file():
@@ -218,14 +222,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", "0")
         self.end_headers()
 
-    def _list(self, folder: Path) -> None:
+    def _list(self, folder: Path, *, with_body: bool) -> None:
         names = [entry.name + "/" * entry.is_dir() for entry in sorted(folder.iterdir())]
         page = "".join(f'<a href="{name}">{name}</a>\n' for name in names).encode()
         self.send_response(200)
         self.send_header("Content-Type", "text/html")
         self.send_header("Content-Length", str(len(page)))
         self.end_headers()
-        self.wfile.write(page)
+        self.wfile.write(page if with_body else b"")
 
 
 @contextmanager
