@@ -67,7 +67,7 @@ class ShardCache:
 
     def path(self, url: str) -> Path:
         """Where the copy of a shard lies, there or not."""
-        address, _, query = url.partition("?")
+        address, _, query = redact(url).partition("?")  # a renewed signature is no other shard
         parent, _, name = address.rstrip("/").rpartition("/")
         digest = hashlib.sha256(f"{parent}?{query}".encode()).hexdigest()[:12]
         return self.folder / digest / PurePosixPath(name).name

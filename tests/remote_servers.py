@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Literal
@@ -94,6 +95,13 @@ def serve(folder: Path, **options) -> Iterator[FaultyServer]:
         http.server_close()
 
 
+@lru_cache(maxsize=32)
+def _read(file: Path, size: int, modified_ns: int) -> tuple[bytes, str]:
+    """Contents and their digest, once for each version of a file."""
+    body = file.read_bytes()
+    return body, hashlib.sha1(body).hexdigest()
+
+
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128  # the clients come all at once
@@ -131,10 +139,11 @@ class _Handler(BaseHTTPRequestHandler):
         if fault in ("500", "503", "404", "403") or not file.is_file():
             self._refuse(int(fault) if fault and fault.isdigit() else 404)
             return
-        body = file.read_bytes()
+        status = file.stat()
+        body, digest = _read(file, status.st_size, status.st_mtime_ns)
         headers = {}
         if server.has_etag:
-            headers["ETag"] = f'"{hashlib.sha1(body).hexdigest()}"'
+            headers["ETag"] = f'"{digest}"'
         if server.sends_md5:
             digest = base64.b64encode(hashlib.md5(body).digest()).decode()
             headers["Digest"] = f"md5={digest}"
@@ -149,7 +158,7 @@ class _Handler(BaseHTTPRequestHandler):
         if asked and server.has_ranges:
             self.send_response(206)
             headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
-            body = body[start:end]
+            body = memoryview(body)[start:end]
         else:
             self.send_response(200)
         self._send(body if with_body else b"", headers, fault, len(body))
@@ -176,10 +185,10 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(body[i : i + 1])
                 time.sleep(0.05)
         else:
-            self._write(body)
+            self._write(memoryview(body))
             self.close_connection = fault == "too_long"
 
-    def _write(self, body: bytes) -> None:
+    def _write(self, body: memoryview) -> None:
         rate = self.faulty.bytes_per_s
         if rate is None:
             self.wfile.write(body)
