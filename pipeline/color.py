@@ -16,10 +16,9 @@ from jaxtyping import Bool, Float, Float32, Int64, Shaped, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
+from cmae.pipeline.color_host import HostColor
+from cmae.pipeline.color_params import LUMA, blur_radius, gaussian_taps, twist_matrices
 from cmae.pipeline.views import JITTER_ORDERS, ViewParams
-
-_LUMA = (0.2989, 0.587, 0.114)  # torchvision's; ITU-R 601-2 rounded to four digits
-_BLUR_MAX_RADIUS = 11  # a kernel of 23 taps, as torchvision users set it for 224 px images
 
 
 def apply_color(
@@ -30,9 +29,11 @@ def apply_color(
         return images
     if images.is_cuda:
         return color_chain(images, params, mode=mode)
-    # One by one, so that an image stays in the core's cache.
-    rows = [slice(i, i + 1) for i in range(len(params))]
-    return torch.cat([color_chain(images[row], params.rows(row), mode=mode) for row in rows])
+    out = torch.empty_like(images, memory_format=torch.contiguous_format)
+    host = HostColor(images.shape[1])
+    for row, (image, made) in enumerate(zip(images.numpy(), out.numpy(), strict=True)):
+        host.apply(image, params, row=row, mode=mode, out=made)
+    return out
 
 
 def color_chain(
@@ -100,8 +101,8 @@ def _to_integers(x: Tensor) -> Tensor:
 
 def _gray(x: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 1 H W"]:
     red, green, blue = x.split(1, dim=1)
-    gray: Tensor = red * _LUMA[0]
-    return gray.add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2]).floor_()
+    gray: Tensor = red * LUMA[0]
+    return gray.add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2]).floor_()
 
 
 def _brightness(x: Float[Tensor, "B 3 H W"], factors: Float32[np.ndarray, " B"]) -> Tensor:
@@ -149,10 +150,8 @@ def _hue(x: Float[Tensor, "B 3 H W"], turns: Float32[np.ndarray, " B"]) -> Tenso
 
 def _blur(x: Float[Tensor, "B 3 H W"], sigma: Float32[np.ndarray, " B"]) -> Tensor:
     """Separable Gaussian, reflected borders, rounded to integers; taps past three sigma are left out."""
-    radius = min(_BLUR_MAX_RADIUS, int(np.ceil(3 * sigma.max())), min(x.shape[2:]) - 1)
-    distance = np.arange(radius + 1)
-    taps = np.exp(-0.5 * (distance / sigma[:, None].astype(np.float64)) ** 2)
-    taps /= taps[:, :1] + 2 * taps[:, 1:].sum(axis=1, keepdims=True)
+    radius = blur_radius(float(sigma.max()), min(x.shape[2:]))
+    taps = gaussian_taps(sigma, radius)
     weights = torch.from_numpy(taps.astype(np.float32)).to(x.device)[:, :, None, None, None]
     for axis in (2, 3):
         x = _convolve(x, weights, axis=axis)
@@ -175,27 +174,12 @@ def _convolve(
     return out
 
 
-# One matrix for the whole jitter, as NVIDIA DALI's color_twist computes it: saturation and hue in YIQ
-# (NTSC 1953), then contrast about mid grey, then brightness.
-_RGB_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
-_MID_GREY = 128.0
-
-
 def _jitter_fast(x: Float[Tensor, "B 3 H W"], params: ViewParams) -> Float[Tensor, "B 3 H W"]:
-    brightness, contrast, saturation, turn = params.factors.astype(np.float64).T
-    angle = 2 * np.pi * turn
-    twist = np.zeros((len(params), 3, 3))
-    twist[:, 0, 0] = 1
-    twist[:, 1, 1] = twist[:, 2, 2] = saturation * np.cos(angle)
-    twist[:, 1, 2] = saturation * np.sin(angle)
-    twist[:, 2, 1] = -twist[:, 1, 2]
-    gain = (brightness * contrast)[:, None, None]
-    matrix = gain * (np.linalg.inv(_RGB_TO_YIQ) @ twist @ _RGB_TO_YIQ)
-    offset = brightness * (1 - contrast) * _MID_GREY
+    matrix, offset = twist_matrices(params.factors)
 
     def apply(rows: Tensor, index: Int64[np.ndarray, " n"]) -> Tensor:
-        m = torch.from_numpy(matrix[index].astype(np.float32)).to(x.device)
-        b = torch.from_numpy(offset[index].astype(np.float32)).to(x.device)
+        m = torch.from_numpy(matrix[index]).to(x.device)
+        b = torch.from_numpy(offset[index]).to(x.device)
         out = torch.baddbmm(b[:, None, None], m, rows.flatten(2)).view_as(rows)
         return out.clamp_(0, 255).round_()
 

@@ -11,6 +11,7 @@ from pipeline_data import photo
 from torchvision.transforms import functional as tv
 
 from cmae.pipeline.color import apply_color, color_chain
+from cmae.pipeline.color_host import HostColor
 from cmae.pipeline.reference import reference_color
 from cmae.pipeline.views import ViewConfig, ViewParams, draw_view_params
 
@@ -74,6 +75,49 @@ def test_blur_alone_is_torchvisions_with_23_taps():
     error = difference(params(jitter=off, grayscale=off, blur_sigma=sigma))
     assert error.max() <= 1
     assert error.mean() < 0.05
+
+
+@pytest.mark.parametrize("size", [1, 2, 9, 16, 29, 30, 47])
+def test_blur_of_any_size_is_torchvisions(size):
+    """Blocks, borders, and images too small for either; torchvision cannot reflect 11 px of a small one."""
+    sigma = 1.9
+    radius = min(6, size - 1)
+    pixels = torch.from_numpy(photo(size, size, seed=size))
+    given = params(
+        jitter=np.zeros(N, bool),
+        grayscale=np.zeros(N, bool),
+        blur_sigma=np.full(N, sigma, np.float32),
+    )
+    planes = pixels.permute(2, 0, 1)
+    expected = tv.gaussian_blur(planes, [2 * radius + 1] * 2, [sigma] * 2).permute(1, 2, 0)
+    made = apply_color(pixels[None], given.rows(slice(0, 1)), mode="exact")[0]
+    assert (made.int() - expected.int()).abs().max() <= 1
+    assert (made != expected).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("turn", [-0.5, -0.3, 0.0, 0.1, 0.5])
+def test_hue_of_every_colour_is_torchvisions(turn):
+    """All colours on a grid of 17 levels: every order of the channels, every tie."""
+    level = torch.arange(17) * 255 // 16
+    grid = torch.cartesian_prod(level, level, level).to(torch.uint8)  # (4913, 3)
+    square = torch.zeros(71 * 71, 3, dtype=torch.uint8)
+    square[: len(grid)] = grid
+    square = square.view(71, 71, 3)
+    made = apply_color(square[None], only(3, turn, turn).rows(slice(0, 1)), mode="exact")[0]
+    expected = tv.adjust_hue(square.permute(2, 0, 1), float(np.float32(turn))).permute(1, 2, 0)
+    error = (made.int() - expected.int()).abs()
+    assert error.max() <= 1
+    assert error.float().mean() < 0.002  # exact thirds and halves round either way
+
+
+def test_memory_of_one_image_does_not_leak_into_the_next():
+    pixels, drawn = images(), params()
+    shared = HostColor(pixels.shape[1])
+    for row in [*range(N), *reversed(range(N))]:
+        kept, fresh = (np.zeros_like(pixels[0].numpy()) for _ in range(2))
+        shared.apply(pixels[row].numpy(), drawn, row=row, mode="exact", out=kept)
+        HostColor(56).apply(pixels[row].numpy(), drawn, row=row, mode="exact", out=fresh)
+        assert (kept == fresh).all()
 
 
 def test_order_of_the_jitter_matters_and_is_followed():
