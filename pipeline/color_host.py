@@ -15,13 +15,19 @@ import numpy.typing as npt
 import torch
 from jaxtyping import Float32, UInt8
 
-from cmae.pipeline.color_params import LUMA, blur_radius, gaussian_taps, twist_matrices
+from cmae.pipeline.color_params import (
+    HUE_CENTRES,
+    HUE_SCALE,
+    LUMA,
+    blur_radius,
+    gaussian_taps,
+    twist_matrices,
+)
 from cmae.pipeline.views import JITTER_ORDERS, ViewParams
 
 Plane = npt.NDArray[np.float32]
 
-# torchvision stores hue's result by way of [0, 1] and the factor 256 - 1e-3.
-_HUE_SCALE = np.float32((256 - 1e-3) / 255)
+_HUE_SCALE = np.float32(HUE_SCALE)
 _BLUR_BLOCK = 8  # outputs of one small matrix product; 8 to 16 cost the same
 
 
@@ -135,7 +141,7 @@ class HostColor:
         np.multiply(base, _HUE_SCALE, out=base)
         np.subtract(base, chroma, out=base)
         np.subtract(base, chroma, out=base)
-        for channel, centre in enumerate((0.0, 2.0, -2.0)):
+        for channel, centre in enumerate(HUE_CENTRES):
             # Within half a circle of 0, so that H + shift * c stays within a whole one.
             shift = (6 * turn - centre + 3) % 6 - 3
             x = self._x[channel]

@@ -8,6 +8,12 @@ from jaxtyping import Float32, Float64, Shaped
 LUMA = (0.2989, 0.587, 0.114)
 """torchvision's weights of red, green and blue; ITU-R 601-2 rounded to four digits."""
 
+HUE_SCALE = (256 - 1e-3) / 255
+"""torchvision stores the result of its hue by way of [0, 1] and the factor 256 - 1e-3."""
+
+HUE_CENTRES = (0.0, 2.0, -2.0)
+"""Where red, green and blue lie on the circle of hues, which is 6 long."""
+
 BLUR_MAX_RADIUS = 11
 """A kernel of 23 taps, as torchvision users set it for 224 px images."""
 

@@ -8,6 +8,8 @@ import torch
 from nvidia.dali import fn
 from nvidia.dali.pipeline import pipeline_def
 from pipeline_data import photo
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchvision.transforms import functional as tv
 
 from cmae.pipeline.color import apply_color, color_chain
@@ -142,7 +144,64 @@ def test_operations_that_touch_all_samples_leave_later_ones_to_each():
     sigma = np.where(np.arange(N) % 2, 1.5, 0).astype(np.float32)
     given = params(jitter=off, grayscale=every, blur_sigma=sigma)
     together = color_chain(pixels, given, mode="exact")
-    assert torch.equal(together, apply_color(pixels, given, mode="exact"))
+    one_by_one = [given.rows(slice(i, i + 1)) for i in range(N)]
+    alone = [color_chain(pixels[i : i + 1], one, mode="exact") for i, one in enumerate(one_by_one)]
+    assert torch.equal(together, torch.cat(alone))
+    assert (together.int() - apply_color(pixels, given, mode="exact").int()).abs().max() <= 1
+
+
+def test_jitter_is_the_same_to_the_bit_on_the_host_and_on_batches():
+    pixels, drawn = images(), params(blur_sigma=np.zeros(N, np.float32))
+    assert len(np.unique(drawn.order)) > 8
+    assert 0 < drawn.jitter.sum() < N
+    assert 0 < drawn.grayscale.sum() < N
+    together = color_chain(pixels, drawn, mode="exact")
+    assert torch.equal(together, apply_color(pixels, drawn, mode="exact"))
+
+
+NO_KERNEL = {"empty", "empty_like", "permute", "select", "slice", "split", "split_with_sizes"}
+NO_KERNEL |= {"_unsafe_view", "unbind", "unsqueeze", "view"}
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that would start a kernel on a device, and copies to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels, self.uploads = 0, 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        inputs = [a for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
+        outputs = [a for a in tree_leaves(out) if isinstance(a, torch.Tensor)]
+        if any(a.is_meta for a in outputs):
+            self.uploads += any(a.device.type == "cpu" and a.ndim for a in inputs)
+            self.kernels += operation.__name__.split(".")[0] not in NO_KERNEL
+        return out
+
+
+def count_launches(batch_size: int, *, mode: str) -> Launches:
+    drawn = draw_view_params(
+        ViewConfig(),
+        seed=0,
+        epoch=0,
+        sample_index=np.arange(batch_size),
+        height=np.full(batch_size, 300),
+        width=np.full(batch_size, 400),
+    )
+    pixels = torch.empty(batch_size, 56, 56, 3, dtype=torch.uint8, device="meta")
+    with Launches() as launches:
+        made = color_chain(pixels, drawn, mode=mode)
+    assert made.shape == pixels.shape
+    return launches
+
+
+@pytest.mark.parametrize(("mode", "limit"), [("exact", 150), ("fast", 60)])
+def test_a_batch_of_any_size_takes_few_launches_one_upload_and_no_wait(mode, limit):
+    """On tensors without data a read by the host would raise."""
+    small, large = (count_launches(size, mode=mode) for size in (64, 512))
+    assert small.kernels == large.kernels <= limit
+    assert small.uploads == large.uploads == 1
 
 
 @pytest.mark.parametrize("mode", ["exact", "fast"])
