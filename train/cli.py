@@ -224,6 +224,37 @@ def _shards(arguments: Sequence[str]) -> int:
     return code
 
 
+def _bench(arguments: Sequence[str]) -> int:
+    rest = [argument for argument in arguments if argument != "--model"]
+    if len(rest) == len(arguments) and not {"-h", "--help"} & set(rest):
+        raise ValueError("`cmae bench` has one kind of answer so far: add --model")
+    parser = build_config_parser(
+        "cmae bench --model",
+        "Count what a recipe's training step computes, moves and keeps, and what a GPU makes of it at best. "
+        "Example: cmae bench --model --recipe cmae_vit_b --gpu h200 --batch_size 256",
+    )
+    parser.add_argument("--gpu", default="h100", help="a GPU by name, or 'measured': this one")
+    parser.add_argument("--batch_size", type=int, help="images in one pass on one GPU")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=Path("benchmarks/results"),
+        help="folder with files of benchmarks/bench_step.py",
+    )
+    config = read_config(parser, rest)
+    chosen = parser.parse_args(find_recipes(rest))
+    from cmae.train.bench import bench_model
+
+    return bench_model(
+        config,
+        chosen.gpu,
+        batch_size=chosen.batch_size,
+        results=chosen.results,
+        as_json=chosen.json,
+    )
+
+
 def _reconstruct(arguments: Sequence[str]) -> int:
     parser = Parser(
         prog="cmae reconstruct",
@@ -268,6 +299,7 @@ COMMANDS: dict[str, tuple[str, Command]] = {
     "doctor": ("check this machine and say what to fix", _doctor),
     "shards": ("write, index, verify, repair and inspect WebDataset shards", _shards),
     "pretrain": ("pretrain from shards; continues by itself", _pretrain),
+    "bench": ("--model: what a recipe's step costs on a GPU, at best", _bench),
     "reconstruct": ("picture of original, masked and reconstruction", _reconstruct),
     "import": ("weights of the authors' code or of MAE -> checkpoint", _import),
     "export": ("checkpoint -> encoder weights for timm", _export),

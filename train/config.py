@@ -71,6 +71,22 @@ class SpeedConfig:
     """Batches that are ready ahead of the training step."""
     compile: Literal["none", "blocks", "model"] = "none"
     """torch.compile: not at all, each transformer block, or each branch as a whole."""
+    cuda_graphs: bool = False
+    """Record the target pass and the forward and backward pass once and replay them: no launch costs. One
+    GPU only."""
+    sdpa: Literal["torch", "auto", "flash", "cudnn", "efficient", "math"] = "torch"
+    """Attention kernel: torch's own choice, the fastest one by measurement of each shape at the start (a
+    GPU only), or one for all shapes."""
+    target_shadow: bool = False
+    """Keep a 16-bit copy of the target's matrices beside them, so that autocast does not cast them in every
+    step. Same results; 2 bytes more for each of their weights."""
+    overlap_keys: bool = True
+    """Gather the target keys of all ranks while the online encoder runs. Same results. With
+    compile=model they are waited for first."""
+    ddp_bucket_mb: int = 25
+    """Gradients are averaged over ranks in buckets of this size, MB, while the backward pass runs."""
+    ddp_static_graph: bool = False
+    """Tell DDP that every step uses the same parameters; not together with several micro-batches."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that are not positive."""
@@ -78,6 +94,7 @@ class SpeedConfig:
             value = getattr(self, name)
             _require(value is None or value >= 1, f"speed.{name}", value, ">= 1, or null")
         _require(self.prefetch >= 1, "speed.prefetch", self.prefetch, ">= 1")
+        _require(self.ddp_bucket_mb >= 1, "speed.ddp_bucket_mb", self.ddp_bucket_mb, ">= 1")
 
 
 @dataclass(frozen=True)
@@ -170,6 +187,12 @@ class OptimConfig:
     """Largest gradient norm. null: no clipping."""
     precision: Literal["fp16", "bf16", "fp32"] = "fp16"
     """fp16 scales the loss and skips steps that overflow; on a CPU use bf16 or fp32."""
+    residual: Literal["fp32", "16bit"] = "fp32"
+    """Number format of the residual streams: float32 as autocast has it, or that of `precision`, which
+    halves their traffic and memory and rounds every sum."""
+    target_fp8: bool = False
+    """Multiply the target encoder's linear layers in fp8 (e4m3, scales found on the fly). On a GPU it needs
+    compute capability 8.9; on a CPU fp8 is emulated, slowly."""
     impl: Literal["torch_fused", "apex"] = "torch_fused"
     """AdamW of torch (fused), or FusedAdam of NVIDIA's apex when it is installed."""
     gradient_compression: Literal["none", "fp16", "bf16"] = "none"
@@ -194,6 +217,14 @@ class OptimConfig:
         }
         for name, (ok, allowed) in checks.items():
             _require(ok, f"optim.{name}", getattr(self, name), allowed)
+        for name, off in (("residual", "fp32"), ("target_fp8", False)):
+            value = getattr(self, name)
+            _require(
+                self.precision != "fp32" or value == off,
+                f"optim.{name}",
+                value,
+                f"{off} with optim.precision fp32, or optim.precision fp16 or bf16",
+            )
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from cmae.train.distributed import Ranks, from_first, join_ranks, largest, threa
 from cmae.train.metrics import ColdStart
 from cmae.train.optim import build_schedule
 from cmae.train.recorder import Recorder
-from cmae.train.step import TrainStep, check_precision
+from cmae.train.step import TrainStep, check_step
 from cmae.train.weights import load_initial_weights
 
 LEDGER_FILE = "bad_samples.jsonl"
@@ -70,7 +70,7 @@ def pretrain(config: Config) -> Outcome:
     """
     with ExitStack() as stack:
         ranks = stack.enter_context(join_ranks(config.speed.device))
-        check_precision(config.optim.precision, ranks.device)
+        check_step(config.optim, config.speed, ranks)
         if config.speed.torch_threads is not None:
             torch.set_num_threads(config.speed.torch_threads)
         split = BatchSplit.of(
@@ -93,7 +93,9 @@ def pretrain(config: Config) -> Outcome:
         model = build_model(config.model, seed=config.seed)
         if config.init_from is not None and not resumed:
             recorder.say(load_initial_weights(model, config.init_from))
-        train_step = TrainStep(model.to(ranks.device), config.optim, config.speed, ranks)
+        train_step = TrainStep(
+            model.to(ranks.device), config.optim, config.speed, ranks, say=recorder.say
+        )
         if resumed:
             train_step.load_state_dict(resumed)
         stop = stack.enter_context(StopSignals())

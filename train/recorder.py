@@ -152,7 +152,8 @@ class Recorder:
         if self._ranks.is_first:
             folder = self._config.run.out / "pictures"
             folder.mkdir(exist_ok=True)
-            with torch.no_grad():
+            # A compiled block would be compiled again for the few images of a picture.
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
                 reconstruction_picture(model, batch, folder / f"step-{step:08d}.png")
 
     def closing(self, step: int, checkpoint: Path | None, *, stopped: bool) -> None:
