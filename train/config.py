@@ -69,6 +69,9 @@ class SpeedConfig:
     GPU. 'auto' takes DALI on a GPU. The pixels agree within rounding."""
     prefetch: int = 2
     """Batches that are ready ahead of the training step."""
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    """What gathers patches and computes losses. 'auto': Triton kernels on a GPU, torch elsewhere. 'triton'
+    stops where a kernel cannot run."""
     compile: Literal["none", "blocks", "model"] = "none"
     """torch.compile: not at all, each transformer block, or each branch as a whole."""
     cuda_graphs: bool = False

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import torch
 
+from cmae.kernels.backend import use_backend
 from cmae.model import build_model, draw_mask, momentum_at
 from cmae.pipeline import FillProgress, Loader, LoaderState, RemoteConfig, build_loader
 from cmae.pipeline.health import BadLimit
@@ -71,6 +72,7 @@ def pretrain(config: Config) -> Outcome:
     with ExitStack() as stack:
         ranks = stack.enter_context(join_ranks(config.speed.device))
         check_step(config.optim, config.speed, ranks)
+        stack.enter_context(use_backend(config.speed.kernels))
         if config.speed.torch_threads is not None:
             torch.set_num_threads(config.speed.torch_threads)
         split = BatchSplit.of(
