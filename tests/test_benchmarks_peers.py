@@ -80,7 +80,7 @@ def test_absent_peers_say_why(bench: Any, shards: list[str]) -> None:
         (lambda online, target: (online, online), "shifted alike"),
         (
             lambda online, target: (online[:1].expand_as(online), target[:1].expand_as(target)),
-            "alike",
+            "images repeat",
         ),
     ],
 )
