@@ -70,9 +70,21 @@ def step_table(result: Result) -> list[list[str]]:
     return rows
 
 
+def presized_table(result: Result) -> list[list[str]]:
+    """What pre-resized shards save and cost."""
+    rows = [["shorter side", "images touched", "bytes", "pixels", "error, levels", "PSNR, dB"]]
+    for row in result["rows"]:
+        touched = f"{row['touched']} of {row['images']}"
+        shares = [f"{row[name]:.0%}" for name in ("bytes_of_original", "pixels_of_original")]
+        errors = [_spread(row["mean_error_levels"], 2), _spread(row["psnr_db"], 1)]
+        rows.append([f"{row['max_size']} px", touched, *shares, *errors])
+    return rows
+
+
 TABLES: dict[str, Callable[[Result], list[list[str]]]] = {
     "loader": loader_table,
     "step": step_table,
+    "presized": presized_table,
 }
 NOTES: dict[str, Callable[[Result], list[str]]] = {"loader": loader_notes}
 """Lines under a table."""
