@@ -12,7 +12,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from jsonargparse import ActionConfigFile, ArgumentParser, auto_cli, set_parsing_settings
+from jsonargparse import (
+    ActionConfigFile,
+    ArgumentParser,
+    Namespace,
+    auto_cli,
+    set_parsing_settings,
+)
 
 if TYPE_CHECKING:
     from cmae.train.config import Config
@@ -165,9 +171,17 @@ def read_config(parser: Parser, arguments: Sequence[str]) -> Config:
     Raises:
         ValueError: a value is out of range, or values do not fit each other.
     """
+    return build_config(parser, parser.parse_args(find_recipes(arguments)))
+
+
+def build_config(parser: Parser, parsed: Namespace) -> Config:
+    """The configuration in parsed arguments; a command's own options are passed over.
+
+    Raises:
+        ValueError: a value is out of range, or values do not fit each other.
+    """
     from cmae.train.config import Config
 
-    parsed = parser.parse_args(find_recipes(arguments))
     try:
         sections = parser.instantiate(parsed)
     except ValueError as error:
@@ -196,6 +210,21 @@ def _pretrain(arguments: Sequence[str]) -> int:
     from cmae.train.pretrain import pretrain
 
     return pretrain(config).exit_code
+
+
+def _tune(arguments: Sequence[str]) -> int:
+    parser = build_config_parser(
+        "cmae tune",
+        "Find the loader's threads, readers, queue depth and decoder split for this machine and these "
+        "shards, in under three minutes. Takes what `cmae pretrain` takes; settings given here are not "
+        "searched. Example: cmae tune --recipe cmae_vit_b --data.shards '/data/imagenet/train-*.tar'",
+    )
+    from cmae.train.tune import TuneOptions, tune
+
+    parser.add_class_arguments(TuneOptions)
+    parsed = parser.parse_args(find_recipes(arguments))
+    options = {field.name: parsed[field.name] for field in fields(TuneOptions)}
+    return tune(build_config(parser, parsed), TuneOptions(**options))
 
 
 def _call(function: Callable[..., int], prog: str, arguments: Sequence[str]) -> int:
@@ -300,6 +329,7 @@ COMMANDS: dict[str, tuple[str, Command]] = {
     "shards": ("write, index, verify, repair and inspect WebDataset shards", _shards),
     "pretrain": ("pretrain from shards; continues by itself", _pretrain),
     "bench": ("--model: what a recipe's step costs on a GPU, at best", _bench),
+    "tune": ("find the loader's fastest settings for this machine and shards", _tune),
     "reconstruct": ("picture of original, masked and reconstruction", _reconstruct),
     "import": ("weights of the authors' code or of MAE -> checkpoint", _import),
     "export": ("checkpoint -> encoder weights for timm", _export),

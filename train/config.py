@@ -5,7 +5,7 @@ change the results themselves. The attribute docstrings are the text of `cmae pr
 """
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,15 +60,22 @@ class SpeedConfig:
     """Images per rank in one forward pass. null: the whole share of the global batch at once.
     BatchNorm in the heads sees one micro-batch of every rank."""
     num_threads: int | None = None
-    """CPU threads that decode, for each rank. null: the node's cores, shared out to its ranks."""
+    """CPU threads that decode, for each rank. null: tuned, or the node's cores, shared out to its ranks."""
     torch_threads: int | None = None
     """CPU threads inside one torch operator. null: torch's own choice. Small models are faster with 1, and
     threads that share their cores with other work wait for each other."""
     view_backend: Literal["auto", "dali", "host"] = "auto"
     """What decodes and crops: DALI, or torch's own CPU operators on threads, which are faster without a
     GPU. 'auto' takes DALI on a GPU. The pixels agree within rounding."""
-    prefetch: int = 2
-    """Batches that are ready ahead of the training step."""
+    prefetch: int | None = None
+    """Batches that are ready ahead of the training step. null: tuned, or 2."""
+    num_readers: int | None = None
+    """Batches that are read at the same time, with an index. null: tuned, or 4."""
+    hw_decoder_load: float | None = None
+    """Share of the JPEGs for the GPU's decoder unit, between 0 and 1. null: tuned, or 0.65."""
+    tuned: Literal["auto", "off"] = "auto"
+    """'auto' fills in the null settings of the loader from what `cmae tune` stored for this machine and
+    these shards; 'off' does not look."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
     """What gathers patches and computes losses. 'auto': Triton kernels on a GPU, torch elsewhere. 'triton'
     stops where a kernel cannot run."""
@@ -93,10 +100,16 @@ class SpeedConfig:
 
     def __post_init__(self) -> None:
         """Refuse sizes that are not positive."""
-        for name in ("micro_batch_size", "num_threads", "torch_threads"):
+        for name in ("micro_batch_size", "num_threads", "torch_threads", "prefetch", "num_readers"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"speed.{name}", value, ">= 1, or null")
-        _require(self.prefetch >= 1, "speed.prefetch", self.prefetch, ">= 1")
+        load = self.hw_decoder_load
+        _require(
+            load is None or 0 <= load <= 1,
+            "speed.hw_decoder_load",
+            load,
+            "between 0 and 1, or null",
+        )
         _require(self.ddp_bucket_mb >= 1, "speed.ddp_bucket_mb", self.ddp_bucket_mb, ">= 1")
 
 
@@ -268,6 +281,12 @@ class Config:
                 f"({model.contrastive_loss!r}) compares 2 views; set data.views.num_views=2, or "
                 "model.contrastive_loss=none"
             )
+
+    @property
+    def loader_views(self) -> ViewConfig:
+        """The views that are made: without a contrastive loss nobody looks at the target view."""
+        views = self.data.views
+        return views if self.model.has_contrast else replace(views, num_views=1)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts, as stored in checkpoints and result files; no secrets."""
