@@ -255,11 +255,27 @@ def _doctor(arguments: Sequence[str]) -> int:
     return _call(doctor, "cmae doctor", arguments)
 
 
+def _top(arguments: Sequence[str]) -> int:
+    parser = Parser(
+        prog="cmae top",
+        description="Watch a running job: rates, where each rank waits, its loader's stages, stragglers. "
+        "Works from any machine that sees the run's folder. Exit code 1: the run failed or is dead.",
+    )
+    parser.add_argument("run", type=Path, help="folder of the run (run.out)")
+    parser.add_argument("--once", action="store_true", help="print one frame and exit, for logs")
+    parser.add_argument("--every_s", type=float, default=2.0, help="seconds between two frames")
+    parsed = parser.parse_args(list(arguments))
+    from cmae.train.top import top
+
+    return top(parsed.run, once=parsed.once, every_s=parsed.every_s)
+
+
 COMMANDS: dict[str, tuple[str, Command]] = {
     "demo": ("pretrain a micro CMAE on real photographs, in minutes, on any machine", _demo),
     "doctor": ("check this machine and say what to fix", _doctor),
     "shards": ("write, index, verify and inspect WebDataset shards", _shards),
     "pretrain": ("pretrain from shards; continues by itself", _pretrain),
+    "top": ("watch a running job: ranks, loader stages, stragglers", _top),
     "reconstruct": ("picture of original, masked and reconstruction", _reconstruct),
     "import": ("weights of the authors' code or of MAE -> checkpoint", _import),
     "export": ("checkpoint -> encoder weights for timm", _export),
