@@ -1,6 +1,7 @@
 """Tar shards in, batches of views and masks out. Knows no model; rank and world size are integers to it."""
 
 from cmae.pipeline.batch import Batch, LoaderState
+from cmae.pipeline.counters import LoaderSnapshot, StageSnapshot
 from cmae.pipeline.health import DataError
 from cmae.pipeline.loader import Loader, build_loader
 from cmae.pipeline.plan import EpochPlan
@@ -13,7 +14,9 @@ __all__ = [
     "DataError",
     "EpochPlan",
     "Loader",
+    "LoaderSnapshot",
     "LoaderState",
+    "StageSnapshot",
     "ViewConfig",
     "ViewParams",
     "build_loader",

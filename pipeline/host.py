@@ -12,16 +12,18 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import nvidia.nvimgcodec as nvimgcodec
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Int64, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
 from cmae.pipeline.buffers import BufferPool
 from cmae.pipeline.color import apply_color
+from cmae.pipeline.counters import KindTable, Stage, State
 from cmae.pipeline.views import ViewConfig, ViewParams
 
 UNDECODABLE = "the JPEG decoder gave up"
@@ -54,17 +56,33 @@ class HostViews:
             num_threads, thread_name_prefix="cmae-views", initializer=self._start_worker
         )
         self._buffers = BufferPool()
-        self.busy_s = 0.0
+        self.stage = Stage("views", threads=num_threads)
+        self.kinds = KindTable()
 
-    def submit(self, encoded: Sequence[UInt8[np.ndarray, " n"]], params: ViewParams) -> _Job:
-        """Start a batch. What was handed out before and is still referenced is never written again."""
+    def submit(
+        self,
+        encoded: Sequence[UInt8[np.ndarray, " n"]],
+        params: ViewParams,
+        *,
+        cells: Int64[np.ndarray, " B"] | None = None,
+    ) -> _Job:
+        """Start a batch; `cells` of `kinds` are where its images count.
+
+        What was handed out before and is still referenced is never written again.
+        """
         batch_size = len(encoded)
         online = self._empty_batch(batch_size)
         target = self._empty_batch(batch_size) if self._views.has_target else None
         stride = max(1, batch_size // (4 * self._num_threads))
         futures = [
             self._pool.submit(
-                self._make, range(i, min(i + stride, batch_size)), encoded, params, online, target
+                self._run,
+                range(i, min(i + stride, batch_size)),
+                cells,
+                encoded,
+                params,
+                online,
+                target,
             )
             for i in range(0, batch_size, stride)
         ]
@@ -90,26 +108,41 @@ class HostViews:
         torch.set_num_threads(1)
         self._local.decoder = WindowDecoder()  # a decoder must not be shared between threads
 
+    def _run(
+        self, samples: range, cells: Int64[np.ndarray, " B"] | None, *work: Any
+    ) -> dict[int, str]:
+        """Make the views of some samples of a batch, and count them."""
+        self.stage.switch(State.BUSY)
+        times = [time.perf_counter()]
+        bad = self._make(samples, times, *work)
+        seconds = np.diff(times)
+        num_bytes = self._views.num_views * 3 * self._views.img_size**2 * len(samples)
+        self.stage.add(items=len(samples), num_bytes=num_bytes, latencies_s=seconds)
+        if cells is not None:
+            self.kinds.add(cells[samples.start : samples.stop], seconds)
+        self.stage.switch(State.IDLE)
+        return bad
+
     def _make(
         self,
         samples: range,
+        times: list[float],
         encoded: Sequence[UInt8[np.ndarray, " n"]],
         params: ViewParams,
         online: Tensor,
         target: Tensor | None,
     ) -> dict[int, str]:
-        start = time.thread_time()
         bad = {}
         for i in samples:
             row = params.rows(slice(i, i + 1))
             made = make_views(self._local.decoder, encoded[i], row, self._views)
             if made is None:
                 bad[i] = UNDECODABLE
-                continue
-            for batch, view in zip((online, target), made, strict=True):
-                if batch is not None and view is not None:
-                    batch[i] = view
-        self.busy_s += time.thread_time() - start
+            else:
+                for batch, view in zip((online, target), made, strict=True):
+                    if batch is not None and view is not None:
+                        batch[i] = view
+            times.append(time.perf_counter())
         return bad
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import time
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
@@ -13,6 +13,7 @@ from typing import Literal, Self
 import torch
 
 from cmae.pipeline.batch import Batch, LoaderState
+from cmae.pipeline.counters import LoaderSnapshot, State
 from cmae.pipeline.dataset_index import DatasetIndex
 from cmae.pipeline.feed import DrawMask, Feed, ViewMaker
 from cmae.pipeline.graph import GraphViews
@@ -36,20 +37,18 @@ class Loader:
     """Samples in the data set; None for a stream."""
     steps_per_epoch: int | None
     """Optimiser steps in an epoch, equal on every rank; None for a stream."""
-    wait_s: float
-    """Seconds that `next` was blocked so far."""
 
     def __init__(
         self, source: Source, maker: ViewMaker, *, feed: Feed, health: Health, state: LoaderState
     ) -> None:
         self.num_samples = source.num_samples
         self.steps_per_epoch = source.steps_per_epoch
-        self.wait_s = 0.0
         self._source = source
         self._maker = maker
         self._feed = feed
         self._health = health
         self._state = state
+        self._num_batches = 0
         self._finalizer = weakref.finalize(self, feed.close)
 
     def __iter__(self) -> Self:
@@ -61,12 +60,11 @@ class Loader:
         Raises:
             DataError: Too many bad samples, or a shard that cannot be read.
         """
-        start = time.perf_counter()
         ready = self._feed.get()
-        self.wait_s += time.perf_counter() - start
         if ready.event is not None:
             _hand_over(ready.batch, ready.event)
         self._health.add(len(ready.batch.label), ready.bad)
+        self._num_batches += 1
         self._state = ready.batch.state
         return ready.batch
 
@@ -81,15 +79,31 @@ class Loader:
         return self._health.bad_samples
 
     @property
-    def counters(self) -> dict[str, float]:
-        """Work done so far, batches made ahead included: seconds summed over threads, bytes, batches."""
-        return {
-            "read_s": self._source.read_s,
-            "decode_s": self._maker.busy_s,
-            "wait_s": self.wait_s,
-            "bytes": self._feed.num_bytes,
-            "batches": self._feed.num_batches,
-        }
+    def wait_s(self) -> float:
+        """Seconds that `next` was blocked so far."""
+        return self._feed.ready.seconds(State.STARVED)
+
+    def snapshot(self) -> LoaderSnapshot:
+        """All counters as of now; may be called from any thread at any time.
+
+        The stages count batches made ahead; `batches`, `samples` and `bad_samples` those handed out.
+        """
+        time_s, depth = self._feed.depth.read()
+        finish, ready = self._feed.stage.snapshot(), self._feed.ready.snapshot()
+        ready = replace(
+            ready, blocked_s=finish.blocked_s
+        )  # the feed's: the same wait, seen from the queue
+        stages = (self._source.stage.snapshot(), self._maker.stage.snapshot(), finish, ready)
+        return LoaderSnapshot(
+            time_s=time_s,
+            stages={stage.name: stage for stage in stages},
+            batches=self._num_batches,
+            samples=ready.items,
+            wait_s=ready.starved_s,
+            queue_depth_mean=depth,
+            bad_samples=self.bad_samples,
+            views_by_kind={} if self._maker.kinds is None else self._maker.kinds.snapshot(),
+        )
 
     def close(self) -> None:
         """Stop and join all threads. May be called again."""

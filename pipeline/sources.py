@@ -28,9 +28,10 @@ from jaxtyping import Int32, Int64, UInt8
 
 from cmae.pipeline.batch import LoaderState
 from cmae.pipeline.buffers import BufferPool
+from cmae.pipeline.counters import Stage, State
 from cmae.pipeline.dataset_index import DatasetIndex
 from cmae.pipeline.health import BadSample, DataError
-from cmae.pipeline.jpeg import BadImageError, inspect_jpeg
+from cmae.pipeline.jpeg import BadImageError, JpegKind, inspect_jpeg
 from cmae.pipeline.plan import EpochPlan
 from cmae.pipeline.randomness import hash_words
 from cmae.pipeline.tar import TarError, iter_records
@@ -53,6 +54,7 @@ class Record:
     position: int
     """Where it lies: its number in the data set (indexed), or in the shard (stream)."""
     key: str = ""
+    kind: int = JpegKind.BASELINE
 
 
 @dataclass
@@ -83,6 +85,11 @@ class RawBatch:
         return np.array([record.width for record in self.records], dtype=np.int32)
 
     @property
+    def kind(self) -> UInt8[np.ndarray, " B"]:
+        """JpegKind of each image."""
+        return np.array([record.kind for record in self.records], dtype=np.uint8)
+
+    @property
     def label(self) -> Int64[np.ndarray, " B"]:
         """-1 = none."""
         return np.array([record.label for record in self.records], dtype=np.int64)
@@ -94,8 +101,8 @@ class Source(Protocol):
     digest: str
     num_samples: int | None
     steps_per_epoch: int | None
-    read_s: float
-    """Seconds of all reading threads together."""
+    stage: Stage
+    """Counts of the reading threads."""
 
     def batches(self, state: LoaderState) -> Iterator[RawBatch]:
         """Batches from `state` on, without end."""
@@ -119,6 +126,7 @@ class _Row(NamedTuple):
     width: int
     label: int
     crc32: int
+    kind: int
 
 
 class IndexedSource:
@@ -147,7 +155,8 @@ class IndexedSource:
         self.digest = index.digest
         self.num_samples: int | None = plan.num_samples
         self.steps_per_epoch: int | None = plan.steps_per_epoch
-        self.read_s = 0.0
+        # Their input is the plan, which is always there: a reader without work waits for room.
+        self.stage = Stage("read", threads=num_readers, first_state=State.BLOCKED)
         self._index = index
         self._files = _OpenFiles(index.paths)
         self._buffers = BufferPool()
@@ -202,8 +211,8 @@ class IndexedSource:
             yield positions, epoch, LoaderState(self._plan.seed, *place, self.digest)
 
     def _read(self, positions: Int64[np.ndarray, " B"], epoch: int, state: LoaderState) -> RawBatch:
-        start = time.perf_counter()
-        records, bad = [], []
+        self.stage.switch(State.BUSY)
+        records, bad, times = [], [], [time.perf_counter()]
         ends = np.cumsum(self._index.size[positions]).tolist()
         buffer = self._buffers.take(ends[-1])
         for row, end in zip(self._rows(positions), ends, strict=True):
@@ -213,8 +222,10 @@ class IndexedSource:
             except BadImageError as error:
                 bad.append(self._bad_sample(row.position, str(error), epoch))
                 records.append(self._next_good(row.position + 1))
+            times.append(time.perf_counter())
         sample_index = self._index.sample_index(positions)
-        self.read_s += time.perf_counter() - start
+        self.stage.add(items=len(records), num_bytes=ends[-1], latencies_s=np.diff(times))
+        self.stage.switch(State.BLOCKED)
         return RawBatch(records, sample_index, epoch, state, bad)
 
     def _next_good(self, position: int) -> Record:
@@ -232,7 +243,7 @@ class IndexedSource:
         """Look all of them up at once: one by one, numpy would cost more than reading."""
         index = self._index
         shard, _ = index.locate(positions)
-        names = ("offset", "size", "height", "width", "label", "crc32")
+        names = ("offset", "size", "height", "width", "label", "crc32", "kind")
         columns = [positions, index.sample_index(positions), shard]
         columns += [getattr(index, name)[positions] for name in names]
         return map(_Row, *(column.tolist() for column in columns))
@@ -248,7 +259,15 @@ class IndexedSource:
             )  # with the CRC of the index, its header walk holds for these bytes
         elif zlib.crc32(data.data) != row.crc32:
             raise BadImageError("the CRC32 differs from the index: bits of the file have changed")
-        return Record(data, row.height, row.width, row.label, row.sample_id, row.position)
+        return Record(
+            data,
+            row.height,
+            row.width,
+            row.label,
+            sample_id=row.sample_id,
+            position=row.position,
+            kind=row.kind,
+        )
 
     def _bad_sample(self, position: int, reason: str, epoch: int) -> BadSample:
         shard, number = map(int, self._index.locate(position))
@@ -314,7 +333,8 @@ class StreamSource:
                 "Write more shards, or an index with `cmae shards index`"
             )
         self.digest = hashlib.sha256("\n".join(urls).encode()).hexdigest()[:16]
-        self.read_s = 0.0
+        # Reading happens in the thread that asks for batches, and between them it is elsewhere.
+        self.stage = Stage("read", threads=1, first_state=State.BLOCKED)
         self._urls = list(urls)
         self._seed = seed
         self._rank, self._world_size, self._batch_size = rank, world_size, batch_size
@@ -362,7 +382,7 @@ class StreamSource:
     def _epoch(self, epoch: int, done: int) -> Iterator[RawBatch]:
         mine = self._shard_order(epoch)[done:][self._rank :: self._world_size]
         batch: list[Record] = []
-        start = time.perf_counter()
+        self.stage.switch(State.BUSY)
         for round_, number in enumerate(mine):
             state = LoaderState(self._seed, epoch, done + round_ * self._world_size, self.digest)
             for record in self._shuffled(self._shard(number, epoch), epoch):
@@ -370,9 +390,12 @@ class StreamSource:
                 if len(batch) < self._batch_size:
                     continue
                 ids = np.array([record.sample_id for record in batch], dtype=np.int64)
-                self.read_s += time.perf_counter() - start
+                num_bytes = sum(record.data.size for record in batch)
+                self.stage.add(items=len(batch), num_bytes=num_bytes)
+                self.stage.switch(State.BLOCKED)
                 yield RawBatch(batch, ids, epoch, state, self._bad)
-                batch, self._bad, start = [], [], time.perf_counter()
+                self.stage.switch(State.BUSY)
+                batch, self._bad = [], []
 
     def _shard_order(self, epoch: int) -> list[int]:
         numbers = np.arange(len(self._urls))
@@ -416,7 +439,16 @@ class StreamSource:
                         np.frombuffer(found.image, np.uint8),
                         (number << 32) | position,
                     )
-                    yield Record(data, height, width, found.label, sample_id, position, found.key)
+                    yield Record(
+                        data,
+                        height,
+                        width,
+                        found.label,
+                        sample_id=sample_id,
+                        position=position,
+                        key=found.key,
+                        kind=kind,
+                    )
         except (
             TarError,
             OSError,

@@ -308,19 +308,13 @@ print([next(loader).state.next_sample for loader in loaders])
     assert "Traceback" not in done.stderr
 
 
-def test_counters_add_up(shards):
+def test_a_loader_says_how_large_its_data_is(shards):
     with open_loader(shards) as loader:
-        for _ in range(5):
-            next(loader)
-        counters = loader.counters
-        assert counters["batches"] >= 5
-        assert counters["bytes"] > 5 * 8 * 1000
-        assert counters["read_s"] > 0
-        assert counters["decode_s"] > 0
-        assert loader.wait_s == counters["wait_s"] > 0
+        next(loader)
         assert loader.num_samples == 53
         assert loader.steps_per_epoch == 3
         assert loader.bad_samples == 0
+        assert loader.wait_s > 0
 
 
 @pytest.mark.parametrize(
