@@ -191,6 +191,15 @@ class IndexedSource:
                 raw.bad.append(self._bad_sample(record.position, reason, raw.epoch))
             raw.records[slot] = self._next_good(record.position + 1)
 
+    @property
+    def samples_per_shard(self) -> float:
+        """Mean over all shards."""
+        return len(self._index) / len(self._index.paths)
+
+    def read(self, state: LoaderState) -> RawBatch:
+        """The batch at `state` alone, read in the calling thread."""
+        return self._read(*next(self._places(state)))
+
     def upcoming(self, state: LoaderState, num_batches: int) -> tuple[list[Extent], LoaderState]:
         """Where the next batches' files lie, and the state after these batches. Reads nothing."""
         extents: list[Extent] = []

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cmae.model.heads import set_all_reduce
 from cmae.pipeline import Batch, Loader, LoaderState
+from cmae.pipeline.loader import Wrap
 from cmae.pipeline.sources import Extent
 from cmae.train.distributed import Ranks, sum_over_ranks
 from cmae.train.profiling.page_cache import evict, resident_fraction, touch
@@ -59,6 +60,8 @@ class Subject:
     prefetch: int
     local: Callable[[], AbstractContextManager[None]] | None = None
     """Within it the step talks to no other rank; None where there is no other."""
+    wrap: Wrap | None = None
+    """What lies around the real source and maker, inside the switches."""
 
     @property
     def accumulation(self) -> int:
@@ -97,6 +100,11 @@ class Bench:
         self.resident_cold: list[float] = []
         """The same after eviction."""
         self.notes: list[str] = []
+
+    @property
+    def place(self) -> LoaderState:
+        """Where samples begin that no phase has read."""
+        return self._place
 
     def phases(self) -> list[str]:
         """Phases that can be run here, `full` first: the others use what it read."""
@@ -274,8 +282,10 @@ def synchronise(device: torch.device) -> None:
 
 
 def _map_tensors(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
-    tensors = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
-    return replace(batch, **{name: change(value) for name, value in tensors.items()})
+    changed: dict[str, Any] = {
+        name: change(value) for name, value in vars(batch).items() if isinstance(value, Tensor)
+    }
+    return replace(batch, **changed)
 
 
 def _copied_ahead(host: Iterator[Batch], device: torch.device) -> Iterator[Batch]:

@@ -6,7 +6,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,16 +27,21 @@ from cmae.train.profiling.account import UNEXPLAINED, Readings, account
 from cmae.train.profiling.anatomy import dissect, python_ms
 from cmae.train.profiling.config import ProfileConfig
 from cmae.train.profiling.estimates import estimate
+from cmae.train.profiling.experiments import override, run_trials
 from cmae.train.profiling.machine import describe_machine, usable_cores
 from cmae.train.profiling.phases import WHAT, Bench, Step, Subject, without_collectives
-from cmae.train.profiling.records import Part, Phase, Profile
+from cmae.train.profiling.records import Action, Curve, Part, Phase, Profile
 from cmae.train.profiling.resources import Costs, loader_rate
+from cmae.train.profiling.storage import StorageCurve, probe_storage
 from cmae.train.profiling.stretch import Reading, merge_snapshots
 from cmae.train.profiling.switches import SwitchedMaker, SwitchedSource
 from cmae.train.profiling.verdict import Facts, draw_curves, judge, rank_actions
 from cmae.train.step import TrainStep, check_precision
 
 Say = Callable[[str], None]
+
+_TINY_SHARD = 100
+"""Files in a shard below which opening shards is worth a word."""
 
 
 def profile(config: Config, options: ProfileConfig, *, say: Say = print) -> Profile:
@@ -105,6 +110,7 @@ def open_subject(
             start=LoaderState(config.seed, epoch=0, next_sample=0, digest=source.digest),
             prefetch=config.speed.prefetch,
             local=local,
+            wrap=wrap,
         )
 
 
@@ -134,6 +140,10 @@ class Rounds:
     """What each rank waited for in the full run."""
     resident: float | None
     """Share of the files that the full run found in the page cache; None where no one can tell."""
+    end: LoaderState
+    """Where samples begin that no phase has read."""
+    steps: int
+    """Timed in a stretch."""
     notes: list[str]
 
 
@@ -143,6 +153,7 @@ def measure(
     """Profile a subject that is open already."""
     created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     rounds = run_rounds(subject, options, say=say)
+    ranks = subject.ranks
     cold_share = 0.0 if rounds.resident is None else 1 - rounds.resident
     parts = account(
         rounds.readings,
@@ -150,8 +161,17 @@ def measure(
         cold_share=cold_share,
         local_ms=rounds.local_ms,
     )
-    ranks = subject.ranks
-    facts = _facts(subject, rounds, parts, config, cold_share)
+    facts = _facts(subject, rounds, parts, cold_share)
+    probes = _probe(subject, rounds.end, say) if subject.source.can_return else {}
+    facts = replace(facts, costs=_with_bandwidth(facts.costs, probes))
+    if options.trials:
+        recorded = subject.source.recorded
+        trials = run_trials(config, ranks, recorded, costs=facts.costs, say=say)
+        facts = replace(facts, trials=trials)
+    actions = rank_actions(facts)
+    if options.verify:
+        unread = replace(subject, start=rounds.end)
+        actions = verify(unread, config, actions, options=options, steps=rounds.steps, say=say)
     step_ms = estimate([one.step_ms for one in rounds.readings["full"]])
     return Profile(
         created=created,
@@ -166,8 +186,8 @@ def measure(
         step_ms=step_ms,
         parts=parts,
         verdict=judge(facts),
-        actions=rank_actions(facts),
-        curves=draw_curves(facts),
+        actions=actions,
+        curves=(*draw_curves(facts), *_storage_curves(probes, facts)),
         tails=_tails(rounds.readings["loader_memory"]),
         notes=(*rounds.notes, *_notes(parts, rounds, facts)),
     )
@@ -200,8 +220,46 @@ def run_rounds(subject: Subject, options: ProfileConfig, *, say: Say) -> Rounds:
         local_ms=local_ms,
         waits=[{"rank": rank, "wait_ms": wait / len(python)} for rank, wait in enumerate(waits)],
         resident=statistics.fmean(bench.resident) if bench.resident else None,
+        end=bench.place,
+        steps=bench.steps,
         notes=bench.notes,
     )
+
+
+def verify(
+    subject: Subject,
+    config: Config,
+    actions: Sequence[Action],
+    *,
+    options: ProfileConfig,
+    steps: int,
+    say: Say,
+) -> tuple[Action, ...]:
+    """Apply the best actions that are settings, one by one, and measure the full run with each.
+
+    Args:
+        subject: of the run as it is; its `start` is where samples begin that nothing has read.
+        config: of the run as it is.
+        actions: best first.
+        options: `verify` says how many.
+        steps: timed steps in a stretch.
+        say: called with a line for each action.
+    """
+    measured, start = list(actions), subject.start
+    settings = [number for number, action in enumerate(actions) if action.overrides]
+    for number in settings[: options.verify]:
+        action = actions[number]
+        say(f"verify: {action.what}")
+        changed = override(config, action.overrides)
+        with open_subject(changed, subject.ranks, subject.step, wrap=subject.wrap) as other:
+            bench = Bench(replace(other, start=start), steps=steps)
+            bench.run("full")
+            readings = [bench.run("full") for _ in range(options.rounds or 3)]
+            start = bench.place
+        world_size = subject.ranks.world_size
+        rate = estimate([world_size * one.images / one.wall_s for one in readings])
+        measured[number] = replace(action, measured_images_per_s=rate)
+    return tuple(measured)
 
 
 def _order(phases: Sequence[str], number: int) -> list[str]:
@@ -222,7 +280,8 @@ def _plan(
     begun = time.monotonic()
     step_s = bench.run("full").wall_s
     stretch_s = time.monotonic() - begun - step_s
-    steps = options.steps or max(3, min(200, math.ceil(1.0 / step_s)))
+    # Readers that begin together bring batches in bursts of 4: whole bursts are timed.
+    steps = options.steps or 4 * min(50, math.ceil(0.25 / step_s))
     left = max(0.0, deadline - time.monotonic() - min(slow_s, 30.0))
     num_phases = len(bench.phases())
     if not options.steps and num_phases * (stretch_s + steps * step_s) * 3 > left:
@@ -255,9 +314,7 @@ def build_phase(name: str, readings: Sequence[Reading], *, world_size: int) -> P
     )
 
 
-def _facts(
-    subject: Subject, rounds: Rounds, parts: Sequence[Part], config: Config, cold_share: float
-) -> Facts:
+def _facts(subject: Subject, rounds: Rounds, parts: Sequence[Part], cold_share: float) -> Facts:
     readings = rounds.readings
     costs = _costs(subject, readings, cold_share)
     every = [one for each in readings.values() for one in each]
@@ -272,12 +329,50 @@ def _facts(
         device=subject.ranks.device.type,
         others_cores=statistics.median(one.others_cpu_s / one.wall_s for one in every),
         waiting_for_cores=delay / busy if busy else 0.0,
-        details={"decode": _threads(costs)},
+        details=_details(subject, costs),
     )
 
 
-def _threads(costs: Costs) -> str:
-    return f"{costs.threads:g} thread{'' if costs.threads == 1 else 's'}, {costs.cores:.1f} cores"
+def _details(subject: Subject, costs: Costs) -> dict[str, str]:
+    """What is worth knowing of a resource beside its name."""
+    records = [record for raw in subject.source.recorded for record in raw.records]
+    megapixels = statistics.fmean(one.height * one.width / 1e6 for one in records)
+    threads = f"{costs.threads:g} thread{'' if costs.threads == 1 else 's'}"
+    latency_s = costs.cold_share * costs.read_cold_s + (1 - costs.cold_share) * costs.read_warm_s
+    storage = f"{1000 * latency_s:.1f} ms a file, {costs.readers:g} at a time"
+    per_shard = subject.source.samples_per_shard
+    if per_shard is not None and per_shard < _TINY_SHARD:
+        storage += f", tiny shards of {per_shard:.0f} files"
+    return {
+        "decode": f"{threads}, {costs.cores:.1f} cores, images of {megapixels:.2f} megapixels",
+        "storage": storage,
+    }
+
+
+def _probe(subject: Subject, start: LoaderState, say: Say) -> dict[str, StorageCurve]:
+    """The storage's curves, warm and cold; each reads files that were not read before."""
+    say("storage: 1, 2, 4 and 8 readers")
+    warm, start = probe_storage(subject.source, start, cold=False)
+    cold, _ = probe_storage(subject.source, start, cold=True)
+    return {"warm": warm, "cold": cold}
+
+
+def _with_bandwidth(costs: Costs, probes: Mapping[str, StorageCurve]) -> Costs:
+    bandwidths = {f"bandwidth_{name}": curve.bandwidth for name, curve in probes.items()}
+    return replace(costs, **bandwidths)
+
+
+def _storage_curves(probes: Mapping[str, StorageCurve], facts: Facts) -> tuple[Curve, ...]:
+    return tuple(
+        Curve(
+            f"reading alone, {'in' if name == 'warm' else 'not in'} the page cache (measured)",
+            "batches read at a time",
+            tuple(map(float, curve.images_per_s)),
+            tuple(rate * facts.world_size for rate in curve.images_per_s.values()),
+            facts.costs.readers,
+        )
+        for name, curve in probes.items()
+    )
 
 
 def _rate(readings: Sequence[Reading]) -> float:

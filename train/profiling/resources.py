@@ -39,8 +39,10 @@ class Costs:
     """Decoding threads."""
     readers: float
     """Files that are read at the same time (Little's law: rate = readers / latency)."""
-    bandwidth: float = math.inf
-    """Bytes per second of the storage, for one rank; infinite where it was not reached."""
+    bandwidth_warm: float = math.inf
+    """Bytes per second of reads that hit the page cache, for one rank; infinite where it was not reached."""
+    bandwidth_cold: float = math.inf
+    """The same of reads that miss it."""
     efficiency: float = 1.0
     """Measured rate of the loader alone over what this model says of it: hand-overs, the interpreter lock."""
 
@@ -79,12 +81,16 @@ def _maximise(costs: Costs, *, without: Sequence[str]) -> tuple[float, str]:
         "decode": (*both(costs.decode_s), costs.threads * loader),
         "feed": (*both(costs.feed_s), loader),
         "readers": (costs.read_warm_s, costs.read_cold_s, costs.readers * loader),
-        "storage": (0.0, costs.num_bytes, costs.bandwidth),
+        "storage": (
+            costs.num_bytes / costs.bandwidth_warm,
+            costs.num_bytes / costs.bandwidth_cold,
+            1.0,
+        ),
     }
     names = [
         name
         for name, (warm, cold, capacity) in demands.items()
-        if name not in without and math.isfinite(capacity) and warm + cold > 0
+        if name not in without and warm + cold > 0
     ]
     table = np.array([demands[name] for name in names])
     scale = table[:, 2]  # every row in shares of what there is: no unit dwarfs another

@@ -55,10 +55,25 @@ class SwitchedSource:
         self._stretch = _Stretch(0, "storage", None, record=False)
         self._recorded: list[RawBatch] = []
 
+    @classmethod
+    def holding(cls, inner: Source, recorded: list[RawBatch]) -> SwitchedSource:
+        """A source that gives these batches from the start, and reads nothing."""
+        source = cls(inner)
+        source._recorded = list(recorded)
+        source.switch("memory")
+        return source
+
     @property
     def can_return(self) -> bool:
         """Whether a place in the data can be read a second time, and its place on disk is known."""
         return isinstance(self.inner, IndexedSource)
+
+    @property
+    def samples_per_shard(self) -> float | None:
+        """Mean number of samples in a shard; None where it is not known."""
+        if not isinstance(self.inner, IndexedSource):
+            return None
+        return self.inner.samples_per_shard
 
     @property
     def recorded(self) -> list[RawBatch]:
@@ -70,6 +85,11 @@ class SwitchedSource:
         assert isinstance(self.inner, IndexedSource)
         return self.inner.upcoming(state, num_batches)
 
+    def read(self, state: LoaderState) -> RawBatch:
+        """See `IndexedSource.read`."""
+        assert isinstance(self.inner, IndexedSource)
+        return self.inner.read(state)
+
     def switch(self, mode: Mode, *, start: LoaderState | None = None, record: bool = False) -> int:
         """Begin a stretch with the next batch that is asked for; returns its number."""
         number = self._stretch.number + 1
@@ -80,12 +100,12 @@ class SwitchedSource:
 
     def batches(self, state: LoaderState) -> Iterator[RawBatch]:
         """Batches as the switch says, without end."""
-        storage = self.inner.batches(state)
+        storage: Iterator[RawBatch] | None = None
         while True:
             stretch = self._stretch
-            if stretch.start is not None:
-                storage = self.inner.batches(stretch.start)
-            source = storage if stretch.mode == "storage" else self._again()
+            if stretch.mode == "storage" and (storage is None or stretch.start is not None):
+                storage = self.inner.batches(stretch.start or state)
+            source = self._again() if storage is None or stretch.mode == "memory" else storage
             for number, raw in enumerate(source):
                 if stretch.record:
                     self._keep(raw)

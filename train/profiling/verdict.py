@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -59,9 +60,7 @@ class Facts:
     """Share of the decoding threads' busy time in which this process's threads waited for a core."""
     details: Mapping[str, str] = field(default_factory=dict)
     """Words that say more about a resource, by its name: '2 threads'."""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    """Dotted settings of the run that actions may change."""
-    trials: Mapping[str, Trial] = field(default_factory=dict)
+    trials: Sequence[Trial] = ()
 
 
 @dataclass(frozen=True)
@@ -145,8 +144,13 @@ def replace_limits(facts: Facts, binds: str) -> Rate:
     freed = {
         "decode": {"decode_s": 0.0, "loader_cpu_s": 0.0},
         "feed": {"feed_s": 0.0},
-        "storage": {"read_warm_s": 0.0, "read_cold_s": 0.0, "bandwidth": float("inf")},
-        "cores": {"cores": float("inf")},
+        "storage": {
+            "read_warm_s": 0.0,
+            "read_cold_s": 0.0,
+            "bandwidth_warm": math.inf,
+            "bandwidth_cold": math.inf,
+        },
+        "cores": {"cores": math.inf},
         "neighbour": {"cores": costs.cores + facts.others_cores},
     }
     return solve(replace(costs, **freed.get(binds, {})))
@@ -184,7 +188,7 @@ def _candidates(facts: Facts) -> list[tuple[str, dict[str, Any], Costs]]:
         more = replace(costs, cores=costs.cores * factor, threads=costs.threads * factor)
         extra = physical * (factor - 1)
         found.append((f"+{extra} CPU cores, with a decoding thread each", {}, more))
-    for trial in facts.trials.values():
+    for trial in facts.trials:
         changed = replace(
             costs,
             decode_s=trial.decode_s,
@@ -217,7 +221,8 @@ def _faster(costs: Costs) -> Costs:
         costs,
         read_warm_s=costs.read_warm_s / 2,
         read_cold_s=costs.read_cold_s / 2,
-        bandwidth=costs.bandwidth * 2,
+        bandwidth_warm=costs.bandwidth_warm * 2,
+        bandwidth_cold=costs.bandwidth_cold * 2,
     )
 
 
