@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +24,8 @@ from cmae.pipeline.plan import EpochPlan
 from cmae.pipeline.sources import IndexedSource, Source, StreamSource
 from cmae.pipeline.urls import expand_shards, is_local
 from cmae.pipeline.views import ViewConfig
+
+Wrap = Callable[[Source, ViewMaker], tuple[Source, ViewMaker]]
 
 
 class Loader:
@@ -153,6 +155,7 @@ def build_loader(
     max_bad_fraction: float = 0.01,
     probation: int = 1000,
     check_crc: bool = True,
+    wrap: Wrap | None = None,
 ) -> Loader:
     """Open shards and start reading.
 
@@ -177,6 +180,8 @@ def build_loader(
         max_bad_fraction: raise DataError above this fraction of bad records.
         probation: samples before that fraction is looked at.
         check_crc: compare files with the CRC32 in the index.
+        wrap: gets the source and the view maker and returns what the loader uses instead (the profiler puts
+            its switches there).
 
     Raises:
         ValueError: A size, the state or the shard list does not fit; the message names the repair.
@@ -211,6 +216,8 @@ def build_loader(
             hw_decoder_load=hw_decoder_load,
         )
     )
+    if wrap is not None:
+        opened, maker = wrap(opened, maker)
     feed = Feed(
         opened,
         maker,

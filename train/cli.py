@@ -158,13 +158,21 @@ def read_config(parser: Parser, arguments: Sequence[str]) -> Config:
     Raises:
         ValueError: a value is out of range, or values do not fit each other.
     """
-    from cmae.train.config import Config
+    return _to_config(_read_sections(parser, arguments))
 
+
+def _read_sections(parser: Parser, arguments: Sequence[str]) -> Any:
+    """Every section as its dataclass, by name."""
     parsed = parser.parse_args(find_recipes(arguments))
     try:
-        sections = parser.instantiate(parsed)
+        return parser.instantiate(parsed)
     except ValueError as error:
         raise ValueError(_with_section(str(error))) from error
+
+
+def _to_config(sections: Any) -> Config:
+    from cmae.train.config import Config
+
     return Config(**{field.name: sections[field.name] for field in fields(Config)})
 
 
@@ -189,6 +197,27 @@ def _pretrain(arguments: Sequence[str]) -> int:
     from cmae.train.pretrain import pretrain
 
     return pretrain(config).exit_code
+
+
+def _profile(arguments: Sequence[str]) -> int:
+    from cmae.train.profiling.commands import profile_tools
+    from cmae.train.profiling.config import ProfileConfig
+
+    code = profile_tools(arguments)
+    if code is not None:
+        return code
+    parser = build_config_parser(
+        "cmae profile",
+        "Measure where the time of a training step goes, and what would make it shorter. Takes the recipe "
+        "and settings of `cmae pretrain`. Example: cmae profile --recipe cmae_vit_b "
+        "--data.shards '/data/imagenet/train-*.tar'. `cmae profile show FILE` and `cmae profile diff OLD NEW` "
+        "draw profiles that are there already.",
+    )
+    parser.add_class_arguments(ProfileConfig, "profile")
+    sections = _read_sections(parser, arguments)
+    from cmae.train.profiling.command import run
+
+    return run(_to_config(sections), sections["profile"])
 
 
 def _call(function: Callable[..., int], prog: str, arguments: Sequence[str]) -> int:
@@ -276,6 +305,7 @@ COMMANDS: dict[str, tuple[str, Command]] = {
     "shards": ("write, index, verify and inspect WebDataset shards", _shards),
     "pretrain": ("pretrain from shards; continues by itself", _pretrain),
     "top": ("watch a running job: ranks, loader stages, stragglers", _top),
+    "profile": ("measure where a step's time goes, and what would help", _profile),
     "reconstruct": ("picture of original, masked and reconstruction", _reconstruct),
     "import": ("weights of the authors' code or of MAE -> checkpoint", _import),
     "export": ("checkpoint -> encoder weights for timm", _export),

@@ -13,6 +13,7 @@ import torch
 
 from cmae.model import build_model, draw_mask, momentum_at
 from cmae.pipeline import Loader, LoaderState, build_loader
+from cmae.pipeline.loader import Wrap
 from cmae.train.checkpoint import (
     Checkpointer,
     CheckpointError,
@@ -67,7 +68,7 @@ def pretrain(config: Config) -> Outcome:
         )
         found = _agree_on_checkpoint(config, ranks)
         resumed = _load_complete(found, config) if found else None
-        loader = stack.enter_context(_open_loader(config, split, ranks, resumed))
+        loader = stack.enter_context(open_loader(config, split, ranks, resumed))
         total_steps = _total_steps(config, loader)
         step = resumed["step"] if resumed else 0
         recorder = stack.enter_context(
@@ -169,9 +170,19 @@ def _load_complete(path: Path, config: Config) -> dict[str, Any]:
     return state
 
 
-def _open_loader(
-    config: Config, split: BatchSplit, ranks: Ranks, resumed: dict[str, Any] | None
+def open_loader(
+    config: Config,
+    split: BatchSplit,
+    ranks: Ranks,
+    resumed: dict[str, Any] | None = None,
+    *,
+    wrap: Wrap | None = None,
 ) -> Loader:
+    """The loader of this rank's micro-batches, from where a checkpoint left it; `wrap` as in `build_loader`.
+
+    Raises:
+        ValueError: no shards, or settings that do not fit them.
+    """
     data = config.data
     if not data.shards:
         raise ValueError(
@@ -200,6 +211,7 @@ def _open_loader(
         backend=config.speed.view_backend,
         ledger=config.run.out / "bad_samples.jsonl",
         max_bad_fraction=data.max_bad_fraction,
+        wrap=wrap,
     )
 
 

@@ -19,18 +19,15 @@ from cmae.pipeline.counters import Histogram, LoaderSnapshot, StageSnapshot
 from cmae.train.live import EVERY_S, LiveStatus, read_live
 from cmae.train.profiling.report import format_number, stage_bar, stage_table
 from cmae.train.profiling.stages import StageShares, stage_shares
+from cmae.train.profiling.verdict import NAMES, SMALL
 
 _SILENT_S = 15.0
 """A rank whose file is older than this, in spite of its writing thread, is taken for dead."""
-_WAIT_THRESHOLD = 0.05
-"""Share of the step below which waiting for data is not worth a verdict."""
+_UNEVEN = 0.05
+"""Share of the step by which a rank's waiting must exceed the others' for it to be called a straggler."""
 _MAX_RANKS = 32
-_BINDS = {
-    "read": "storage: reading",
-    "views": "JPEG decode and augmentation",
-    "finish": "the feed: masks and copies to the device",
-}
-"""What to call a stage of the loader that limits the run."""
+_BINDS = {"read": NAMES["storage"], "views": NAMES["decode"], "finish": NAMES["feed"]}
+"""What `cmae profile` calls each stage of the loader when it limits the run."""
 _COLOURS = {"running": "green", "stuck": "yellow", "finished": "green", "stopped": "yellow"}
 
 
@@ -165,14 +162,14 @@ def _limit(statuses: Sequence[LiveStatus]) -> str:
     window = sum_windows([one.window for one in statuses])
     worst = max(statuses, key=lambda one: one.wait_share)
     stages = [stage for stage in stage_shares(window) if stage.name in _BINDS]
-    if worst.wait_share < _WAIT_THRESHOLD:
+    if worst.wait_share < SMALL:
         headroom = min(
             (one.capacity_images_per_s / one.images_per_s for one in stages if one.images_per_s),
             default=float("nan"),
         )
         return (
-            f"The model binds: {worst.wait_share:.0%} of the step is waiting for data; "
-            f"the loader has {format_number(headroom)}x head-room."
+            f"The model binds; the loader has {headroom:.1f}x head-room "
+            f"({worst.wait_share:.0%} of the step is waiting for data)."
         )
     stages = [
         stage for stage in stage_shares(worst.window) if stage.name in _BINDS and stage.busy > 0
@@ -183,7 +180,7 @@ def _limit(statuses: Sequence[LiveStatus]) -> str:
         )
     busiest = max(stages, key=lambda stage: stage.busy)
     return (
-        f"Bound by {_BINDS[busiest.name]} on {busiest.stage.threads} threads ({busiest.busy:.0%} busy): "
+        f"Bound by {_BINDS[busiest.name]} ({busiest.stage.threads} threads, {busiest.busy:.0%} busy): "
         f"{worst.wait_share:.0%} of the step is waiting for data."
     )
 
@@ -203,7 +200,7 @@ def stragglers(statuses: Sequence[LiveStatus], now: float) -> Iterator[str]:
     clocks = [one.gpu["sm_clock_mhz"] for one in going if "sm_clock_mhz" in one.gpu]
     for one in going:
         reasons = []
-        if waits[one.rank] > median_wait + _WAIT_THRESHOLD:
+        if waits[one.rank] > median_wait + _UNEVEN:
             reasons.append(
                 f"waits for data {waits[one.rank]:.0%} of the step, the others {median_wait:.0%}"
             )
