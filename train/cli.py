@@ -210,8 +210,8 @@ def _profile(arguments: Sequence[str]) -> int:
         "cmae profile",
         "Measure where the time of a training step goes, and what would make it shorter. Takes the recipe "
         "and settings of `cmae pretrain`. Example: cmae profile --recipe cmae_vit_b "
-        "--data.shards '/data/imagenet/train-*.tar'. `cmae profile show FILE` and `cmae profile diff OLD NEW` "
-        "draw profiles that are there already.",
+        "--data.shards '/data/imagenet/train-*.tar'. Profiles that are there already are drawn by "
+        "`cmae profile show` and `cmae profile diff`.",
     )
     parser.add_class_arguments(ProfileConfig, "profile")
     sections = _read_sections(parser, arguments)
