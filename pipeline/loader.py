@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +30,7 @@ from cmae.pipeline.urls import expand_shards, is_local, is_remote
 from cmae.pipeline.views import ViewConfig
 
 _DEFAULT_REMOTE = RemoteConfig()
+Wrap = Callable[[Source, ViewMaker], tuple[Source, ViewMaker]]
 
 
 class Loader:
@@ -174,6 +175,7 @@ def build_loader(
     check_crc: bool = True,
     last_batch: Literal["drop", "pad"] = "drop",
     remote: RemoteConfig = _DEFAULT_REMOTE,
+    wrap: Wrap | None = None,
 ) -> Loader:
     """Open shards and start reading.
 
@@ -206,6 +208,8 @@ def build_loader(
             epoch's first ones (`EpochPlan.padding`). A stream can only drop: each rank leaves out what does
             not fill its own last batch.
         remote: how shards behind URLs are read.
+        wrap: gets the source and the view maker and returns what the loader uses instead (the profiler puts
+            its switches there).
 
     Raises:
         ValueError: A size, the state or the shard list does not fit; the message names the repair.
@@ -266,6 +270,8 @@ def build_loader(
             hw_decoder_load=hw_decoder_load,
         )
     )
+    if wrap is not None:
+        opened, maker = wrap(opened, maker)
     feed = Feed(
         opened,
         maker,

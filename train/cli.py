@@ -180,12 +180,20 @@ def build_config(parser: Parser, parsed: Namespace) -> Config:
     Raises:
         ValueError: a value is out of range, or values do not fit each other.
     """
-    from cmae.train.config import Config
+    return _to_config(_build_sections(parser, parsed))
 
+
+def _build_sections(parser: Parser, parsed: Namespace) -> Any:
+    """Every section as its dataclass, by name."""
     try:
-        sections = parser.instantiate(parsed)
+        return parser.instantiate(parsed)
     except ValueError as error:
         raise ValueError(_with_section(str(error))) from error
+
+
+def _to_config(sections: Any) -> Config:
+    from cmae.train.config import Config
+
     return Config(**{field.name: sections[field.name] for field in fields(Config)})
 
 
@@ -225,6 +233,27 @@ def _tune(arguments: Sequence[str]) -> int:
     parsed = parser.parse_args(find_recipes(arguments))
     options = {field.name: parsed[field.name] for field in fields(TuneOptions)}
     return tune(build_config(parser, parsed), TuneOptions(**options))
+
+
+def _profile(arguments: Sequence[str]) -> int:
+    from cmae.train.profiling.commands import profile_tools
+    from cmae.train.profiling.config import ProfileConfig
+
+    code = profile_tools(arguments)
+    if code is not None:
+        return code
+    parser = build_config_parser(
+        "cmae profile",
+        "Measure where the time of a training step goes, and what would make it shorter. Takes the recipe "
+        "and settings of `cmae pretrain`. Example: cmae profile --recipe cmae_vit_b "
+        "--data.shards '/data/imagenet/train-*.tar'. Profiles that are there already are drawn by "
+        "`cmae profile show` and `cmae profile diff`.",
+    )
+    parser.add_class_arguments(ProfileConfig, "profile")
+    sections = _build_sections(parser, parser.parse_args(find_recipes(arguments)))
+    from cmae.train.profiling.command import run
+
+    return run(_to_config(sections), sections["profile"])
 
 
 def _call(function: Callable[..., int], prog: str, arguments: Sequence[str]) -> int:
@@ -323,6 +352,21 @@ def _doctor(arguments: Sequence[str]) -> int:
     return _call(doctor, "cmae doctor", arguments)
 
 
+def _top(arguments: Sequence[str]) -> int:
+    parser = Parser(
+        prog="cmae top",
+        description="Watch a running job: rates, where each rank waits, its loader's stages, stragglers. "
+        "Works from any machine that sees the run's folder. Exit code 1: the run failed or is dead.",
+    )
+    parser.add_argument("run", type=Path, help="folder of the run (run.out)")
+    parser.add_argument("--once", action="store_true", help="print one frame and exit, for logs")
+    parser.add_argument("--every_s", type=float, default=2.0, help="seconds between two frames")
+    parsed = parser.parse_args(list(arguments))
+    from cmae.train.top import top
+
+    return top(parsed.run, once=parsed.once, every_s=parsed.every_s)
+
+
 COMMANDS: dict[str, tuple[str, Command]] = {
     "demo": ("pretrain a micro CMAE on real photographs, in minutes, on any machine", _demo),
     "doctor": ("check this machine and say what to fix", _doctor),
@@ -330,6 +374,8 @@ COMMANDS: dict[str, tuple[str, Command]] = {
     "pretrain": ("pretrain from shards; continues by itself", _pretrain),
     "bench": ("--model: what a recipe's step costs on a GPU, at best", _bench),
     "tune": ("find the loader's fastest settings for this machine and shards", _tune),
+    "top": ("watch a running job: ranks, loader stages, stragglers", _top),
+    "profile": ("measure where a step's time goes, and what would help", _profile),
     "reconstruct": ("picture of original, masked and reconstruction", _reconstruct),
     "import": ("weights of the authors' code or of MAE -> checkpoint", _import),
     "export": ("checkpoint -> encoder weights for timm", _export),

@@ -16,6 +16,7 @@ from cmae.kernels.backend import use_backend
 from cmae.model import build_model, draw_mask, momentum_at
 from cmae.pipeline import FillProgress, Loader, LoaderState, RemoteConfig, build_loader
 from cmae.pipeline.health import BadLimit
+from cmae.pipeline.loader import Wrap
 from cmae.train.checkpoint import (
     Checkpointer,
     CheckpointError,
@@ -216,15 +217,26 @@ def open_loader(
     split: BatchSplit,
     ranks: Ranks,
     *,
-    settings: LoaderSettings,
+    settings: LoaderSettings | None = None,
     resumed: dict[str, Any] | None = None,
     progress: Callable[[FillProgress], None] | None = None,
+    wrap: Wrap | None = None,
 ) -> Loader:
     """This rank's loader, at the beginning or where a checkpoint left it.
+
+    Args:
+        config: of the run.
+        split: of the global batch.
+        ranks: this process among all.
+        settings: threads and queues; None = those of the config, tuned ones where it leaves them open.
+        resumed: a complete checkpoint.
+        progress: hears of remote shards that are being copied.
+        wrap: as in `build_loader`.
 
     Raises:
         ValueError: no shards, or settings that do not fit them.
     """
+    settings = settings or loader_settings(config, ranks.device)[0]
     data = config.data
     if not data.shards:
         raise ValueError(
@@ -264,6 +276,7 @@ def open_loader(
             storage_options=data.storage_options,
             progress=progress,
         ),
+        wrap=wrap,
     )
 
 

@@ -190,7 +190,8 @@ def stage_table(stages: list[StageShares], title: str, width: int) -> Table:
         table.add_column("threads' time", width=_BAR_WIDTH, no_wrap=True)
     for name, (block, colour) in _STAGE_BAR.items():
         table.add_column(f"[{colour}]{block}[/] {name}", justify="right", no_wrap=True)
-    for name in ("threads", "images/s", *["MB/s"][:is_wide], "p50 ms", "p99 ms"):
+    rate = "images/s" if is_wide else "images\n/s"
+    for name in ("threads", rate, *["MB/s"][:is_wide], "p50 ms", "p99 ms"):
         table.add_column(name, justify="right")
     for stage in stages:
         table.add_row(
