@@ -54,9 +54,7 @@ def parts_of(cold_share: float = 0.0, **step_ms: float) -> dict[str, float]:
 
 
 def test_parts_are_the_differences_between_phases_and_sum_to_the_full_run() -> None:
-    parts = parts_of(
-        0.5, replay=50, interference=53, feed=50, memory=70, warm=75, cold=95, full=86
-    )
+    parts = parts_of(0.5, replay=50, interference=53, feed=50, memory=70, warm=75, cold=95, full=86)
     expected = {
         "model": 48,
         "python": 2,
