@@ -18,8 +18,10 @@ from remote_servers import FaultyServer, serve, serve_s3
 
 from cmae.pipeline import (
     Batch,
+    EpochPlan,
     FillProgress,
     Loader,
+    LoaderState,
     RemoteConfig,
     RemoteError,
     ViewConfig,
@@ -30,7 +32,7 @@ from cmae.pipeline.cache import ShardCache
 from cmae.pipeline.dataset_index import DatasetIndex, build_indices
 from cmae.pipeline.index import index_path
 from cmae.pipeline.remote import Remote
-from cmae.pipeline.remote_dataset import RemoteFiles
+from cmae.pipeline.remote_dataset import RemoteFiles, order_of_use
 from cmae.pipeline.stores import Pace
 from cmae.train import shards_cli
 
@@ -460,3 +462,15 @@ def test_modes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="cannot be made"):
         ShardCache(tmp_path / "file" / "c")
+
+
+def test_shards_are_copied_in_the_order_in_which_the_plan_needs_them(shards: Path) -> None:
+    index = DatasetIndex.load(sorted(shards.glob("*.tar")))
+    plan = EpochPlan(len(index), 4, seed=3, block_size=4, window_size=8)
+    assert sorted(order_of_use(index, plan, None)) == [0, 1, 2, 3]
+    for epoch, start in ((0, 0), (0, 20), (1, 32)):
+        state = LoaderState(3, epoch, start, index.digest)
+        needed = index.locate(plan.order(epoch)[start:])[0].tolist()
+        order = order_of_use(index, plan, state)
+        assert sorted(order) == [0, 1, 2, 3]
+        assert order[: len(set(needed))] == list(dict.fromkeys(needed))
