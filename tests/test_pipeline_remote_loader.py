@@ -222,6 +222,15 @@ def test_without_an_index_auto_streams_and_says_how_to_get_one(
             open_loader(f"{server.url}/", mode="range")
 
 
+def test_forbidden_means_missing_where_a_store_must_not_be_listed(
+    server: FaultyServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.fail("index.npz", "403", times=100)
+    with open_loader(urls(server)) as loader:
+        assert loader.steps_per_epoch is None
+    assert "has no index" in caplog.text
+
+
 def test_an_index_made_in_the_cache_gives_the_batches_of_an_indexed_store(
     shards: Path, expected: list[Batch], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
