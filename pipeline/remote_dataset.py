@@ -211,7 +211,7 @@ def _ensure_index(file: RemoteFile, cache: ShardCache, rebuild: bool) -> tuple[S
 
 
 def _checksum_check(file: RemoteFile) -> Check:
-    """What a shard without an index is held to: `x.tar.sha256`, as sha256sum writes it, where there is one."""
+    """What a shard without an index is held to: `x.tar.sha256`, as sha256sum writes it, if it is there."""
     address, mark, query = file.url.partition("?")
     try:
         line = file.remote.file(f"{address}.sha256{mark}{query}").read_all()
