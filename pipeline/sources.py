@@ -494,9 +494,8 @@ class StreamSource:
                 f"shards lists {len(urls)} for world_size={world_size} ranks: a stream deals whole shards. "
                 "Write more shards, or an index with `cmae shards index`"
             )
-        names = "\n".join(
-            map(redact, urls)
-        )  # a signature that was renewed does not make other data
+        # A signature that was renewed does not make other data.
+        names = "\n".join(map(redact, urls))
         self.digest = hashlib.sha256(names.encode()).hexdigest()[:16]
         # Reading happens in the thread that asks for batches, and between them it is elsewhere.
         self.stage = Stage("read", threads=1, first_state=State.BLOCKED)
