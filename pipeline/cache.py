@@ -27,6 +27,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
+from cmae.pipeline.index import INDEX_SUFFIX
 from cmae.pipeline.remote import RemoteError, RemoteFile
 from cmae.pipeline.stores import ObjectInfo, redact
 
@@ -66,7 +67,7 @@ class ShardCache:
 
     def path(self, url: str) -> Path:
         """Where the copy of a shard lies, there or not."""
-        address, _, query = url.partition("?")
+        address, _, query = redact(url).partition("?")  # a renewed signature is no other shard
         parent, _, name = address.rstrip("/").rpartition("/")
         digest = hashlib.sha256(f"{parent}?{query}".encode()).hexdigest()[:12]
         return self.folder / digest / PurePosixPath(name).name
@@ -187,13 +188,14 @@ class ShardCache:
             os.close(handle)
 
     def _entries(self) -> Iterator[tuple[float, int, Path]]:
-        """Time of last use, size and path of shards and partial copies."""
+        """Time of last use, size and path of shards and partial copies; indices are small and stay."""
         for folder in self.folder.iterdir() if self.folder.is_dir() else ():
             if not folder.is_dir():
                 continue
             for entry in folder.iterdir():
-                name = entry.name
-                if name.endswith(".partial") or _beside(entry, ".meta").exists():
+                if INDEX_SUFFIX in entry.name:
+                    continue
+                if entry.name.endswith(".partial") or _beside(entry, ".meta").exists():
                     with contextlib.suppress(FileNotFoundError):
                         status = entry.stat()
                         yield status.st_mtime, status.st_size, entry

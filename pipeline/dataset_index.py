@@ -21,11 +21,13 @@ from cmae.pipeline.index import (
     index_path,
     is_decodable,
     load_index,
+    presized_counts,
     read_columns,
     read_keys,
     save_index,
 )
 from cmae.pipeline.jpeg import JpegKind
+from cmae.pipeline.presize import sum_counts
 from cmae.pipeline.threads import no_progress, run_threads
 
 
@@ -97,6 +99,8 @@ class DatasetIndex:
     """16 hex digits over sizes, offsets, CRCs and kinds of all shards in order; not over their paths."""
     left_out: tuple[LeftOut, ...]
     """Records that are in no epoch because their image cannot be decoded."""
+    presized: dict[str, int]
+    """Images re-encoded by `cmae shards write --max-size`, by setting; empty where all are original files."""
     position: npt.NDArray[np.int32]
     """(n,) Record number in its shard."""
     offset: npt.NDArray[np.int64]
@@ -171,6 +175,7 @@ class DatasetIndex:
             shard_sizes=sizes,
             digest=digest.hexdigest()[:16],
             left_out=left_out,
+            presized=sum_counts(presized_counts(shard) for shard in shards),
             position=np.concatenate(valid),
             index_files=tuple(map(str, index_files)),
             **columns,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -21,13 +21,16 @@ from cmae.pipeline.health import BEFORE_FIRST_EPOCH, BadLimit, BadSample, Health
 from cmae.pipeline.host import HostViews
 from cmae.pipeline.index import index_path
 from cmae.pipeline.plan import EpochPlan
+from cmae.pipeline.presize import presized_line
 from cmae.pipeline.remote import Remote, RemoteConfig
 from cmae.pipeline.remote_dataset import Reading, choose_reading, order_of_use
 from cmae.pipeline.sources import IndexedSource, Source, StreamSource
+from cmae.pipeline.survey import stated_presized
 from cmae.pipeline.urls import expand_shards, is_local, is_remote
 from cmae.pipeline.views import ViewConfig
 
 _DEFAULT_REMOTE = RemoteConfig()
+Wrap = Callable[[Source, ViewMaker], tuple[Source, ViewMaker]]
 
 
 class Loader:
@@ -41,12 +44,22 @@ class Loader:
     """Samples in the data set; None for a stream."""
     steps_per_epoch: int | None
     """Optimiser steps in an epoch, equal on every rank; None for a stream."""
+    presized: str
+    """Says which of the images are not the original files (`cmae shards write --max-size`); '' if all are."""
 
     def __init__(
-        self, source: Source, maker: ViewMaker, *, feed: Feed, health: Health, state: LoaderState
+        self,
+        source: Source,
+        maker: ViewMaker,
+        *,
+        feed: Feed,
+        health: Health,
+        state: LoaderState,
+        presized: str = "",
     ) -> None:
         self.num_samples = source.num_samples
         self.steps_per_epoch = source.steps_per_epoch
+        self.presized = presized
         self._source = source
         self._maker = maker
         self._feed = feed
@@ -155,12 +168,14 @@ def build_loader(
     source: Literal["auto", "indexed", "stream"] = "auto",
     backend: Literal["auto", "dali", "host"] = "auto",
     hw_decoder_load: float = 0.65,
+    num_readers: int = 4,
     ledger: Path | None = None,
     max_bad_fraction: float | None = 0.01,
     probation: int = 1000,
     check_crc: bool = True,
     last_batch: Literal["drop", "pad"] = "drop",
     remote: RemoteConfig = _DEFAULT_REMOTE,
+    wrap: Wrap | None = None,
 ) -> Loader:
     """Open shards and start reading.
 
@@ -183,6 +198,7 @@ def build_loader(
         source: 'indexed' needs a sidecar index for every shard, 'stream' none; 'auto' looks.
         backend: 'dali' or 'host' make the views; 'auto' is DALI on CUDA and the faster host way on a CPU.
         hw_decoder_load: share of the JPEGs for the GPU's decoder unit; the best value differs by machine.
+        num_readers: batches that are read at the same time; an indexed source has that many threads.
         ledger: JSON lines file for bad records.
         max_bad_fraction: raise DataError above this fraction of bad records on this rank. None = the caller
             adds `Loader.bad_samples` over all ranks and decides.
@@ -192,6 +208,8 @@ def build_loader(
             epoch's first ones (`EpochPlan.padding`). A stream can only drop: each rank leaves out what does
             not fill its own last batch.
         remote: how shards behind URLs are read.
+        wrap: gets the source and the view maker and returns what the loader uses instead (the profiler puts
+            its switches there).
 
     Raises:
         ValueError: A size, the state or the shard list does not fit; the message names the repair.
@@ -201,6 +219,8 @@ def build_loader(
     """
     device = torch.device(device)
     _check_sizes(batch_size, global_batch_size, rank=rank, world_size=world_size, prefetch=prefetch)
+    if num_readers < 1:
+        raise ValueError(f"num_readers={num_readers} must be at least 1; 4 is the default")
     paths = expand_shards(shards, storage_options=remote.storage_options)
     first_epoch = 0 if state is None else state.epoch
     limit = None if max_bad_fraction is None else BadLimit(max_bad_fraction, probation)
@@ -222,7 +242,10 @@ def build_loader(
         if rank == 0:
             health.note_left_out(_left_out(index))
         files = reading.open_files(order_of_use(index, plan, state)) if reading else None
-        opened = IndexedSource(index, plan=plan, check_crc=check_crc, remote=files, **place)
+        opened = IndexedSource(
+            index, plan=plan, check_crc=check_crc, num_readers=num_readers, remote=files, **place
+        )
+        presized = presized_line(index.presized, len(index))
     elif last_batch == "pad":
         raise ValueError(
             "last_batch='pad' needs to know the samples of an epoch beforehand, and a stream does not: make "
@@ -230,6 +253,7 @@ def build_loader(
         )
     else:
         opened = StreamSource(paths, seed=seed, shuffle=shuffle, remote=Remote(remote), **place)
+        presized = stated_presized(paths)
     if state is None:
         state = LoaderState(seed, epoch=0, next_sample=0, digest=opened.digest)
     _check_state(state, seed=seed, digest=opened.digest)
@@ -246,6 +270,8 @@ def build_loader(
             hw_decoder_load=hw_decoder_load,
         )
     )
+    if wrap is not None:
+        opened, maker = wrap(opened, maker)
     feed = Feed(
         opened,
         maker,
@@ -255,7 +281,7 @@ def build_loader(
         state=state,
         prefetch=prefetch,
     )
-    return Loader(opened, maker, feed=feed, health=health, state=state)
+    return Loader(opened, maker, feed=feed, health=health, state=state, presized=presized)
 
 
 def _left_out(index: DatasetIndex) -> list[BadSample]:

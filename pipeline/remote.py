@@ -313,7 +313,8 @@ def _status(error: BaseException) -> int | None:
         response = getattr(one, "response", None)
         if isinstance(response, dict):
             return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) or None
-    # Not of the cause: the one of aiohttp's broken transfers says 400 about the server's answer.
+    if type(error.__cause__).__module__ == "aiohttp.http_exceptions":
+        return None  # an answer that was no HTTP: aiohttp's own 400 about the server
     for name in ("status", "code"):
         value = getattr(error, name, None)
         if isinstance(value, int) or (isinstance(value, str) and value.isdigit()):

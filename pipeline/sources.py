@@ -122,6 +122,14 @@ class Source(Protocol):
         """Release threads and files; another thread's call of `batches` may fail from now on."""
 
 
+class Extent(NamedTuple):
+    """Bytes of a file."""
+
+    path: str
+    offset: int
+    size: int
+
+
 class _Row(NamedTuple):
     """What the index says of one sample."""
 
@@ -198,6 +206,25 @@ class IndexedSource:
             if record.sample_id == raw.sample_index[slot] and slot < raw.num_own:
                 raw.bad.append(self._bad_sample(record.position, reason, raw.epoch))
             raw.records[slot] = self._next_good(record.position + 1)
+
+    @property
+    def samples_per_shard(self) -> float:
+        """Mean over all shards."""
+        return len(self._index) / len(self._index.paths)
+
+    def read(self, state: LoaderState) -> RawBatch:
+        """The batch at `state` alone, read in the calling thread."""
+        return self._read(*next(self._places(state)))
+
+    def upcoming(self, state: LoaderState, num_batches: int) -> tuple[list[Extent], LoaderState]:
+        """Where the next batches' files lie, and the state after these batches. Reads nothing."""
+        extents: list[Extent] = []
+        places = self._places(state)
+        for _ in range(num_batches):
+            positions, _, state, _ = next(places)
+            rows = self._rows(positions)
+            extents += [Extent(self._index.paths[row.shard], row.offset, row.size) for row in rows]
+        return extents, state
 
     def close(self) -> None:
         """Stop the reading threads and close the files."""

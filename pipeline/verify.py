@@ -24,6 +24,7 @@ from cmae.pipeline.index import (
     load_index_unchecked,
 )
 from cmae.pipeline.jpeg import BadImageError, JpegInfo, JpegKind, find_zero_block
+from cmae.pipeline.presize import presized_line, sum_counts
 from cmae.pipeline.salvage import Damage, salvage_groups
 from cmae.pipeline.shards import CLASSES_FILE, inspect_decodable
 from cmae.pipeline.survey import load_classes
@@ -96,6 +97,8 @@ def verify_shards(
             if (missing := int((check.labels == NO_LABEL).sum()))
         ]
     notes += _unusual([check.records for check in checks if check.records is not None])
+    if line := presized_line(sum_counts(check.presized for check in checks), len(labels)):
+        notes.append(line)
     return VerifyReport(
         num_shards=len(paths),
         num_samples=len(labels),
@@ -134,6 +137,10 @@ class _ShardCheck(NamedTuple):
     @property
     def labels(self) -> npt.NDArray[np.int64]:
         return np.empty(0, np.int64) if self.records is None else self.records.label
+
+    @property
+    def presized(self) -> dict[str, int]:
+        return {} if self.records is None else self.records.presized
 
 
 def _verify_shard(path: str, decode: Decode) -> _ShardCheck:
@@ -195,6 +202,11 @@ def _differences(stored: ShardIndex, now: ShardIndex) -> Iterator[tuple[str | No
             f"the index lists {len(stored)} samples elsewhere than the {len(now)} in the tar; index it again",
         )
         return
+    if stored.presized != now.presized:
+        yield (
+            None,
+            f"pre-resized images are {now.presized or 'none'}, the index says {stored.presized or 'none'}",
+        )
     changed = stored.crc32 != now.crc32
     for row in np.flatnonzero(changed):
         yield (

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Literal
@@ -81,8 +82,7 @@ def serve(folder: Path, **options) -> Iterator[FaultyServer]:
     class Handler(_Handler):
         faulty = server
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.daemon_threads = True
+    http = _Server(("127.0.0.1", 0), Handler)
     server.url = f"http://127.0.0.1:{http.server_address[1]}"
     thread = threading.Thread(
         target=http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
@@ -93,6 +93,18 @@ def serve(folder: Path, **options) -> Iterator[FaultyServer]:
     finally:
         http.shutdown()
         http.server_close()
+
+
+@lru_cache(maxsize=32)
+def _read(file: Path, size: int, modified_ns: int) -> tuple[bytes, str]:
+    """Contents and their digest, once for each version of a file."""
+    body = file.read_bytes()
+    return body, hashlib.sha1(body).hexdigest()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # the clients come all at once
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -121,16 +133,17 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             file = server.folder / path.lstrip("/")
         if file.is_dir():
-            self._list(file)
+            self._list(file, with_body=with_body)
             return
         fault = server.take_fault(self.path)
         if fault in ("500", "503", "404", "403") or not file.is_file():
             self._refuse(int(fault) if fault and fault.isdigit() else 404)
             return
-        body = file.read_bytes()
+        status = file.stat()
+        body, digest = _read(file, status.st_size, status.st_mtime_ns)
         headers = {}
         if server.has_etag:
-            headers["ETag"] = f'"{hashlib.sha1(body).hexdigest()}"'
+            headers["ETag"] = f'"{digest}"'
         if server.sends_md5:
             digest = base64.b64encode(hashlib.md5(body).digest()).decode()
             headers["Digest"] = f"md5={digest}"
@@ -145,7 +158,7 @@ class _Handler(BaseHTTPRequestHandler):
         if asked and server.has_ranges:
             self.send_response(206)
             headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
-            body = body[start:end]
+            body = memoryview(body)[start:end]
         else:
             self.send_response(200)
         self._send(body if with_body else b"", headers, fault, len(body))
@@ -172,10 +185,10 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(body[i : i + 1])
                 time.sleep(0.05)
         else:
-            self._write(body)
+            self._write(memoryview(body))
             self.close_connection = fault == "too_long"
 
-    def _write(self, body: bytes) -> None:
+    def _write(self, body: memoryview) -> None:
         rate = self.faulty.bytes_per_s
         if rate is None:
             self.wfile.write(body)
@@ -218,14 +231,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", "0")
         self.end_headers()
 
-    def _list(self, folder: Path) -> None:
+    def _list(self, folder: Path, *, with_body: bool) -> None:
         names = [entry.name + "/" * entry.is_dir() for entry in sorted(folder.iterdir())]
         page = "".join(f'<a href="{name}">{name}</a>\n' for name in names).encode()
         self.send_response(200)
         self.send_header("Content-Type", "text/html")
         self.send_header("Content-Length", str(len(page)))
         self.end_headers()
-        self.wfile.write(page)
+        self.wfile.write(page if with_body else b"")
 
 
 @contextmanager

@@ -158,6 +158,13 @@ def test_a_new_version_in_the_store_is_not_served_from_the_old_copy(
         assert cache.open(old.url, old.info) is None
 
 
+def test_a_renewed_signature_finds_the_same_copy(server: FaultyServer, cache: ShardCache) -> None:
+    file = connect(server)[0]
+    names = [f"{file.url}?X-Amz-Signature={secret}&id=7" for secret in ("one", "two")]
+    assert cache.path(names[0]) == cache.path(names[1])
+    assert cache.path(names[0]) != cache.path(f"{file.url}?id=8")
+
+
 # --- quota ------------------------------------------------------------------------------------------------
 
 

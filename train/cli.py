@@ -12,7 +12,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from jsonargparse import ActionConfigFile, ArgumentParser, auto_cli, set_parsing_settings
+from jsonargparse import (
+    ActionConfigFile,
+    ArgumentParser,
+    Namespace,
+    auto_cli,
+    set_parsing_settings,
+)
 
 if TYPE_CHECKING:
     from cmae.train.config import Config
@@ -165,13 +171,29 @@ def read_config(parser: Parser, arguments: Sequence[str]) -> Config:
     Raises:
         ValueError: a value is out of range, or values do not fit each other.
     """
-    from cmae.train.config import Config
+    return build_config(parser, parser.parse_args(find_recipes(arguments)))
 
-    parsed = parser.parse_args(find_recipes(arguments))
+
+def build_config(parser: Parser, parsed: Namespace) -> Config:
+    """The configuration in parsed arguments; a command's own options are passed over.
+
+    Raises:
+        ValueError: a value is out of range, or values do not fit each other.
+    """
+    return _to_config(_build_sections(parser, parsed))
+
+
+def _build_sections(parser: Parser, parsed: Namespace) -> Any:
+    """Every section as its dataclass, by name."""
     try:
-        sections = parser.instantiate(parsed)
+        return parser.instantiate(parsed)
     except ValueError as error:
         raise ValueError(_with_section(str(error))) from error
+
+
+def _to_config(sections: Any) -> Config:
+    from cmae.train.config import Config
+
     return Config(**{field.name: sections[field.name] for field in fields(Config)})
 
 
@@ -198,6 +220,42 @@ def _pretrain(arguments: Sequence[str]) -> int:
     return pretrain(config).exit_code
 
 
+def _tune(arguments: Sequence[str]) -> int:
+    parser = build_config_parser(
+        "cmae tune",
+        "Find the loader's threads, readers, queue depth and decoder split for this machine and these "
+        "shards, in under three minutes. Takes what `cmae pretrain` takes; settings given here are not "
+        "searched. Example: cmae tune --recipe cmae_vit_b --data.shards '/data/imagenet/train-*.tar'",
+    )
+    from cmae.train.tune import TuneOptions, tune
+
+    parser.add_class_arguments(TuneOptions)
+    parsed = parser.parse_args(find_recipes(arguments))
+    options = {field.name: parsed[field.name] for field in fields(TuneOptions)}
+    return tune(build_config(parser, parsed), TuneOptions(**options))
+
+
+def _profile(arguments: Sequence[str]) -> int:
+    from cmae.train.profiling.commands import profile_tools
+    from cmae.train.profiling.config import ProfileConfig
+
+    code = profile_tools(arguments)
+    if code is not None:
+        return code
+    parser = build_config_parser(
+        "cmae profile",
+        "Measure where the time of a training step goes, and what would make it shorter. Takes the recipe "
+        "and settings of `cmae pretrain`. Example: cmae profile --recipe cmae_vit_b "
+        "--data.shards '/data/imagenet/train-*.tar'. Profiles that are there already are drawn by "
+        "`cmae profile show` and `cmae profile diff`.",
+    )
+    parser.add_class_arguments(ProfileConfig, "profile")
+    sections = _build_sections(parser, parser.parse_args(find_recipes(arguments)))
+    from cmae.train.profiling.command import run
+
+    return run(_to_config(sections), sections["profile"])
+
+
 def _call(function: Callable[..., int], prog: str, arguments: Sequence[str]) -> int:
     code: int = auto_cli(
         function, args=list(arguments), prog=prog, parser_class=Parser, as_positional=True
@@ -222,6 +280,37 @@ def _shards(arguments: Sequence[str]) -> int:
         parser_class=Parser,
     )
     return code
+
+
+def _bench(arguments: Sequence[str]) -> int:
+    rest = [argument for argument in arguments if argument != "--model"]
+    if len(rest) == len(arguments) and not {"-h", "--help"} & set(rest):
+        raise ValueError("`cmae bench` has one kind of answer so far: add --model")
+    parser = build_config_parser(
+        "cmae bench --model",
+        "Count what a recipe's training step computes, moves and keeps, and what a GPU makes of it at best. "
+        "Example: cmae bench --model --recipe cmae_vit_b --gpu h200 --batch_size 256",
+    )
+    parser.add_argument("--gpu", default="h100", help="a GPU by name, or 'measured': this one")
+    parser.add_argument("--batch_size", type=int, help="images in one pass on one GPU")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=Path("benchmarks/results"),
+        help="folder with files of benchmarks/bench_step.py",
+    )
+    config = read_config(parser, rest)
+    chosen = parser.parse_args(find_recipes(rest))
+    from cmae.train.bench import bench_model
+
+    return bench_model(
+        config,
+        chosen.gpu,
+        batch_size=chosen.batch_size,
+        results=chosen.results,
+        as_json=chosen.json,
+    )
 
 
 def _reconstruct(arguments: Sequence[str]) -> int:
@@ -263,11 +352,30 @@ def _doctor(arguments: Sequence[str]) -> int:
     return _call(doctor, "cmae doctor", arguments)
 
 
+def _top(arguments: Sequence[str]) -> int:
+    parser = Parser(
+        prog="cmae top",
+        description="Watch a running job: rates, where each rank waits, its loader's stages, stragglers. "
+        "Works from any machine that sees the run's folder. Exit code 1: the run failed or is dead.",
+    )
+    parser.add_argument("run", type=Path, help="folder of the run (run.out)")
+    parser.add_argument("--once", action="store_true", help="print one frame and exit, for logs")
+    parser.add_argument("--every_s", type=float, default=2.0, help="seconds between two frames")
+    parsed = parser.parse_args(list(arguments))
+    from cmae.train.top import top
+
+    return top(parsed.run, once=parsed.once, every_s=parsed.every_s)
+
+
 COMMANDS: dict[str, tuple[str, Command]] = {
     "demo": ("pretrain a micro CMAE on real photographs, in minutes, on any machine", _demo),
     "doctor": ("check this machine and say what to fix", _doctor),
     "shards": ("write, index, verify, repair and inspect WebDataset shards", _shards),
     "pretrain": ("pretrain from shards; continues by itself", _pretrain),
+    "bench": ("--model: what a recipe's step costs on a GPU, at best", _bench),
+    "tune": ("find the loader's fastest settings for this machine and shards", _tune),
+    "top": ("watch a running job: ranks, loader stages, stragglers", _top),
+    "profile": ("measure where a step's time goes, and what would help", _profile),
     "reconstruct": ("picture of original, masked and reconstruction", _reconstruct),
     "import": ("weights of the authors' code or of MAE -> checkpoint", _import),
     "export": ("checkpoint -> encoder weights for timm", _export),

@@ -87,13 +87,43 @@ def _choose_device(device: str, local_rank: int) -> torch.device:
     return chosen
 
 
-def gather_rows(rows: Float[Tensor, "B D"], ranks: Ranks) -> Float[Tensor, "W*B D"]:
-    """Rows of all ranks, in rank order, without gradient."""
-    if ranks.world_size == 1:
-        return rows
-    gathered = [torch.empty_like(rows) for _ in range(ranks.world_size)]
-    dist.all_gather(gathered, rows.contiguous())
-    return torch.cat(gathered)
+class RowGatherer:
+    """Rows of all ranks in one tensor, gathered while the caller goes on; without gradient.
+
+    Args:
+        ranks: who takes part; every rank must call `add` equally often, with equal shapes.
+        overlap: start the collective and return; False waits for it in `add`.
+    """
+
+    def __init__(self, ranks: Ranks, *, overlap: bool = True) -> None:
+        self._ranks = ranks
+        self._overlap = overlap
+        self._gathered: list[Tensor] = []
+        self._under_way: list[tuple[dist.Work, Tensor]] = []
+
+    def add(self, rows: Float[Tensor, "B D"]) -> None:
+        """Start to gather this rank's rows."""
+        if self._ranks.world_size == 1:
+            self._gathered.append(rows)
+            return
+        rows = rows.contiguous()
+        gathered = rows.new_empty(self._ranks.world_size * len(rows), rows.shape[1])
+        work = dist.all_gather_into_tensor(gathered, rows, async_op=self._overlap)
+        if work is not None:
+            self._under_way.append((work, rows))  # NCCL still reads `rows`
+        self._gathered.append(gathered)
+
+    def wait(self) -> Float[Tensor, "G D"]:
+        """All rows: call after call of `add`, in rank order within a call.
+
+        On a GPU the stream waits, not the host.
+        """
+        for work, _ in self._under_way:
+            work.wait()
+        self._under_way.clear()
+        if len(self._gathered) > 1:
+            self._gathered = [torch.cat(self._gathered)]
+        return self._gathered[0]
 
 
 class _SumOverRanks(torch.autograd.Function):

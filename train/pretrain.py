@@ -5,16 +5,18 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 import torch
 
+from cmae.kernels.backend import use_backend
 from cmae.model import build_model, draw_mask, momentum_at
 from cmae.pipeline import FillProgress, Loader, LoaderState, RemoteConfig, build_loader
 from cmae.pipeline.health import BadLimit
+from cmae.pipeline.loader import Wrap
 from cmae.train.checkpoint import (
     Checkpointer,
     CheckpointError,
@@ -25,11 +27,12 @@ from cmae.train.checkpoint import (
 )
 from cmae.train.config import BatchSplit, Config
 from cmae.train.data_gate import DataGate
-from cmae.train.distributed import Ranks, from_first, join_ranks, largest, threads_per_rank
+from cmae.train.distributed import Ranks, from_first, join_ranks, largest
 from cmae.train.metrics import ColdStart
 from cmae.train.optim import build_schedule
 from cmae.train.recorder import Recorder
-from cmae.train.step import TrainStep, check_precision
+from cmae.train.step import TrainStep, check_step
+from cmae.train.tuned import LoaderSettings, loader_settings
 from cmae.train.weights import load_initial_weights
 
 LEDGER_FILE = "bad_samples.jsonl"
@@ -70,7 +73,8 @@ def pretrain(config: Config) -> Outcome:
     """
     with ExitStack() as stack:
         ranks = stack.enter_context(join_ranks(config.speed.device))
-        check_precision(config.optim.precision, ranks.device)
+        check_step(config.optim, config.speed, ranks)
+        stack.enter_context(use_backend(config.speed.kernels))
         if config.speed.torch_threads is not None:
             torch.set_num_threads(config.speed.torch_threads)
         split = BatchSplit.of(
@@ -78,9 +82,12 @@ def pretrain(config: Config) -> Outcome:
         )
         found = _agree_on_checkpoint(config, ranks)
         resumed = _load_complete(found, config) if found else None
+        settings, tuned_note = loader_settings(config, ranks.device)
         cold_start = ColdStart(speak=ranks.is_first)
         loader = stack.enter_context(
-            _open_loader(config, split, ranks, resumed, progress=cold_start)
+            open_loader(
+                config, split, ranks, settings=settings, resumed=resumed, progress=cold_start
+            )
         )
         total_steps = _total_steps(config, loader)
         step = resumed["step"] if resumed else 0
@@ -90,10 +97,14 @@ def pretrain(config: Config) -> Outcome:
         changes = changed_settings(resumed["config"], config.to_dict()) if resumed else []
         recorder.opening(found, changes)
         cold_start.show = recorder.fill
+        if tuned_note:
+            recorder.say(tuned_note)
         model = build_model(config.model, seed=config.seed)
         if config.init_from is not None and not resumed:
             recorder.say(load_initial_weights(model, config.init_from))
-        train_step = TrainStep(model.to(ranks.device), config.optim, config.speed, ranks)
+        train_step = TrainStep(
+            model.to(ranks.device), config.optim, config.speed, ranks, say=recorder.say
+        )
         if resumed:
             train_step.load_state_dict(resumed)
         stop = stack.enter_context(StopSignals())
@@ -201,25 +212,40 @@ def _load_complete(path: Path, config: Config) -> dict[str, Any]:
     return state
 
 
-def _open_loader(
+def open_loader(
     config: Config,
     split: BatchSplit,
     ranks: Ranks,
-    resumed: dict[str, Any] | None,
     *,
-    progress: Callable[[FillProgress], None],
+    settings: LoaderSettings | None = None,
+    resumed: dict[str, Any] | None = None,
+    progress: Callable[[FillProgress], None] | None = None,
+    wrap: Wrap | None = None,
 ) -> Loader:
+    """This rank's loader, at the beginning or where a checkpoint left it.
+
+    Args:
+        config: of the run.
+        split: of the global batch.
+        ranks: this process among all.
+        settings: threads and queues; None = those of the config, tuned ones where it leaves them open.
+        resumed: a complete checkpoint.
+        progress: hears of remote shards that are being copied.
+        wrap: as in `build_loader`.
+
+    Raises:
+        ValueError: no shards, or settings that do not fit them.
+    """
+    settings = settings or loader_settings(config, ranks.device)[0]
     data = config.data
     if not data.shards:
         raise ValueError(
             "data.shards is empty; name WebDataset tars, for instance "
             "--data.shards '/data/imagenet/train-*.tar' (`cmae shards write` makes them)"
         )
-    # Without a contrastive loss nobody looks at the target view: do not make it.
-    views = data.views if config.model.has_contrast else replace(data.views, num_views=1)
     return build_loader(
         data.shards,
-        views,
+        config.loader_views,
         batch_size=split.micro_batch_size,
         global_batch_size=config.optim.global_batch_size,
         rank=ranks.rank,
@@ -229,8 +255,10 @@ def _open_loader(
         draw_mask=lambda sample_index, epoch: draw_mask(
             config.model, sample_index, seed=config.seed, epoch=epoch
         ),
-        num_threads=config.speed.num_threads or threads_per_rank(),
-        prefetch=config.speed.prefetch,
+        num_threads=settings.num_threads,
+        prefetch=settings.prefetch,
+        num_readers=settings.num_readers,
+        hw_decoder_load=settings.hw_decoder_load,
         state=LoaderState.from_dict(resumed["loader"]) if resumed else None,
         shuffle=data.shuffle,
         shuffle_block=data.shuffle_block,
@@ -248,6 +276,7 @@ def _open_loader(
             storage_options=data.storage_options,
             progress=progress,
         ),
+        wrap=wrap,
     )
 
 

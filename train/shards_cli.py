@@ -27,6 +27,7 @@ from rich.table import Table
 from cmae.pipeline.cache import ShardCache
 from cmae.pipeline.dataset_index import build_indices
 from cmae.pipeline.image_list import ImageSource, read_image_list, scan_image_folder
+from cmae.pipeline.presize import presized_line
 from cmae.pipeline.remote import Remote, RemoteConfig, RemoteFile
 from cmae.pipeline.remote_dataset import build_remote_indices, copy_shard, open_cache
 from cmae.pipeline.repair import REPAIRED_FILE, RepairPolicy, repair_shards
@@ -54,11 +55,14 @@ def write(
     seed: int = 0,
     shuffle: bool = True,
     strict: bool = False,
+    max_size: int | None = None,
+    quality: int = 95,
     workers: int | None = None,
 ) -> int:
     """Copy a folder of JPEGs, one subfolder a class, into shards with their indices.
 
-    The bytes are copied, never encoded again. Stop it at any time: the same command continues.
+    The bytes are copied as they are; only --max_size has large images encoded again, and labels them.
+    Stop it at any time: the same command continues.
 
     Args:
         images: Folder with one subfolder for each class; or with images only, for a set without labels.
@@ -69,6 +73,8 @@ def write(
         seed: Of the shuffle.
         shuffle: Mix the classes over all shards, so that a few shards are a fair sample.
         strict: Stop at the first file that is no JPEG we can decode, instead of listing it in skipped.jsonl.
+        max_size: Downscale images whose shorter side exceeds this many pixels; null copies every file.
+        quality: JPEG quality, 1..100, of the images that are downscaled.
         workers: Threads; null means one for each CPU core, at most 16.
     """
     start = time.perf_counter()
@@ -83,6 +89,8 @@ def write(
                 seed=seed,
                 shuffle=shuffle,
                 strict=strict,
+                max_size=max_size,
+                quality=quality,
                 workers=workers,
                 progress=advance,
             )
@@ -97,6 +105,8 @@ def write(
         f"{_count(report.num_samples, 'image')}{classes} in {_count(report.num_shards, 'shard')}, "
         f"{_gib(report.num_bytes)}, {seconds:.1f} s: {out}"
     )
+    if report.presized:
+        print(presized_line(report.presized, report.num_samples))
     if report.num_already_written:
         print(f"{_count(report.num_already_written, 'shard')} written before")
     if source.num_ignored:
@@ -371,6 +381,8 @@ def _count_table(facts: ShardStatistics, classes: list[str] | None) -> Table:
         table.add_row("left out", f"[red]{facts.num_bad} images cannot be decoded")
     mean = facts.image_bytes / facts.num_samples
     table.add_row("image bytes", f"{_gib(facts.image_bytes)}, {mean / 1e3:.1f} kB an image")
+    if facts.presized:
+        table.add_row("pre-resized", presized_line(facts.presized, facts.num_samples))
     table.add_row("kinds", ", ".join(f"{count} {kind}" for kind, count in facts.kinds.items()))
     turned = [f"{count} stored as {o}" for o, count in facts.orientations.items() if o != 1]
     table.add_row("EXIF orientation", ", ".join(turned) or "all upright")
