@@ -193,6 +193,7 @@ class IndexedSource:
         """Positions, epoch and the state after, for this rank's micro-batches one after another."""
         epoch, start = state.epoch, state.next_sample
         stride = self._world_size * self._batch_size
+        self._pool.submit(self._plan.order, epoch + 1)  # ready before it is needed
         while True:
             positions = self._plan.positions(
                 epoch,
@@ -203,7 +204,7 @@ class IndexedSource:
             )
             if positions is None:
                 epoch, start = epoch + 1, 0
-                self._pool.submit(self._plan.order, epoch + 1)  # ready before it is needed
+                self._pool.submit(self._plan.order, epoch + 1)
                 continue
             start += stride
             ends = start + stride > self._plan.samples_per_epoch
@@ -278,7 +279,9 @@ class IndexedSource:
 class _OpenFiles:
     """Reads at offsets of many files, of which only the most recently used stay open."""
 
-    def __init__(self, paths: Sequence[str], *, max_open: int = 64) -> None:
+    # More than the 256 places that a shuffle window draws from (EpochPlan: window_size / block_size), each
+    # of which may be a shard of its own; fewer would open a file for most samples.
+    def __init__(self, paths: Sequence[str], *, max_open: int = 320) -> None:
         self.paths = list(paths)
         self._max_open = max_open
         self._files: OrderedDict[int, Any] = OrderedDict()
