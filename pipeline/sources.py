@@ -13,6 +13,7 @@ import hashlib
 import heapq
 import logging
 import os
+import resource
 import subprocess
 import threading
 import time
@@ -351,11 +352,13 @@ class _OpenFiles:
     Network file systems lose files for a moment: such reads are tried again on a new handle.
     """
 
+    # A uniform order draws every sample from another shard: fewer open files than shards, and most samples
+    # would open one.
     def __init__(
-        self, paths: Sequence[str], *, max_open: int = 64, first_delay_s: float = 0.2
+        self, paths: Sequence[str], *, max_open: int | None = None, first_delay_s: float = 0.2
     ) -> None:
         self.paths = list(paths)
-        self._max_open = max_open
+        self._max_open = max_open or _half_of_the_file_limit()
         self._first_delay_s = first_delay_s
         self._files: OrderedDict[int, Any] = OrderedDict()
         self._seen: dict[int, _Identity] = {}
@@ -441,6 +444,11 @@ class _OpenFiles:
             "%s was replaced by a file of the same contents: %s, now %s", path, before, now
         )
         self._seen[number] = now
+
+
+def _half_of_the_file_limit() -> int:
+    soft: int = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return max(16, soft // 2)
 
 
 _NUM_TRIES = 6

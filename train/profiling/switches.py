@@ -148,6 +148,10 @@ class SwitchedMaker:
         """The real maker's counts by JPEG kind."""
         return self.inner.kinds
 
+    def depth(self, batch_size: int) -> int:
+        """As the real maker says."""
+        return self.inner.depth(batch_size)
+
     def submit(
         self,
         encoded: list[UInt8[np.ndarray, " n"]],
