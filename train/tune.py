@@ -198,11 +198,13 @@ def _phase_table(phase: Phase, target: float | None) -> Table:
         name = f"{value:g}" if value is not None else _whole(trial.settings)
         low, high = trial.spread
         enough = "" if target is None or trial.images_per_s < target else " *"
+        # Before a paced consumer the loader also works ahead: its CPU time is not that of these images.
+        cost = "-" if phase.name == "prefetch" else f"{trial.cpu_s_per_1000:.2f}"
         table.add_row(
             f"[bold]{name} <-[/]" if trial.settings == phase.chosen else name,
             f"{trial.images_per_s:.0f}{enough}",
             f"{low:.0f} to {high:.0f}",
-            f"{trial.cpu_s_per_1000:.2f}",
+            cost,
             str(len(trial.windows)),
         )
     return table
