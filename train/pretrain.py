@@ -188,12 +188,8 @@ def open_loader(
     Raises:
         ValueError: no shards, or settings that do not fit them.
     """
+    check_shards(config)
     data = config.data
-    if not data.shards:
-        raise ValueError(
-            "data.shards is empty; name WebDataset tars, for instance "
-            "--data.shards '/data/imagenet/train-*.tar' (`cmae shards write` makes them)"
-        )
     return build_loader(
         data.shards,
         config.loader_views,
@@ -217,6 +213,19 @@ def open_loader(
         ledger=config.run.out / "bad_samples.jsonl",
         max_bad_fraction=data.max_bad_fraction,
     )
+
+
+def check_shards(config: Config) -> None:
+    """Refuse a configuration without data.
+
+    Raises:
+        ValueError: no shards are named.
+    """
+    if not config.data.shards:
+        raise ValueError(
+            "data.shards is empty; name WebDataset tars, for instance "
+            "--data.shards '/data/imagenet/train-*.tar' (`cmae shards write` makes them)"
+        )
 
 
 def _total_steps(config: Config, loader: Loader) -> int:
