@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from cmae.pipeline.batch import Batch, LoaderState
+from cmae.pipeline.counters import KindTable, QueueDepth, Stage, State
 from cmae.pipeline.health import BadSample
 from cmae.pipeline.host import Views
 from cmae.pipeline.sources import RawBatch, Source
@@ -30,14 +33,27 @@ _IN_FLIGHT = 2  # batches being decoded at once: one to wait for, one to keep th
 class ViewMaker(Protocol):
     """Turns encoded images and drawn parameters into pixels, asynchronously."""
 
-    busy_s: float
-    """Seconds of decoding: CPU seconds of all threads, or for DALI the time spent waiting for it."""
+    stage: Stage
+    """Counts of the threads that make the views."""
 
-    def submit(self, encoded: list[UInt8[np.ndarray, " n"]], params: ViewParams) -> Any:
-        """Start a batch and return its handle."""
+    @property
+    def kinds(self) -> KindTable | None:
+        """Counts by JPEG kind, where they can be had."""
+
+    def submit(
+        self,
+        encoded: list[UInt8[np.ndarray, " n"]],
+        params: ViewParams,
+        *,
+        cells: Int64[np.ndarray, " B"] | None = None,
+    ) -> Any:
+        """Start a batch and return its handle; `cells` of `kinds` are where its images count."""
 
     def collect(self, job: Any) -> Views:
         """Wait for a batch."""
+
+    def cancel(self) -> None:
+        """Drop work that has not begun; `collect` fails for it, in whatever thread."""
 
     def close(self) -> None:
         """Release threads and memory."""
@@ -50,6 +66,7 @@ class Ready:
     batch: Batch
     bad: list[BadSample]
     event: torch.cuda.Event | None
+    num_bytes: int
 
 
 class Feed:
@@ -79,8 +96,10 @@ class Feed:
         self._ready: queue.Queue[Ready | BaseException] = queue.Queue(prefetch)
         self._stop = threading.Event()
         self._seed = state.seed
-        self.num_batches = 0
-        self.num_bytes = 0
+        self.stage = Stage("finish", threads=1, first_state=State.STARVED)
+        self.ready = Stage("ready", threads=1, first_state=State.AWAY)
+        self.depth = QueueDepth()
+        maker.stage.downstream = self.stage
         # A thread that asks for the first time gets the number that was set last, by any thread: ask here and
         # now, or the workers' 1 would become the training thread's number too.
         torch.get_num_threads()
@@ -98,26 +117,35 @@ class Feed:
             Exception: Whatever a background thread died of.
             RuntimeError: The feed is closed.
         """
-        while not self._stop.is_set():
-            try:
-                ready = self._ready.get(
-                    timeout=0.5
-                )  # wakes now and then, so that Ctrl-C gets through
-            except queue.Empty:
-                continue
-            if isinstance(ready, Ready):
-                return ready
+        start = time.perf_counter()
+        self.ready.switch(State.STARVED)
+        try:
+            ready = self._wait()
+        finally:
+            self.ready.switch(State.AWAY)
+        if not isinstance(ready, Ready):
             self._put(ready)  # the next call gets it too
             raise ready
+        self.depth.add(-1)
+        latency_s = time.perf_counter() - start
+        size = len(ready.batch.label)
+        self.ready.add(items=size, num_bytes=ready.num_bytes, latencies_s=[latency_s])
+        return ready
+
+    def _wait(self) -> Ready | BaseException:
+        while not self._stop.is_set():
+            with contextlib.suppress(queue.Empty):
+                return self._ready.get(timeout=0.5)  # wakes now and then: Ctrl-C gets through
         raise RuntimeError("the loader is closed")
 
     def close(self) -> None:
         """Stop and join the thread, then release the workers. May be called again."""
         atexit.unregister(self.close)
         self._stop.set()
+        self._source.close()  # first: the thread may be waiting for a read that takes minutes
+        self._maker.cancel()  # or for a large batch
         self._thread.join()
         self._maker.close()
-        self._source.close()
 
     def _run(self, state: LoaderState) -> None:
         # Small work beside the decoding threads: a parallel region would only wait for their cores.
@@ -131,12 +159,15 @@ class Feed:
     def _produce(self, state: LoaderState) -> None:
         in_flight: deque[tuple[RawBatch, Any]] = deque()
         for raw in self._source.batches(state):
+            self.stage.switch(State.BUSY)
             in_flight.append((raw, self._submit(raw)))
-            if len(in_flight) < _IN_FLIGHT:
-                continue
-            self._put(self._finish(*in_flight.popleft()))
+            if len(in_flight) == _IN_FLIGHT:
+                ready = self._finish(*in_flight.popleft())
+                self.stage.switch(State.BLOCKED)
+                self._put(ready)
             if self._stop.is_set():
                 return
+            self.stage.switch(State.STARVED)
 
     def _submit(self, raw: RawBatch) -> Any:
         params = draw_view_params(
@@ -147,13 +178,23 @@ class Feed:
             height=raw.height,
             width=raw.width,
         )
-        return self._maker.submit(raw.encoded, params)
+        cells = None
+        if self._maker.kinds is not None:
+            cells = self._maker.kinds.cells(raw.kind, raw.height, raw.width)
+        return self._maker.submit(raw.encoded, params, cells=cells)
+
+    def _collect(self, job: Any) -> Views:
+        self.stage.switch(State.STARVED)
+        views = self._maker.collect(job)
+        self.stage.switch(State.BUSY)
+        return views
 
     def _finish(self, raw: RawBatch, job: Any) -> Ready:
-        views = self._maker.collect(job)
+        start = time.perf_counter()
+        views = self._collect(job)
         while views.bad:
             self._source.replace(raw, views.bad)
-            views = self._maker.collect(self._submit(raw))
+            views = self._collect(self._submit(raw))
         assert views.online is not None
         sample_index = self._upload(raw.sample_index)
         ids_keep, ids_mask = self._draw_mask(sample_index, raw.epoch)
@@ -167,9 +208,12 @@ class Feed:
             epoch=raw.epoch,
             state=raw.state,
         )
-        self.num_batches += 1
-        self.num_bytes += sum(record.data.size for record in raw.records)
-        return Ready(batch, raw.bad, None if self._stream is None else self._stream.record_event())
+        event = None if self._stream is None else self._stream.record_event()
+        tensors = (value for value in vars(batch).values() if isinstance(value, Tensor))
+        num_bytes = sum(tensor.nbytes for tensor in tensors)
+        latency_s = time.perf_counter() - start
+        self.stage.add(items=len(batch.label), num_bytes=num_bytes, latencies_s=[latency_s])
+        return Ready(batch, raw.bad, event, num_bytes)
 
     def _upload(self, array: Int64[np.ndarray, " B"]) -> Int64[Tensor, " B"]:
         tensor = torch.from_numpy(array)
@@ -179,6 +223,7 @@ class Feed:
         while not self._stop.is_set():
             try:
                 self._ready.put(item, timeout=0.1)
+                self.depth.add(1 if isinstance(item, Ready) else 0)
                 return
             except queue.Full:
                 continue

@@ -11,12 +11,12 @@ from __future__ import annotations
 import io
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Int64, UInt8
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline, pipeline_def
 from nvidia.dali.tensors import TensorCPU, TensorListCPU
@@ -24,6 +24,7 @@ from PIL import Image
 from torch.utils.dlpack import from_dlpack
 
 from cmae.pipeline.color import apply_color
+from cmae.pipeline.counters import Stage, State
 from cmae.pipeline.host import Views, find_undecodable
 from cmae.pipeline.views import ViewConfig, ViewParams, draw_view_params
 
@@ -105,6 +106,7 @@ class _Job:
     params: ViewParams
     outputs: Any = None
     error: RuntimeError | None = None
+    submitted_s: float = field(default_factory=time.perf_counter)
 
 
 class GraphViews:
@@ -131,10 +133,19 @@ class GraphViews:
             prefetch=depth,
         )
         self._in_flight: deque[_Job] = deque()
-        self.busy_s = 0.0
+        # DALI's own threads cannot be watched. Busy is what waiting for it and colour take: less than its
+        # run time while it is ahead, all of it when it is what the loader waits for.
+        self.stage = Stage("views", threads=1)
+        self.kinds = None  # which of a batch's images took the time is not known either
         self._warm_up(depth)
 
-    def submit(self, encoded: list[UInt8[np.ndarray, " n"]], params: ViewParams) -> _Job:
+    def submit(
+        self,
+        encoded: list[UInt8[np.ndarray, " n"]],
+        params: ViewParams,
+        *,
+        cells: Int64[np.ndarray, " B"] | None = None,
+    ) -> _Job:
         """Start a batch."""
         job = _Job(encoded, params)
         self._feed(job)
@@ -144,6 +155,13 @@ class GraphViews:
 
     def collect(self, job: _Job) -> Views:
         """Wait for a batch. Samples that could not be decoded are named, and then there are no pixels."""
+        self.stage.switch(State.BUSY)
+        try:
+            return self._finish(job)
+        finally:
+            self.stage.switch(State.IDLE)
+
+    def _finish(self, job: _Job) -> Views:
         while job.outputs is None and job.error is None:
             self._receive(self._in_flight.popleft())
         if job.error is not None:
@@ -155,6 +173,9 @@ class GraphViews:
         target = rest[0] if rest else None
         if target is not None:
             target = apply_color(target, job.params, mode=self._views.color)
+        num_bytes = online.nbytes + (0 if target is None else target.nbytes)
+        latency_s = time.perf_counter() - job.submitted_s
+        self.stage.add(items=len(online), num_bytes=num_bytes, latencies_s=[latency_s])
         return Views(online=online, target=target, bad={})
 
     def _to_torch(self, output: Any) -> torch.Tensor:
@@ -172,13 +193,11 @@ class GraphViews:
         self._pipeline.feed_input("params", TensorListCPU(job.params.matrix()))
 
     def _receive(self, job: _Job) -> None:
-        start = time.perf_counter()
         try:
             stream = torch.cuda.current_stream() if self._is_gpu else None
             job.outputs = self._pipeline.outputs(cuda_stream=stream)
         except RuntimeError as error:  # the executor goes on with the next batch
             job.error = error
-        self.busy_s += time.perf_counter() - start
 
     def _warm_up(self, depth: int) -> None:
         """Run `depth` tiny batches: DALI starts that many at its first run, and each later run starts one.
@@ -205,7 +224,11 @@ class GraphViews:
             if job.error is not None:
                 raise job.error
 
+    def cancel(self) -> None:
+        """Nothing: a batch that DALI has begun is finished."""
+
     def close(self) -> None:
         """Let the batches in flight finish: DALI must not be torn down while it reads their bytes."""
         while self._in_flight:
             self._receive(self._in_flight.popleft())
+        vars(self).pop("_pipeline", None)  # its threads and buffers go with it

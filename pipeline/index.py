@@ -12,7 +12,7 @@ import os
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +30,8 @@ PRESIZED_FORMAT_VERSION = 2
 """Of the index of a shard with pre-resized images, whose label an older reader would not pass on."""
 INDEX_SUFFIX = ".index.npz"
 
-_DIGEST_BYTES = 64 * 1024
+DIGEST_BYTES = 64 * 1024
+"""Length of each end of a tar that its digest covers."""
 
 Columns = dict[str, npt.NDArray[Any]]
 
@@ -147,11 +148,14 @@ def tar_digest(tar_path: str | Path) -> str:
     """
     with open(tar_path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        digest = hashlib.sha256(size.to_bytes(8, "little"))
-        digest.update(file.read(_DIGEST_BYTES))
-        file.seek(max(size - _DIGEST_BYTES, 0))
-        digest.update(file.read(_DIGEST_BYTES))
-    return digest.hexdigest()
+        head = file.read(DIGEST_BYTES)
+        file.seek(max(size - DIGEST_BYTES, 0))
+        return digest_of_ends(size, head, file.read(DIGEST_BYTES))
+
+
+def digest_of_ends(size: int, head: bytes, tail: bytes) -> str:
+    """See `tar_digest`; `head` and `tail` are the first and last DIGEST_BYTES, or all there is."""
+    return hashlib.sha256(size.to_bytes(8, "little") + head + tail).hexdigest()
 
 
 def index_row(record: TarRecord, info: JpegInfo | None) -> IndexRow:
@@ -171,6 +175,11 @@ def index_row(record: TarRecord, info: JpegInfo | None) -> IndexRow:
     )
 
 
+def index_record(record: TarRecord, *, max_pixels: int = MAX_PIXELS) -> IndexRow:
+    """The index entry of a record, whose image may be bad."""
+    return index_row(record, _inspect(record.image, max_pixels))
+
+
 def build_index(tar_path: str | Path, *, max_pixels: int = MAX_PIXELS) -> ShardIndex:
     """Read a whole shard and index it; a record whose image is bad is kept with kind BAD.
 
@@ -181,7 +190,7 @@ def build_index(tar_path: str | Path, *, max_pixels: int = MAX_PIXELS) -> ShardI
     rows, marks = [], []
     with open(tar_path, "rb", buffering=1 << 20) as file:
         for record in iter_records(file, name=str(tar_path)):
-            rows.append(index_row(record, _inspect(record.image, max_pixels)))
+            rows.append(index_record(record, max_pixels=max_pixels))
             marks.append(presize_mark(record.image))
     if not rows:
         raise TarError(_no_images(tar_path))
@@ -251,8 +260,40 @@ def load_index(tar_path: str | Path) -> ShardIndex:
         FileNotFoundError: There is no index (or no tar).
         StaleIndexError: Made for other contents, by another format version, or unreadable.
     """
-    columns = read_columns(tar_path, without=())
-    keys = np.char.decode(columns.pop("keys").astype(np.bytes_), "utf-8", "surrogateescape")
+    return _from_columns(read_columns(tar_path, without=()))
+
+
+def load_index_unchecked(tar_path: str | Path) -> ShardIndex | None:
+    """The index of a shard as it is, whether or not the tar has changed since; None where there is none."""
+    try:
+        columns = _read_archive(index_path(tar_path), without=())
+        if columns.pop("format_version") not in (FORMAT_VERSION, PRESIZED_FORMAT_VERSION):
+            return None
+        return _from_columns(columns)
+    except (OSError, KeyError):
+        return None
+
+
+def load_index_file(path: Path) -> ShardIndex:
+    """Load an index that was checked before; its tar need not be there.
+
+    Raises:
+        StaleIndexError: By another format version, or unreadable.
+    """
+    return _from_columns(read_index_file(path, without=(), tar=str(path), size=None, digest=None))
+
+
+def read_keys(index_file: str | Path) -> npt.NDArray[np.str_]:
+    """(n,) WebDataset keys in tar order, from an index alone: the tar may be changed or gone.
+
+    Raises:
+        OSError: There is no index, or it cannot be read.
+    """
+    return _decode_keys(_read_archive(Path(index_file), without=())["keys"])
+
+
+def _from_columns(columns: Columns) -> ShardIndex:
+    keys = _decode_keys(columns.pop("keys"))
     size, digest = int(columns.pop("tar_size").item()), str(columns.pop("tar_digest"))
     presized = presized_counts(columns)
     arrays = {name: columns[name] for name in COLUMNS if name != "keys"}
@@ -267,33 +308,57 @@ def presized_counts(columns: Columns) -> dict[str, int]:
     return dict(zip(settings, counts, strict=True))
 
 
-def read_columns(tar_path: str | Path, *, without: Sequence[str]) -> Columns:
+def _decode_keys(stored: npt.NDArray[Any]) -> npt.NDArray[np.str_]:
+    return np.char.decode(stored.astype(np.bytes_), "utf-8", "surrogateescape")
+
+
+def read_columns(tar_path: str | Path, *, without: Collection[str]) -> Columns:
     """Arrays of a fresh index file by name, `format_version` checked and removed."""
     path = index_path(tar_path)
-    repair = f"make it again with `cmae shards index {tar_path}`"
     size, digest = os.path.getsize(tar_path), tar_digest(tar_path)
     if not path.exists():
         raise FileNotFoundError(
             f"{tar_path} has no index {path.name}: make it with `cmae shards index {tar_path}`"
         )
+    return read_index_file(path, without=without, tar=str(tar_path), size=size, digest=digest)
+
+
+def read_index_file(
+    path: Path, *, without: Collection[str], tar: str, size: int | None, digest: str | None
+) -> Columns:
+    """Arrays of an index file that belongs to the tar of this size and digest (None: not compared).
+
+    Raises:
+        StaleIndexError: It belongs to another tar, or is unreadable.
+    """
+    repair = f"make it again with `cmae shards index {tar}`"
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            version = int(archive["format_version"])
-            columns: Columns = {
-                name: archive[name] for name in archive.files if name not in without
-            }
-    except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError) as error:
+        columns = _read_archive(path, without)
+    except OSError as error:
         raise StaleIndexError(f"{path} is damaged or no index; {repair}") from error
+    version = columns.pop("format_version")
     if version not in (FORMAT_VERSION, PRESIZED_FORMAT_VERSION):
         raise StaleIndexError(
             f"{path} has format {version}, this version reads {FORMAT_VERSION} and "
             f"{PRESIZED_FORMAT_VERSION}; {repair}"
         )
-    if columns["tar_size"] != size:
+    if size is not None and columns["tar_size"] != size:
         raise StaleIndexError(
             f"{path} was made for {columns['tar_size']} bytes, the tar has {size}; {repair}"
         )
-    if columns["tar_digest"] != digest:
+    if digest is not None and columns["tar_digest"] != digest:
         raise StaleIndexError(f"{path} was made for other contents of the same size; {repair}")
-    del columns["format_version"]
     return columns
+
+
+def _read_archive(path: Path, without: Collection[str]) -> Columns:
+    """Arrays of an index file.
+
+    Raises:
+        OSError: It is not there, not readable, or no index.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files if name not in without}
+    except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError) as error:
+        raise OSError(f"{path} is damaged or no index") from error

@@ -16,7 +16,7 @@ import pytest
 import torch
 from pipeline_data import toy_mask, write_photo_shards
 
-from cmae.pipeline import Batch, EpochPlan, Loader, LoaderState, ViewConfig, build_loader
+from cmae.pipeline import Batch, DataError, EpochPlan, Loader, LoaderState, ViewConfig, build_loader
 from cmae.pipeline.dataset_index import DatasetIndex, build_indices
 from cmae.pipeline.reference import reference_views
 from cmae.pipeline.sources import IndexedSource
@@ -261,7 +261,7 @@ def test_a_shard_that_vanishes_is_named(tmp_path):
     index = DatasetIndex.load([path])
     source = IndexedSource(index, plan=EpochPlan(16, 4), rank=0, world_size=1, batch_size=4)
     path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"part-000\.tar"):
+    with pytest.raises(DataError, match=r"part-000\.tar .*No such file"):
         next(source.batches(LoaderState(0, 0, 0, index.digest)))
     source.close()
 
@@ -308,19 +308,13 @@ print([next(loader).state.next_sample for loader in loaders])
     assert "Traceback" not in done.stderr
 
 
-def test_counters_add_up(shards):
+def test_a_loader_says_how_large_its_data_is(shards):
     with open_loader(shards) as loader:
-        for _ in range(5):
-            next(loader)
-        counters = loader.counters
-        assert counters["batches"] >= 5
-        assert counters["bytes"] > 5 * 8 * 1000
-        assert counters["read_s"] > 0
-        assert counters["decode_s"] > 0
-        assert loader.wait_s == counters["wait_s"] > 0
+        next(loader)
         assert loader.num_samples == 53
         assert loader.steps_per_epoch == 3
         assert loader.bad_samples == 0
+        assert loader.wait_s > 0
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -65,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         # An OSError names its file; the others say all only when this project raised them itself.
         if isinstance(error, OSError) or _is_ours(error):
-            print(f"cmae {name}: error: {error}", file=sys.stderr)
+            if not _is_said_by_another_rank(error):
+                print(f"cmae {name}: error: {error}", file=sys.stderr)
             return 1
         raise
     except KeyboardInterrupt:
@@ -102,6 +104,11 @@ def _is_ours(error: BaseException) -> bool:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("cmae.")
+
+
+def _is_said_by_another_rank(error: BaseException) -> bool:
+    """Whether every rank of the run got this very error; then the first one's line is enough."""
+    return getattr(error, "is_on_every_rank", False) and os.environ.get("RANK", "0") != "0"
 
 
 def recipe_names() -> list[str]:
@@ -173,12 +180,20 @@ def build_config(parser: Parser, parsed: Namespace) -> Config:
     Raises:
         ValueError: a value is out of range, or values do not fit each other.
     """
-    from cmae.train.config import Config
+    return _to_config(_build_sections(parser, parsed))
 
+
+def _build_sections(parser: Parser, parsed: Namespace) -> Any:
+    """Every section as its dataclass, by name."""
     try:
-        sections = parser.instantiate(parsed)
+        return parser.instantiate(parsed)
     except ValueError as error:
         raise ValueError(_with_section(str(error))) from error
+
+
+def _to_config(sections: Any) -> Config:
+    from cmae.train.config import Config
+
     return Config(**{field.name: sections[field.name] for field in fields(Config)})
 
 
@@ -220,6 +235,27 @@ def _tune(arguments: Sequence[str]) -> int:
     return tune(build_config(parser, parsed), TuneOptions(**options))
 
 
+def _profile(arguments: Sequence[str]) -> int:
+    from cmae.train.profiling.commands import profile_tools
+    from cmae.train.profiling.config import ProfileConfig
+
+    code = profile_tools(arguments)
+    if code is not None:
+        return code
+    parser = build_config_parser(
+        "cmae profile",
+        "Measure where the time of a training step goes, and what would make it shorter. Takes the recipe "
+        "and settings of `cmae pretrain`. Example: cmae profile --recipe cmae_vit_b "
+        "--data.shards '/data/imagenet/train-*.tar'. Profiles that are there already are drawn by "
+        "`cmae profile show` and `cmae profile diff`.",
+    )
+    parser.add_class_arguments(ProfileConfig, "profile")
+    sections = _build_sections(parser, parser.parse_args(find_recipes(arguments)))
+    from cmae.train.profiling.command import run
+
+    return run(_to_config(sections), sections["profile"])
+
+
 def _call(function: Callable[..., int], prog: str, arguments: Sequence[str]) -> int:
     code: int = auto_cli(
         function, args=list(arguments), prog=prog, parser_class=Parser, as_positional=True
@@ -234,6 +270,7 @@ def _shards(arguments: Sequence[str]) -> int:
         "write": shards_cli.write,
         "index": shards_cli.index,
         "verify": shards_cli.verify,
+        "repair": shards_cli.repair,
         "inspect": shards_cli.inspect,
     }
     code: int = auto_cli(
@@ -243,6 +280,37 @@ def _shards(arguments: Sequence[str]) -> int:
         parser_class=Parser,
     )
     return code
+
+
+def _bench(arguments: Sequence[str]) -> int:
+    rest = [argument for argument in arguments if argument != "--model"]
+    if len(rest) == len(arguments) and not {"-h", "--help"} & set(rest):
+        raise ValueError("`cmae bench` has one kind of answer so far: add --model")
+    parser = build_config_parser(
+        "cmae bench --model",
+        "Count what a recipe's training step computes, moves and keeps, and what a GPU makes of it at best. "
+        "Example: cmae bench --model --recipe cmae_vit_b --gpu h200 --batch_size 256",
+    )
+    parser.add_argument("--gpu", default="h100", help="a GPU by name, or 'measured': this one")
+    parser.add_argument("--batch_size", type=int, help="images in one pass on one GPU")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=Path("benchmarks/results"),
+        help="folder with files of benchmarks/bench_step.py",
+    )
+    config = read_config(parser, rest)
+    chosen = parser.parse_args(find_recipes(rest))
+    from cmae.train.bench import bench_model
+
+    return bench_model(
+        config,
+        chosen.gpu,
+        batch_size=chosen.batch_size,
+        results=chosen.results,
+        as_json=chosen.json,
+    )
 
 
 def _reconstruct(arguments: Sequence[str]) -> int:
@@ -284,12 +352,30 @@ def _doctor(arguments: Sequence[str]) -> int:
     return _call(doctor, "cmae doctor", arguments)
 
 
+def _top(arguments: Sequence[str]) -> int:
+    parser = Parser(
+        prog="cmae top",
+        description="Watch a running job: rates, where each rank waits, its loader's stages, stragglers. "
+        "Works from any machine that sees the run's folder. Exit code 1: the run failed or is dead.",
+    )
+    parser.add_argument("run", type=Path, help="folder of the run (run.out)")
+    parser.add_argument("--once", action="store_true", help="print one frame and exit, for logs")
+    parser.add_argument("--every_s", type=float, default=2.0, help="seconds between two frames")
+    parsed = parser.parse_args(list(arguments))
+    from cmae.train.top import top
+
+    return top(parsed.run, once=parsed.once, every_s=parsed.every_s)
+
+
 COMMANDS: dict[str, tuple[str, Command]] = {
     "demo": ("pretrain a micro CMAE on real photographs, in minutes, on any machine", _demo),
     "doctor": ("check this machine and say what to fix", _doctor),
-    "shards": ("write, index, verify and inspect WebDataset shards", _shards),
+    "shards": ("write, index, verify, repair and inspect WebDataset shards", _shards),
     "pretrain": ("pretrain from shards; continues by itself", _pretrain),
+    "bench": ("--model: what a recipe's step costs on a GPU, at best", _bench),
     "tune": ("find the loader's fastest settings for this machine and shards", _tune),
+    "top": ("watch a running job: ranks, loader stages, stragglers", _top),
+    "profile": ("measure where a step's time goes, and what would help", _profile),
     "reconstruct": ("picture of original, masked and reconstruction", _reconstruct),
     "import": ("weights of the authors' code or of MAE -> checkpoint", _import),
     "export": ("checkpoint -> encoder weights for timm", _export),

@@ -11,15 +11,18 @@ from typing import Self
 
 import torch
 import yaml
+from rich.markup import escape
 from torch import Tensor
 
 from cmae.model import CMAE
-from cmae.pipeline import Batch, Loader
+from cmae.pipeline import Batch, FillProgress, Loader
 from cmae.train.config import Config
 from cmae.train.distributed import Ranks
+from cmae.train.live import LivePublisher
 from cmae.train.metrics import Display, MetricLog, MetricWindow
 from cmae.train.pictures import first_batch_picture, reconstruction_picture
 from cmae.train.plots import loss_plot
+from cmae.train.profiling.nvml import gpu_reader
 
 
 class Recorder:
@@ -30,7 +33,7 @@ class Recorder:
         ranks: this process among all.
         start_step: step that the run begins after.
         total_steps: length of the schedule.
-        loader: asked for its waiting time and its bad samples.
+        loader: asked for its waiting time.
     """
 
     def __init__(
@@ -42,8 +45,18 @@ class Recorder:
         self._start_step = start_step
         self._total_steps = total_steps
         self._window = MetricWindow(ranks.device)
+        self._live = LivePublisher(
+            config.run.out,
+            ranks,
+            step=start_step,
+            total_steps=total_steps,
+            global_batch_size=config.optim.global_batch_size,
+            snapshot=loader.snapshot,
+            read_gpu=gpu_reader(ranks.device),
+        )
         self._resources = ExitStack()
         self._seen_bad = 0
+        self._said_not_live = False
 
     def __enter__(self) -> Self:
         """Open the files and start the display, on the first rank."""
@@ -61,6 +74,7 @@ class Recorder:
             self._display = self._resources.enter_context(
                 Display(self._total_steps, start_step=self._start_step, live=run.progress)
             )
+        self._resources.enter_context(self._live)
         return self
 
     def __exit__(
@@ -70,7 +84,7 @@ class Recorder:
         trace: TracebackType | None,
     ) -> None:
         """Close what was opened."""
-        self._resources.close()
+        self._resources.__exit__(kind, error, trace)
 
     def opening(self, resumed_from: Path | None, notes: Sequence[str]) -> None:
         """Say what is about to run, and what differs from the checkpoint it continues."""
@@ -95,32 +109,44 @@ class Recorder:
         if self._ranks.is_first:
             self._display.say(message)
 
+    def fill(self, progress: FillProgress) -> None:
+        """Show how far the copying of remote shards is, on the first rank. From any thread."""
+        if self._ranks.is_first:
+            self._display.fill(progress)
+
     def step(self, step: int, batches: Sequence[Batch], losses: Tensor) -> None:
         """Note a step that was taken."""
         self._window.add(losses)
+        self._live.step(step)
         if not self._ranks.is_first:
             return
         self._display.advance(step)
         if step == self._start_step + 1:
             first_batch_picture(batches[0], self._config.run.out / "first_batch.png")
 
-    def record(self, step: int, *, lr: float, epoch: int) -> None:
+    def record(self, step: int, *, lr: float, epoch: int, bad_samples: int) -> None:
         """Average over the ranks since the last record, write and show. A collective."""
         record = self._window.read(
             images_per_step=self._config.optim.global_batch_size,
             waited_s=self._loader.wait_s,
             ranks=self._ranks,
         )
+        self._live.loss = record["total"]
         if not self._ranks.is_first:
             return
-        record |= {"lr": lr, "epoch": epoch, "bad_samples": self._loader.bad_samples}
+        record |= {"lr": lr, "epoch": epoch, "bad_samples": bad_samples}
         self._log.write(step, record)
         self._display.show(step, record)
-        if self._loader.bad_samples > self._seen_bad:
-            self._seen_bad = self._loader.bad_samples
+        if bad_samples > self._seen_bad:
+            self._seen_bad = bad_samples
             self._display.say(
                 f"[yellow]{self._seen_bad} bad samples replaced so far[/]; "
                 f"see {self._config.run.out / 'bad_samples.jsonl'}"
+            )
+        if self._live.error is not None and not self._said_not_live:
+            self._said_not_live = True
+            self._display.say(
+                f"[yellow]`cmae top` will not see this run:[/] {escape(str(self._live.error))}"
             )
 
     def skipped(self, step: int, count: int, batches: Sequence[Batch], losses: Tensor) -> None:
@@ -147,7 +173,8 @@ class Recorder:
         if self._ranks.is_first:
             folder = self._config.run.out / "pictures"
             folder.mkdir(exist_ok=True)
-            with torch.no_grad():
+            # A compiled block would be compiled again for the few images of a picture.
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
                 reconstruction_picture(model, batch, folder / f"step-{step:08d}.png")
 
     def closing(self, step: int, checkpoint: Path | None, *, stopped: bool) -> None:
@@ -157,10 +184,10 @@ class Recorder:
         out = self._config.run.out
         if self._log.path.stat().st_size:
             loss_plot(self._log.path, out / "loss.png")
-        if checkpoint is None:
-            self._display.say(f"nothing to do: {out} is already at step {step}")
-        elif stopped:
+        if stopped:
             self._display.say(f"stopped at step {step}; run the same command again to continue")
+        elif checkpoint is None:
+            self._display.say(f"nothing to do: {out} is already at step {step}")
         else:
             self._display.say(f"done: step {step}, {checkpoint}")
 

@@ -1,0 +1,381 @@
+"""Does the profiler name a bottleneck that was put there on purpose?
+
+    python benchmarks/planted.py [NAME ...]
+
+Every fault is put around the real source, maker, mask or step; the loader, its threads and the profiler are
+those of `cmae profile`. The step sleeps: a training thread that waits without CPU time is what an accelerator
+looks like from the host. What a real GPU adds (copies, decode engines) is not tested here.
+
+Predictions, written before the first run: all are named; storage faults by the right one of warm and cold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import webdataset as wds
+from harness import write_result
+from PIL import Image
+
+from cmae.model import ModelConfig, draw_mask
+from cmae.pipeline import Batch, ViewConfig
+from cmae.pipeline.feed import ViewMaker
+from cmae.pipeline.index import build_index, index_path, save_index
+from cmae.pipeline.sources import Extent, Source
+from cmae.train.config import Config, DataConfig, OptimConfig, RunConfig, SpeedConfig
+from cmae.train.demo_data import PHOTOGRAPHS, load_photograph
+from cmae.train.distributed import Ranks, from_first, join_ranks
+from cmae.train.profiling.config import ProfileConfig
+from cmae.train.profiling.page_cache import evict
+from cmae.train.profiling.profiler import measure, open_subject
+from cmae.train.profiling.records import Profile, load_profile
+
+BATCH_SIZE = 8
+STEP_S = 0.06
+
+
+class SlowFiles:
+    """Files whose reads take longer. Stands in the place of the source's own.
+
+    Args:
+        files: the source's files.
+        latency_s: of every read; reads wait side by side.
+        bytes_per_s: of all reads together, one after another.
+        open_s: when a file is opened.
+        cold_only: leave reads alone that the page cache answers.
+    """
+
+    def __init__(
+        self,
+        files: Any,
+        *,
+        latency_s: float = 0.0,
+        bytes_per_s: float | None = None,
+        open_s: float = 0.0,
+        cold_only: bool = False,
+    ) -> None:
+        self._files = files
+        self._latency_s, self._bytes_per_s, self._open_s = latency_s, bytes_per_s, open_s
+        self._cold_only = cold_only
+        self._lock = threading.Lock()
+
+    def read_into(self, data: np.ndarray, number: int, *, offset: int) -> int:
+        """Read, late."""
+        path = self._files.paths[number]
+        if not (self._cold_only and _is_cached(path, offset + data.size // 2)):
+            time.sleep(self._latency_s)
+            if self._open_s and number not in self._files._files:
+                time.sleep(self._open_s)
+            if self._bytes_per_s:
+                with self._lock:
+                    time.sleep(data.size / self._bytes_per_s)
+        return int(self._files.read_into(data, number, offset=offset))
+
+
+def _is_cached(path: str, offset: int) -> bool:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) > 0
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+
+
+def slow_files(**settings: Any) -> Callable[[Source, ViewMaker], tuple[Source, ViewMaker]]:
+    """A `wrap` that makes a source's reads slow."""
+
+    def wrap(source: Source, maker: ViewMaker) -> tuple[Source, ViewMaker]:
+        source._files = SlowFiles(source._files, **settings)  # type: ignore[attr-defined]
+        return source, maker
+
+    return wrap
+
+
+def sleeping_step(seconds: float) -> Callable[[Sequence[Batch]], None]:
+    """A step on an accelerator that the host waits for."""
+    return lambda batches: time.sleep(seconds)
+
+
+def python_step(seconds: float, python_s: float) -> Callable[[Sequence[Batch]], None]:
+    """A step before which the training thread computes in Python."""
+
+    def step(batches: Sequence[Batch]) -> None:
+        end = time.thread_time() + python_s
+        while time.thread_time() < end:
+            sum(range(1000))
+        time.sleep(seconds)
+
+    return step
+
+
+def slow_mask(seconds: float) -> Callable[..., Any]:
+    """`draw_mask`, late: a stage of the feed thread that is slow."""
+
+    def draw(config: ModelConfig, *arguments: Any, **named: Any) -> Any:
+        time.sleep(seconds)
+        return draw_mask(config, *arguments, **named)
+
+    return draw
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is planted, and what should be named."""
+
+    name: str
+    what: str
+    expect: tuple[str, ...]
+    """Values of `Verdict.binds` that name it."""
+    step: Callable[[Sequence[Batch]], None] = field(default_factory=lambda: sleeping_step(STEP_S))
+    wrap: Callable[[Source, ViewMaker], tuple[Source, ViewMaker]] | None = None
+    mask_s: float = 0.0
+    threads: int = 2
+    photographs: dict[str, Any] = field(default_factory=lambda: {"count": 128})
+    busy_processes: int = 0
+    cold: bool = False
+    """Evict all shards first."""
+
+
+FAULTS = (
+    Fault("none", "a step of 60 ms for 8 images", ("model",)),
+    Fault("slow model", "a step of 400 ms", ("model",), step=sleeping_step(0.4)),
+    Fault(
+        "slow disk",
+        "2 MB/s for all reads together",
+        ("storage",),
+        wrap=slow_files(bytes_per_s=2e6),
+    ),
+    Fault(
+        "slow network", "150 ms before every read", ("storage",), wrap=slow_files(latency_s=0.15)
+    ),
+    Fault(
+        "cold cache",
+        "150 ms before a read that misses the page cache; evicted at first",
+        ("storage",),
+        wrap=slow_files(latency_s=0.15, cold_only=True),
+        cold=True,
+    ),
+    Fault(
+        "tiny shards",
+        "one image a shard, 150 ms to open a file",
+        ("storage",),
+        wrap=slow_files(open_s=0.15),
+        photographs={"per_shard": 1, "count": 320},
+    ),
+    Fault(
+        "few decode threads",
+        "1 thread, photographs of 1500 px",
+        ("decode",),
+        threads=1,
+        photographs={"edge": 1500, "count": 64},
+    ),
+    Fault(
+        "oversized images",
+        "photographs of 3000 px, 2 threads",
+        ("decode",),
+        photographs={"edge": 3000, "count": 64},
+    ),
+    Fault("slow stage", "200 ms in the feed thread", ("feed",), mask_s=0.2),
+    Fault(
+        "Python in the training thread",
+        "100 ms of Python before the step",
+        ("python",),
+        step=python_step(STEP_S, 0.1),
+    ),
+    Fault("slow rank", "one of two ranks slower by 100 ms", ("straggler",)),
+    Fault(
+        "noisy neighbour",
+        "4 busy processes beside 2 decoding threads",
+        ("neighbour",),
+        photographs={"edge": 900, "count": 96},
+        busy_processes=4,
+    ),
+)
+
+
+def write_photographs(
+    folder: Path, *, edge: int = 250, count: int = 256, per_shard: int = 64
+) -> str:
+    """Indexed shards of crops of scikit-image's photographs, `edge` pixels wide."""
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(load_photograph(name)) for name in PHOTOGRAPHS]
+    for first in range(0, count, per_shard):
+        path = folder / f"photographs-{first // per_shard:06d}.tar"
+        with wds.TarWriter(str(path)) as tar:
+            for number in range(first, min(first + per_shard, count)):
+                picture = pictures[number % len(pictures)]
+                size = (edge, edge * 3 // 4)
+                left, top = (int(rng.integers(0, edge // 10)) for _ in range(2))
+                scaled = picture.resize((edge + edge // 10, edge * 3 // 4 + edge // 10))
+                file = io.BytesIO()
+                crop = scaled.crop((left, top, left + size[0], top + size[1]))
+                crop.save(file, "JPEG", quality=92)
+                tar.write({"__key__": f"{number:05d}", "jpg": file.getvalue(), "cls": "0"})
+        save_index(build_index(path), index_path(path))
+        with path.open("rb") as file:
+            os.fsync(file.fileno())  # pages that are not on the disk yet cannot be evicted
+    return str(folder / "*.tar")
+
+
+@contextlib.contextmanager
+def busy_processes(count: int) -> Iterator[None]:
+    """Other programs that compute all the time."""
+    command = [sys.executable, "-c", "while True: pass"]
+    processes = [subprocess.Popen(command) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def build_config(shards: str, *, threads: int) -> Config:
+    """A run of small views; its model is never built."""
+    views = ViewConfig(img_size=96, master_size=112, target_shift=8, color="none")
+    return Config(
+        run=RunConfig(out=Path(tempfile.gettempdir()) / "planted"),
+        speed=SpeedConfig(device="cpu", num_threads=threads, view_backend="host"),
+        data=DataConfig(shards=shards, views=views),
+        model=ModelConfig(img_size=96),
+        optim=OptimConfig(global_batch_size=BATCH_SIZE, precision="fp32"),
+    )
+
+
+def plant(fault: Fault, folder: Path, options: ProfileConfig) -> Profile:
+    """Profile a run that has this fault."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = write_photographs(folder, **fault.photographs)
+    config = build_config(shards, threads=fault.threads)
+    if fault.cold:
+        for path in folder.glob("*.tar"):
+            evict([Extent(str(path), 0, path.stat().st_size)])
+    mask = mock.patch("cmae.train.pretrain.draw_mask", slow_mask(fault.mask_s))
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    with (
+        mask,
+        busy_processes(fault.busy_processes),
+        open_subject(config, ranks, fault.step, wrap=fault.wrap) as subject,
+    ):
+        return measure(subject, options, config)
+
+
+class RankStep:
+    """A step that ends when every rank's has: the last rank is slower by `slow_s`."""
+
+    def __init__(self, ranks: Ranks, *, slow_s: float) -> None:
+        self._seconds = STEP_S + (slow_s if ranks.rank == ranks.world_size - 1 else 0.0)
+        self._alone = False
+
+    def __call__(self, batches: Sequence[Batch]) -> None:
+        """Work, then wait for the others."""
+        time.sleep(self._seconds)
+        if not self._alone:
+            dist.barrier()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Without the other ranks."""
+        self._alone = True
+        try:
+            yield
+        finally:
+            self._alone = False
+
+
+def profile_slow_rank(path: Path, options: ProfileConfig) -> None:
+    """Under torchrun: profile ranks of which one is slow by 100 ms, and write the profile."""
+    with join_ranks("cpu") as ranks, tempfile.TemporaryDirectory() as folder:
+        shards = from_first(
+            write_photographs(Path(folder), count=64) if ranks.is_first else None, ranks
+        )
+        config = build_config(shards, threads=1)
+        size = BATCH_SIZE * ranks.world_size
+        config = replace(config, optim=replace(config.optim, global_batch_size=size))
+        step = RankStep(ranks, slow_s=0.1)
+        with open_subject(config, ranks, step, local=step.alone) as subject:
+            found = measure(subject, options, config)
+        dist.barrier()  # the shards are the first rank's
+        if ranks.is_first:
+            found.save(path)
+
+
+def run_slow_rank(fault: Fault, folder: Path, options: ProfileConfig) -> Profile:
+    """The same in two processes started from here."""
+    path = folder / "profile.json"
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+    command += [__file__, "--slow-rank", str(path), "--rounds", str(options.rounds)]
+    subprocess.run([*command, "--steps", str(options.steps)], check=True)
+    return load_profile(path)
+
+
+def main() -> None:
+    """Plant every fault, print what was named, and write the result file."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", help="faults to plant; default: all")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--slow-rank", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    options = ProfileConfig(
+        rounds=arguments.rounds, steps=arguments.steps, budget_s=600, trials=False
+    )
+    if arguments.slow_rank:
+        profile_slow_rank(arguments.slow_rank, options)
+        return
+    rows = []
+    for fault in FAULTS:
+        if arguments.names and fault.name not in arguments.names:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            begun = time.monotonic()
+            run = run_slow_rank if fault.name == "slow rank" else plant
+            found = run(fault, Path(folder), options)
+        residual = next(part.ms.value for part in found.parts if part.name == "residual")
+        row = {
+            "planted": fault.name,
+            "what": fault.what,
+            "named": found.verdict.binds,
+            "right": found.verdict.binds in fault.expect,
+            "sentence": found.verdict.sentence,
+            "residual_percent": 100 * residual / found.step_ms.value,
+            "seconds": time.monotonic() - begun,
+            "parts_ms": {part.name: part.ms.value for part in found.parts},
+        }
+        rows.append(row)
+        verdict = "right" if row["right"] else "WRONG"
+        print(f"{fault.name:<30} {verdict} {found.verdict.binds:<10} {found.verdict.sentence}")
+        print({name: round(ms, 1) for name, ms in row["parts_ms"].items()}, flush=True)
+    if not arguments.names:
+        config = {"rounds": options.rounds, "steps": options.steps}
+        write_result("planted", config=config, rows=rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Other settings, tried: what they cost the loader (trials), and what they bring the run (verification)."""
+
+from __future__ import annotations
+
+import io
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from cmae.pipeline import Loader
+from cmae.pipeline.feed import ViewMaker
+from cmae.pipeline.sources import RawBatch, Record, Source
+from cmae.train.config import BatchSplit, Config
+from cmae.train.distributed import Ranks
+from cmae.train.pretrain import open_loader
+from cmae.train.profiling.resources import Costs
+from cmae.train.profiling.stretch import Reading, run_stretch
+from cmae.train.profiling.switches import SwitchedSource
+from cmae.train.profiling.verdict import Trial
+
+_WARM = 3  # batches that are not timed
+
+
+def override(config: Config, overrides: Mapping[str, Any]) -> Config:
+    """The configuration with dotted settings changed.
+
+    Raises:
+        ValueError: there is no such setting.
+    """
+    for key, value in overrides.items():
+        config = _override(config, key.split("."), value, key)
+    return config
+
+
+def _override(section: Any, names: Sequence[str], value: Any, key: str) -> Any:
+    known = {field.name for field in fields(section)}
+    if names[0] not in known:
+        raise ValueError(
+            f"{key} is no setting; {names[0]!r} must be one of {', '.join(sorted(known))}"
+        )
+    if len(names) > 1:
+        inner = getattr(section, names[0])
+        assert is_dataclass(inner)
+        value = _override(inner, names[1:], value, key)
+    return replace(section, **{names[0]: value})
+
+
+@dataclass(frozen=True)
+class _Variant:
+    what: str
+    overrides: dict[str, Any]
+    batches: list[RawBatch]
+
+
+def run_trials(
+    config: Config,
+    ranks: Ranks,
+    recorded: list[RawBatch],
+    *,
+    costs: Costs,
+    say: Callable[[str], None],
+    rounds: int = 3,
+) -> list[Trial]:
+    """Measure the loader alone, from memory, as other settings of the views would have it.
+
+    The settings of the run are measured the same way, at the same time; a trial's costs are the measured
+    costs times the ratio of the two.
+
+    Args:
+        config: of the run.
+        ranks: this process among all.
+        recorded: encoded files.
+        costs: measured ones of the run.
+        say: called with a line for each trial.
+        rounds: how often each is measured, in turn.
+    """
+    variants = [_Variant("as it is", {}, recorded), *_variants(config, ranks, recorded)]
+    with ExitStack() as stack:
+        loaders = [
+            stack.enter_context(_open(override(config, one.overrides), ranks, one.batches))
+            for one in variants
+        ]
+        readings: list[list[Reading]] = [[] for _ in variants]
+        for _ in range(rounds):
+            for variant, loader, found in zip(variants, loaders, readings, strict=True):
+                say(f"trial: {variant.what}")
+                found.append(_time(loader, len(recorded)))
+    base = _Measured.of(readings[0])
+    return [
+        _trial(variant, costs, base, _Measured.of(found))
+        for variant, found in zip(variants[1:], readings[1:], strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class _Measured:
+    images_per_s: float
+    cpu_s: float
+    """Of the process, for an image."""
+
+    @classmethod
+    def of(cls, readings: Sequence[Reading]) -> _Measured:
+        return cls(
+            statistics.median(one.images / one.wall_s for one in readings),
+            statistics.median(one.process_cpu_s / one.images for one in readings),
+        )
+
+
+def _trial(variant: _Variant, costs: Costs, base: _Measured, found: _Measured) -> Trial:
+    """A trial's rate is taken for the decoder's: with files in memory little else can bind."""
+    return Trial(
+        variant.what,
+        variant.overrides,
+        decode_s=costs.decode_s * base.images_per_s / found.images_per_s,
+        loader_cpu_s=costs.loader_cpu_s * found.cpu_s / base.cpu_s,
+        efficiency=costs.efficiency,
+    )
+
+
+def _variants(config: Config, ranks: Ranks, recorded: list[RawBatch]) -> list[_Variant]:
+    views, found = config.data.views, []
+    if config.model.has_contrast and views.color == "exact":
+        what = "fast colour operations, whose pixels differ (data.views.color)"
+        found.append(_Variant(what, {"data.views.color": "fast"}, recorded))
+    if ranks.device.type == "cpu":
+        now = "host" if config.speed.view_backend == "auto" else config.speed.view_backend
+        other = "dali" if now == "host" else "host"
+        what = f"views by {other} instead of {now}"
+        found.append(_Variant(what, {"speed.view_backend": other}, recorded))
+    side = 2 * views.master_size
+    shorter = [min(one.height, one.width) for raw in recorded for one in raw.records]
+    if statistics.median(shorter) > 1.2 * side:
+        what = f"shards of images resized to {side} px (cmae shards write)"
+        found.append(_Variant(what, {}, [_resized(raw, side) for raw in recorded]))
+    return found
+
+
+def _resized(raw: RawBatch, side: int) -> RawBatch:
+    return replace(raw, records=[_resize(record, side) for record in raw.records])
+
+
+def _resize(record: Record, side: int) -> Record:
+    """The same image with its shorter side cut down to `side`, as JPEG."""
+    image = Image.open(io.BytesIO(record.data.tobytes()))
+    shorter = min(image.size)
+    if shorter <= side:
+        return record
+    size = tuple(round(edge * side / shorter) for edge in image.size)
+    image.draft("RGB", (2 * size[0], 2 * size[1]))
+    file = io.BytesIO()
+    image.convert("RGB").resize((size[0], size[1])).save(file, "JPEG", quality=92)
+    data = np.frombuffer(file.getvalue(), dtype=np.uint8)
+    return replace(record, data=data, height=size[1], width=size[0])
+
+
+def _open(config: Config, ranks: Ranks, recorded: list[RawBatch]) -> Loader:
+    split = BatchSplit.of(
+        config.optim.global_batch_size, config.speed.micro_batch_size, ranks.world_size
+    )
+
+    def from_memory(source: Source, maker: ViewMaker) -> tuple[Source, ViewMaker]:
+        return SwitchedSource.holding(source, recorded), maker
+
+    return open_loader(config, split, ranks, wrap=from_memory)
+
+
+def _time(loader: Loader, num_batches: int) -> Reading:
+    for _ in range(_WARM + 2):
+        next(loader)
+    size = len(next(loader).label)
+    return run_stretch(
+        "trial",
+        lambda: next(loader),
+        lambda batch: None,
+        count=max(4, num_batches),
+        images_per_step=size,
+        synchronise=lambda: None,
+        snapshot=loader.snapshot,
+    )

@@ -1,0 +1,324 @@
+"""The phases of a profile of this project's loader: what runs in each, and how a round of them is run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from itertools import cycle
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cmae.model.heads import set_all_reduce
+from cmae.pipeline import Batch, Loader, LoaderState
+from cmae.pipeline.loader import Wrap
+from cmae.pipeline.sources import Extent
+from cmae.train.distributed import Ranks, sum_over_ranks
+from cmae.train.profiling.page_cache import evict, resident_fraction, touch
+from cmae.train.profiling.stretch import Reading, draining, run_stretch
+from cmae.train.profiling.switches import SwitchedMaker, SwitchedSource
+from cmae.train.step import TrainStep
+
+WHAT = {
+    "local": "the step on one batch, each rank for itself, without any collective",
+    "synthetic": "the step on one batch of random pixels that lies on the device",
+    "replay": "the step on real batches that lie on the device",
+    "replay_h2d": "the same batches, copied from pinned host memory one step ahead",
+    "interference": "replay, while the loader works beside it at the step's rate for nobody",
+    "feed": "the step fed by the loader, whose views are ready: no reading, no decoding",
+    "memory": "the step fed by the loader, with encoded files held in memory: no reading",
+    "warm": "the step fed by the loader, files in the page cache",
+    "cold": "the step fed by the loader, files evicted from the page cache before",
+    "full": "training as it is: the loader on storage as it was found",
+    "loader_memory": "the loader alone, encoded files held in memory",
+    "loader_warm": "the loader alone, files in the page cache",
+    "loader_full": "the loader alone, on storage as it was found",
+}
+
+Step = Callable[[Sequence[Batch]], object]
+
+_FILL = (
+    4  # batches thrown away after a switch: the readers, which all start together, get out of step
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is profiled."""
+
+    loader: Loader
+    source: SwitchedSource
+    maker: SwitchedMaker
+    step: Step
+    synthetic: list[Batch]
+    """One optimiser step's micro-batches that never change."""
+    ranks: Ranks
+    start: LoaderState
+    prefetch: int
+    local: Callable[[], AbstractContextManager[None]] | None = None
+    """Within it the step talks to no other rank; None where there is no other."""
+    wrap: Wrap | None = None
+    """What lies around the real source and maker, inside the switches."""
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches in a step."""
+        return len(self.synthetic)
+
+    @property
+    def images_per_step(self) -> int:
+        """Of this rank."""
+        return sum(len(batch.label) for batch in self.synthetic)
+
+
+class Bench:
+    """Runs phases of a subject; keeps what one phase leaves for another.
+
+    Args:
+        subject: what is profiled.
+        steps: timed steps in a stretch.
+    """
+
+    def __init__(self, subject: Subject, *, steps: int) -> None:
+        self._subject = subject
+        self.steps = steps
+        self._ahead = (
+            2 * _FILL + subject.prefetch
+        )  # batches read before they are asked for, at most
+        self._place = subject.start
+        if subject.source.can_return:
+            _, self._place = subject.source.upcoming(subject.start, self._ahead)
+        self._window: list[Extent] = []
+        self._window_start = subject.start
+        self._replay: list[Batch] = []
+        self._stretch = 0
+        self.resident: list[float] = []
+        """Share of the files in the page cache as each round found them."""
+        self.resident_cold: list[float] = []
+        """The same after eviction."""
+        self.notes: list[str] = []
+
+    @property
+    def place(self) -> LoaderState:
+        """Where samples begin that no phase has read."""
+        return self._place
+
+    def phases(self) -> list[str]:
+        """Phases that can be run here, `full` first: the others use what it read."""
+        subject = self._subject
+        names = ["full", "synthetic", "replay"]
+        names += ["local"] if subject.local else []
+        names += ["replay_h2d"] if subject.ranks.device.type == "cuda" else []
+        names += ["interference", "feed", "memory", "loader_memory"]
+        if subject.source.can_return:
+            return [*names, "warm", "cold", "loader_warm"]
+        return [*names, "loader_full"]
+
+    def run(self, phase: str) -> Reading:
+        """One stretch of a phase, on every rank at the same time."""
+        if self._subject.ranks.world_size > 1:
+            dist.barrier()
+        runs: dict[str, Callable[[], Reading]] = {
+            "full": self._full,
+            "synthetic": lambda: self._timed("synthetic", lambda: self._subject.synthetic),
+            "replay": lambda: self._timed("replay", self._replayed()),
+            "local": self._local,
+            "replay_h2d": self._replay_h2d,
+            "interference": self._interference,
+            "feed": self._feed,
+            "cold": self._cold,
+        }
+        return runs[phase]() if phase in runs else self._by_loader(phase)
+
+    def _by_loader(self, phase: str) -> Reading:
+        alone = phase.startswith("loader_")
+        if phase.endswith("memory"):
+            self._switch("memory")
+        elif phase.endswith("warm"):
+            touch(self._window)
+            self._switch("storage", start=self._window_start)
+        else:
+            self._switch("storage")
+        return self._fed(phase, alone=alone)
+
+    def _full(self) -> Reading:
+        """On samples that no phase has read before; what it reads is what the others get."""
+        if not self._subject.source.can_return:
+            self._switch("storage", record=True)
+        else:
+            self._open_window()
+            found = resident_fraction(self._window)
+            if found is not None:
+                self.resident.append(found)
+            self._switch("storage", start=self._window_start, record=True)
+        return self._fed("full", keep=not self._replay)
+
+    def _cold(self) -> Reading:
+        evict(self._window)
+        found = resident_fraction(self._window)
+        if found is not None:
+            self.resident_cold.append(found)
+        self._switch("storage", start=self._window_start)
+        return self._fed("cold")
+
+    def _feed(self) -> Reading:
+        self._subject.maker.instant = True
+        try:
+            self._switch("memory")
+            return self._fed("feed")
+        finally:
+            self._subject.maker.instant = False
+
+    def _interference(self) -> Reading:
+        subject = self._subject
+        if subject.source.can_return:
+            touch(self._window)
+            self._switch("storage", start=self._window_start)
+        else:
+            self._switch("memory")
+        replayed = self._replayed()
+        with draining(self._on_a_side_stream(self._next_micro_batches)) as release:
+
+            def draw() -> Sequence[Batch]:
+                release()
+                return replayed()
+
+            self._warm_up(draw)
+            return self._timed("interference", draw, loader=True)
+
+    def _local(self) -> Reading:
+        assert self._subject.local is not None
+        with self._subject.local():
+            return self._timed("local", lambda: self._subject.synthetic)
+
+    def _replay_h2d(self) -> Reading:
+        host = [_map_tensors(batch, lambda t: t.cpu().pin_memory()) for batch in self._replay]
+        copies = _copied_ahead(cycle(host), self._subject.ranks.device)
+        draw = lambda: [next(copies) for _ in range(self._subject.accumulation)]  # noqa: E731
+        self._warm_up(draw)
+        return self._timed("replay_h2d", draw)
+
+    # --- parts of a stretch ---------------------------------------------------------------------
+
+    def _open_window(self) -> None:
+        """Choose the samples of this round: those that it takes, and those that are read ahead."""
+        count = _FILL + (1 + self.steps) * self._subject.accumulation + self._ahead
+        self._window_start = self._place
+        self._window, self._place = self._subject.source.upcoming(self._place, count)
+
+    def _switch(self, mode: Any, *, start: LoaderState | None = None, record: bool = False) -> None:
+        """Change what the loader does, and drop what it had made before."""
+        self._stretch = self._subject.source.switch(mode, start=start, record=record)
+        fresh = 0
+        while fresh < _FILL:
+            fresh += next(self._subject.loader).state.epoch == self._stretch
+
+    def _next_micro_batches(self) -> list[Batch]:
+        return [next(self._subject.loader) for _ in range(self._subject.accumulation)]
+
+    def _fed(self, phase: str, *, alone: bool = False, keep: bool = False) -> Reading:
+        """A stretch on the loader's batches; without the step when `alone`."""
+        if not alone:
+            batches = self._warm_up(self._next_micro_batches)
+            if keep:
+                self._replay = list(batches)
+        return self._timed(
+            phase, self._next_micro_batches, step=_no_step if alone else None, loader=True
+        )
+
+    def _warm_up(self, draw: Callable[[], Sequence[Batch]]) -> Sequence[Batch]:
+        batches = draw()
+        self._subject.step(batches)
+        return batches
+
+    def _timed(
+        self,
+        phase: str,
+        draw: Callable[[], Sequence[Batch]],
+        *,
+        step: Step | None = None,
+        loader: bool = False,
+    ) -> Reading:
+        subject = self._subject
+        return run_stretch(
+            phase,
+            draw,
+            step or subject.step,
+            count=self.steps,
+            images_per_step=subject.images_per_step,
+            synchronise=lambda: synchronise(subject.ranks.device),
+            snapshot=subject.loader.snapshot if loader else None,
+        )
+
+    def _replayed(self) -> Callable[[], Sequence[Batch]]:
+        batches = cycle(self._replay)
+        return lambda: [next(batches) for _ in range(self._subject.accumulation)]
+
+    def _on_a_side_stream(self, take: Callable[[], object]) -> Callable[[], object]:
+        """Keep the drained batches' events away from the stream that trains."""
+        device = self._subject.ranks.device
+        if device.type != "cuda":
+            return take
+        stream = torch.cuda.Stream(device)
+
+        def taken() -> object:
+            with torch.cuda.stream(stream):
+                return take()
+
+        return taken
+
+
+def _no_step(batches: Sequence[Batch]) -> None:
+    """The loader alone."""
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for a GPU; a CPU has nothing to wait for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _map_tensors(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    changed: dict[str, Any] = {
+        name: change(value) for name, value in vars(batch).items() if isinstance(value, Tensor)
+    }
+    return replace(batch, **changed)
+
+
+def _copied_ahead(host: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Batches on the device, each copied on a stream of its own while the step before it runs."""
+    stream, main = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+
+    def copy() -> Batch:
+        with torch.cuda.stream(stream):
+            return _map_tensors(next(host), lambda t: t.to(device, non_blocking=True))
+
+    ahead = copy()
+    while True:
+        main.wait_stream(stream)
+        ready, ahead = ahead, copy()
+        for value in vars(ready).values():
+            if isinstance(value, Tensor):
+                value.record_stream(main)
+        yield ready
+
+
+@contextmanager
+def without_collectives(step: TrainStep) -> Iterator[None]:
+    """Steps of this rank alone, as if there were no other: what is left when nobody is waited for.
+
+    The bank of keys is this rank's own meanwhile; gradients stay on the rank, so that weights drift apart
+    unless the learning rate is 0.
+    """
+    ranks, network = step.ranks, step.network
+    step.ranks = Ranks(0, 1, ranks.device)
+    step.network = step.model
+    set_all_reduce(step.model, lambda value: value)
+    try:
+        yield
+    finally:
+        set_all_reduce(step.model, sum_over_ranks)
+        step.ranks, step.network = ranks, network

@@ -1,0 +1,476 @@
+"""`cmae profile`: interleaved phases, the account of the step, the verdict and what would help."""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cmae.model import build_model, draw_mask
+from cmae.pipeline import Batch, LoaderState, synthetic_batches
+from cmae.pipeline.counters import MEGAPIXEL_EDGES
+from cmae.pipeline.feed import ViewMaker
+from cmae.pipeline.loader import Wrap
+from cmae.pipeline.sources import Source
+from cmae.train.config import BatchSplit, Config
+from cmae.train.distributed import Ranks, from_first, join_ranks
+from cmae.train.pretrain import open_loader
+from cmae.train.profiling.account import UNEXPLAINED, Readings, account
+from cmae.train.profiling.anatomy import dissect, python_ms
+from cmae.train.profiling.config import ProfileConfig
+from cmae.train.profiling.estimates import estimate
+from cmae.train.profiling.experiments import override, run_trials
+from cmae.train.profiling.machine import describe_machine, usable_cores
+from cmae.train.profiling.phases import WHAT, Bench, Step, Subject, without_collectives
+from cmae.train.profiling.records import Action, Curve, Part, Phase, Profile
+from cmae.train.profiling.resources import Costs, loader_rate
+from cmae.train.profiling.storage import StorageCurve, probe_storage
+from cmae.train.profiling.stretch import Reading, merge_snapshots
+from cmae.train.profiling.switches import SwitchedMaker, SwitchedSource
+from cmae.train.profiling.verdict import Facts, draw_curves, judge, rank_actions
+from cmae.train.step import TrainStep, check_step
+from cmae.train.tuned import loader_settings
+
+Say = Callable[[str], None]
+
+_TINY_SHARD = 100
+"""Files in a shard below which opening shards is worth a word."""
+
+
+def profile(config: Config, options: ProfileConfig, *, say: Say = print) -> Profile:
+    """Profile the run that `cmae pretrain` would make of this configuration.
+
+    Args:
+        config: of the run; nothing is written to its `run.out`.
+        options: how long to measure.
+        say: called with lines about the progress, on the first rank.
+
+    Raises:
+        ValueError: settings that do not fit each other, the data or the machine.
+    """
+    config = replace(config, run=replace(config.run, out=options.out))
+    with ExitStack() as stack:
+        ranks = stack.enter_context(join_ranks(config.speed.device))
+        check_step(config.optim, config.speed, ranks)
+        if config.speed.torch_threads is not None:
+            torch.set_num_threads(config.speed.torch_threads)
+        model = build_model(config.model, seed=config.seed)
+        train_step = TrainStep(model.to(ranks.device), config.optim, config.speed, ranks)
+        # Without a learning rate the step costs what it costs, and the weights stay where they are.
+        step = lambda batches: train_step(batches, lr=0.0, momentum=1.0)  # noqa: E731
+        local = (lambda: without_collectives(train_step)) if ranks.world_size > 1 else None
+        subject = stack.enter_context(open_subject(config, ranks, step, local=local))
+        return measure(subject, options, config, say=say if ranks.is_first else _silent)
+
+
+def _silent(line: str) -> None:
+    """For ranks that are not the first."""
+
+
+@contextmanager
+def open_subject(
+    config: Config, ranks: Ranks, step: Step, *, local: Any = None, wrap: Wrap | None = None
+) -> Iterator[Subject]:
+    """The run's loader with switches in it, and what its batches go to.
+
+    Args:
+        config: of the run.
+        ranks: this process among all.
+        step: takes one optimiser step's micro-batches.
+        local: see `Subject.local`.
+        wrap: put around the real source and maker, inside the switches.
+    """
+    split = BatchSplit.of(
+        config.optim.global_batch_size, config.speed.micro_batch_size, ranks.world_size
+    )
+    switches: list[tuple[SwitchedSource, SwitchedMaker]] = []
+
+    def switched(source: Source, maker: ViewMaker) -> tuple[Source, ViewMaker]:
+        if wrap is not None:
+            source, maker = wrap(source, maker)
+        switches.append((SwitchedSource(source), SwitchedMaker(maker)))
+        return switches[0]
+
+    settings, _ = loader_settings(config, ranks.device)
+    with open_loader(config, split, ranks, settings=settings, wrap=switched) as loader:
+        source, maker = switches[0]
+        yield Subject(
+            loader=loader,
+            source=source,
+            maker=maker,
+            step=step,
+            synthetic=_synthetic(config, split, ranks),
+            ranks=ranks,
+            start=LoaderState(config.seed, epoch=0, next_sample=0, digest=source.digest),
+            prefetch=settings.prefetch,
+            local=local,
+            wrap=wrap,
+        )
+
+
+def _synthetic(config: Config, split: BatchSplit, ranks: Ranks) -> list[Batch]:
+    views = config.data.views
+    batches = synthetic_batches(
+        views if config.model.has_contrast else replace(views, num_views=1),
+        batch_size=split.micro_batch_size,
+        device=ranks.device,
+        draw_mask=lambda index, epoch: draw_mask(
+            config.model, index, seed=config.seed, epoch=epoch
+        ),
+        seed=config.seed,
+    )
+    return [next(batches) for _ in range(split.accumulation)]
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """Everything that the rounds measured."""
+
+    readings: dict[str, list[Reading]]
+    python_ms: list[float]
+    local_ms: list[list[float]]
+    """Every rank's step without collectives, by round."""
+    waits: list[dict[str, Any]]
+    """What each rank waited for in the full run."""
+    resident: float | None
+    """Share of the files that the full run found in the page cache; None where no one can tell."""
+    end: LoaderState
+    """Where samples begin that no phase has read."""
+    steps: int
+    """Timed in a stretch."""
+    notes: list[str]
+
+
+def measure(
+    subject: Subject, options: ProfileConfig, config: Config, *, say: Say = _silent
+) -> Profile:
+    """Profile a subject that is open already."""
+    created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    rounds = run_rounds(subject, options, say=say)
+    ranks = subject.ranks
+    cold_share = 0.0 if rounds.resident is None else 1 - rounds.resident
+    parts = account(
+        rounds.readings,
+        python_ms=rounds.python_ms,
+        cold_share=cold_share,
+        local_ms=rounds.local_ms,
+    )
+    facts = _facts(subject, rounds, parts, cold_share)
+    probes = _probe(subject, rounds.end, say) if subject.source.can_return else {}
+    facts = replace(facts, costs=_with_bandwidth(facts.costs, probes))
+    if options.trials:
+        recorded = subject.source.recorded
+        trials = run_trials(config, ranks, recorded, costs=facts.costs, say=say)
+        facts = replace(facts, trials=trials)
+    actions = rank_actions(facts)
+    if options.verify:
+        unread = replace(subject, start=rounds.end)
+        actions = verify(unread, config, actions, options=options, steps=rounds.steps, say=say)
+    step_ms = estimate([one.step_ms for one in rounds.readings["full"]])
+    return Profile(
+        created=created,
+        machine=describe_machine(ranks.device),
+        config=config.to_dict(),
+        global_batch_size=subject.images_per_step * ranks.world_size,
+        world_size=ranks.world_size,
+        phases=tuple(
+            build_phase(name, readings, world_size=ranks.world_size)
+            for name, readings in rounds.readings.items()
+        ),
+        step_ms=step_ms,
+        parts=parts,
+        verdict=judge(facts),
+        actions=actions,
+        curves=(*draw_curves(facts), *_storage_curves(probes, facts)),
+        tails=_tails(rounds.readings["loader_memory"]),
+        notes=(*rounds.notes, *_notes(parts, rounds, facts)),
+    )
+
+
+def run_rounds(subject: Subject, options: ProfileConfig, *, say: Say) -> Rounds:
+    """Calibrate, then run every phase once a round until the rounds or the time are used up."""
+    deadline = time.monotonic() + options.budget_s
+    bench = Bench(subject, steps=1)
+    bench.steps, count = _plan(bench, subject, options, deadline=deadline, say=say)
+    anatomy = dissect(lambda: subject.step(subject.synthetic), subject.ranks.device)
+    readings: dict[str, list[Reading]] = {name: [] for name in bench.phases()}
+    python, local_ms, waits = [], [], [0.0] * subject.ranks.world_size
+    for number in range(count):
+        if number >= 2 and from_first(time.monotonic() > deadline, subject.ranks):
+            bench.notes.append(f"the budget of {options.budget_s:g} s ended after {number} rounds")
+            break
+        for name in _order(bench.phases(), number):
+            say(f"round {number + 1} of {count}: {name}")
+            readings[name].append(bench.run(name))
+        cpu_ms = 1000 * readings["replay"][-1].step_cpu_s / bench.steps
+        python.append(python_ms(cpu_ms, readings["replay"][-1].step_ms, anatomy))
+        if subject.local:
+            local_ms.append(_gather(readings["local"][-1].step_ms, subject.ranks))
+            own = 1000 * readings["full"][-1].next_s / bench.steps
+            waits = [a + b for a, b in zip(waits, _gather(own, subject.ranks), strict=True)]
+    return Rounds(
+        readings=readings,
+        python_ms=python,
+        local_ms=local_ms,
+        waits=[{"rank": rank, "wait_ms": wait / len(python)} for rank, wait in enumerate(waits)],
+        resident=statistics.fmean(bench.resident) if bench.resident else None,
+        end=bench.place,
+        steps=bench.steps,
+        notes=bench.notes,
+    )
+
+
+def verify(
+    subject: Subject,
+    config: Config,
+    actions: Sequence[Action],
+    *,
+    options: ProfileConfig,
+    steps: int,
+    say: Say,
+) -> tuple[Action, ...]:
+    """Apply the best actions that are settings, one by one, and measure the full run with each.
+
+    Args:
+        subject: of the run as it is; its `start` is where samples begin that nothing has read.
+        config: of the run as it is.
+        actions: best first.
+        options: `verify` says how many.
+        steps: timed steps in a stretch.
+        say: called with a line for each action.
+    """
+    measured, start = list(actions), subject.start
+    settings = [number for number, action in enumerate(actions) if action.overrides]
+    for number in settings[: options.verify]:
+        action = actions[number]
+        say(f"verify: {action.what}")
+        changed = override(config, action.overrides)
+        with open_subject(changed, subject.ranks, subject.step, wrap=subject.wrap) as other:
+            bench = Bench(replace(other, start=start), steps=steps)
+            bench.run("full")
+            readings = [bench.run("full") for _ in range(options.rounds or 3)]
+            start = bench.place
+        world_size = subject.ranks.world_size
+        rate = estimate([world_size * one.images / one.wall_s for one in readings])
+        measured[number] = replace(action, measured_images_per_s=rate)
+    return tuple(measured)
+
+
+def _order(phases: Sequence[str], number: int) -> list[str]:
+    """`full` first, since the others use what it read; the rest begins elsewhere in every round."""
+    first, rest = phases[0], list(phases[1:])
+    shift = (number * 3) % len(rest)
+    return [first, *rest[shift:], *rest[:shift]]
+
+
+def _plan(
+    bench: Bench, subject: Subject, options: ProfileConfig, *, deadline: float, say: Say
+) -> tuple[int, int]:
+    """Timed steps of a stretch and number of rounds, the same on every rank."""
+    say("warming up")
+    begun = time.monotonic()
+    bench.run("full")
+    slow_s = time.monotonic() - begun  # with compilation, allocations and empty caches
+    begun = time.monotonic()
+    step_s = bench.run("full").wall_s
+    stretch_s = time.monotonic() - begun - step_s
+    # Readers that begin together bring batches in bursts of 4: whole bursts are timed.
+    steps = options.steps or 4 * min(50, math.ceil(0.25 / step_s))
+    left = max(0.0, deadline - time.monotonic() - min(slow_s, 30.0))
+    num_phases = len(bench.phases())
+    if not options.steps and num_phases * (stretch_s + steps * step_s) * 3 > left:
+        steps = max(1, math.floor((left / 3 / num_phases - stretch_s) / step_s))
+    round_s = num_phases * (stretch_s + steps * step_s)
+    rounds = options.rounds or max(3, min(12, int(left / round_s)))
+    agreed: tuple[int, int] = from_first((steps, rounds), subject.ranks)
+    return agreed
+
+
+def _gather(value: float, ranks: Ranks) -> list[float]:
+    """Every rank's number, on every rank."""
+    if ranks.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def build_phase(name: str, readings: Sequence[Reading], *, world_size: int) -> Phase:
+    """The record of a phase from its readings, one a round."""
+    snapshots = [one.loader for one in readings if one.loader is not None]
+    return Phase(
+        name=name,
+        what=WHAT.get(name, name),
+        step_ms=estimate([one.step_ms for one in readings]),
+        images_per_s=estimate([world_size * one.images / one.wall_s for one in readings]),
+        loader=merge_snapshots(snapshots).to_dict() if snapshots else None,
+        step_times_ms=tuple(value for one in readings for value in one.step_times_ms),
+    )
+
+
+def _facts(subject: Subject, rounds: Rounds, parts: Sequence[Part], cold_share: float) -> Facts:
+    readings = rounds.readings
+    costs = _costs(subject, readings, cold_share)
+    every = [one for each in readings.values() for one in each]
+    views = [one.loader.stages["views"] for one in readings["loader_memory"] if one.loader]
+    busy = sum(view.busy_s for view in views)
+    delay = sum(one.run_delay_s for one in readings["loader_memory"])
+    return Facts(
+        parts=parts,
+        costs=costs,
+        measured_images_per_s=_rate(readings["full"]),
+        world_size=subject.ranks.world_size,
+        device=subject.ranks.device.type,
+        others_cores=statistics.median(one.others_cpu_s / one.wall_s for one in every),
+        waiting_for_cores=delay / busy if busy else 0.0,
+        details=_details(subject, costs),
+    )
+
+
+def _details(subject: Subject, costs: Costs) -> dict[str, str]:
+    """What is worth knowing of a resource beside its name."""
+    records = [record for raw in subject.source.recorded for record in raw.records]
+    megapixels = statistics.fmean(one.height * one.width / 1e6 for one in records)
+    threads = f"{costs.threads:g} thread{'' if costs.threads == 1 else 's'}"
+    latency_s = costs.cold_share * costs.read_cold_s + (1 - costs.cold_share) * costs.read_warm_s
+    storage = f"{1000 * latency_s:.1f} ms a file, {costs.readers:g} at a time"
+    per_shard = subject.source.samples_per_shard
+    if per_shard is not None and per_shard < _TINY_SHARD:
+        storage += f", tiny shards of {per_shard:.0f} files"
+    return {
+        "decode": f"{threads}, {costs.cores:.1f} cores, images of {megapixels:.2f} megapixels",
+        "storage": storage,
+    }
+
+
+def _probe(subject: Subject, start: LoaderState, say: Say) -> dict[str, StorageCurve]:
+    """The storage's curves, warm and cold; each reads files that were not read before."""
+    say("storage: 1, 2, 4 and 8 readers")
+    warm, start = probe_storage(subject.source, start, cold=False)
+    cold, _ = probe_storage(subject.source, start, cold=True)
+    return {"warm": warm, "cold": cold}
+
+
+def _with_bandwidth(costs: Costs, probes: Mapping[str, StorageCurve]) -> Costs:
+    bandwidths = {f"bandwidth_{name}": curve.bandwidth for name, curve in probes.items()}
+    return replace(costs, **bandwidths)
+
+
+def _storage_curves(probes: Mapping[str, StorageCurve], facts: Facts) -> tuple[Curve, ...]:
+    return tuple(
+        Curve(
+            f"reading alone, {'in' if name == 'warm' else 'not in'} the page cache (measured)",
+            "batches read at a time",
+            tuple(map(float, curve.images_per_s)),
+            tuple(rate * facts.world_size for rate in curve.images_per_s.values()),
+            facts.costs.readers,
+        )
+        for name, curve in probes.items()
+    )
+
+
+def _rate(readings: Sequence[Reading]) -> float:
+    return statistics.median(one.images / one.wall_s for one in readings)
+
+
+def _costs(subject: Subject, readings: Readings, cold_share: float) -> Costs:
+    """What the phases say of the cost of an image."""
+    alone = readings.get("loader_warm") or readings["loader_full"]
+    others = statistics.median(
+        one.others_cpu_s / one.wall_s for each in readings.values() for one in each
+    )
+    # On a device of its own the step loses time to the loader beside it in ways that are no resource here;
+    # on the CPU both take cores, and that is one.
+    on_cores = _cpu(readings["replay"]) * _rate(readings["replay"]) > 0.5
+    step = readings["replay" if on_cores else "interference"]
+    read_warm = _stage(alone, "read")
+    read_cold = _stage(readings["cold"], "read") if "cold" in readings else read_warm
+    costs = Costs(
+        model_s=1 / _rate(step),
+        step_cpu_s=_cpu(readings["replay"]),
+        loader_cpu_s=_cpu(alone),
+        decode_s=_stage(readings["loader_memory"], "views").busy_s,
+        feed_s=_stage(readings["loader_memory"], "finish").busy_s,
+        read_warm_s=read_warm.busy_s,
+        read_cold_s=read_cold.busy_s,
+        num_bytes=read_warm.bytes,
+        cold_share=cold_share,
+        cores=max(0.5, usable_cores() / _local_ranks(subject.ranks) - others),
+        threads=_stage(readings["loader_memory"], "views").threads,
+        readers=read_warm.threads,
+    )
+    efficiency = _rate(alone) / loader_rate(replace(costs, cold_share=0.0))
+    return replace(costs, efficiency=min(1.0, efficiency))
+
+
+@dataclass(frozen=True)
+class _PerImage:
+    busy_s: float
+    cpu_s: float
+    bytes: float
+    threads: float
+
+
+def _stage(readings: Sequence[Reading], name: str) -> _PerImage:
+    """A stage's costs of an image, median over rounds."""
+    stages = [one.loader.stages[name] for one in readings if one.loader is not None]
+    used = [stage for stage in stages if stage.items]
+    if not used:
+        return _PerImage(0.0, 0.0, 0.0, stages[0].threads)
+    return _PerImage(
+        busy_s=statistics.median(stage.busy_s / stage.items for stage in used),
+        cpu_s=statistics.median(stage.cpu_s / stage.items for stage in used),
+        bytes=statistics.median(stage.bytes / stage.items for stage in used),
+        threads=used[0].threads,
+    )
+
+
+def _cpu(readings: Sequence[Reading]) -> float:
+    """CPU seconds of this process for an image."""
+    return statistics.median(one.process_cpu_s / one.images for one in readings)
+
+
+def _local_ranks(ranks: Ranks) -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if ranks.world_size > 1 else 1
+
+
+def _tails(readings: Sequence[Reading]) -> tuple[dict[str, Any], ...]:
+    """Decode time by JPEG kind and size."""
+    snapshots = [one.loader for one in readings if one.loader is not None]
+    edges = (0.0, *MEGAPIXEL_EDGES, math.inf)
+    rows = []
+    for kind, counts in merge_snapshots(snapshots).views_by_kind.items():
+        cells = zip(counts.items_by_megapixels, counts.busy_s_by_megapixels, strict=True)
+        for number, (items, busy_s) in enumerate(cells):
+            if items:
+                up_to = edges[number + 1] if math.isfinite(edges[number + 1]) else None
+                row = {"kind": kind.lower(), "megapixels": edges[number], "megapixels_up_to": up_to}
+                rows.append(row | {"items": items, "ms": 1000 * busy_s / items})
+    return tuple(rows)
+
+
+def _notes(parts: Sequence[Part], rounds: Rounds, facts: Facts) -> list[str]:
+    notes = []
+    total = sum(part.ms.value for part in parts)
+    residual = next(part.ms.value for part in parts if part.name == "residual")
+    if abs(residual) > UNEXPLAINED * total:
+        notes.append(
+            f"{residual:+.1f} ms, {100 * abs(residual) / total:.0f} % of the step, are not explained: phases "
+            "differed more from round to round than their differences; raise profile.rounds, or look for "
+            "other work on the machine"
+        )
+    if rounds.resident is not None:
+        notes.append(
+            f"the full run found {100 * rounds.resident:.0f} % of its files in the page cache"
+        )
+    if facts.others_cores >= 0.25:
+        notes.append(f"other processes took {facts.others_cores:.1f} CPU cores meanwhile")
+    return notes

@@ -1,0 +1,69 @@
+"""How the storage's rate grows with the number of reads at a time: latency at first, bandwidth in the end."""
+
+from __future__ import annotations
+
+import math
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from cmae.pipeline import LoaderState
+from cmae.train.profiling.page_cache import evict, touch
+from cmae.train.profiling.switches import SwitchedSource
+
+READERS = (1, 2, 4, 8)
+_SATURATED = 1.3  # twice the readers bring less than this: more readers are no answer
+
+
+@dataclass(frozen=True)
+class StorageCurve:
+    """Images per second by number of readers, CRC included."""
+
+    images_per_s: dict[int, float]
+    bytes_per_image: float
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes per second that more readers do not exceed; infinite where the end was not reached."""
+        readers = sorted(self.images_per_s)
+        best = max(self.images_per_s.values())
+        if len(readers) < 2:
+            return math.inf
+        half, most = (self.images_per_s[number] for number in readers[-2:])
+        return best * self.bytes_per_image if most < _SATURATED * half else math.inf
+
+
+def probe_storage(
+    source: SwitchedSource, start: LoaderState, *, cold: bool, budget_s: float = 10.0
+) -> tuple[StorageCurve, LoaderState]:
+    """Read batches with 1, 2, 4 and 8 readers, as long as the budget lasts.
+
+    Args:
+        source: whose loader is idle.
+        start: where to read.
+        cold: evict the files first; else they are read once before.
+        budget_s: no new number of readers is tried after this time.
+
+    Returns:
+        The curve, and the state after what was read.
+    """
+    begun, num_bytes, num_images = time.monotonic(), 0, 0
+    rates: dict[int, float] = {}
+    for readers in READERS:
+        if rates and time.monotonic() - begun > budget_s:
+            break
+        extents, after = source.upcoming(start, readers)
+        if cold:
+            evict(extents)
+        else:
+            touch(extents)
+        states = [source.upcoming(start, number)[1] for number in range(readers)]
+        with ThreadPoolExecutor(readers) as pool:
+            first = time.perf_counter()
+            list(pool.map(source.read, states))
+            seconds = time.perf_counter() - first
+        rates[readers] = len(extents) / seconds
+        num_bytes += sum(extent.size for extent in extents)
+        num_images += len(extents)
+        start = after
+    return StorageCurve(rates, num_bytes / num_images), start
