@@ -21,17 +21,36 @@ import torch
 from harness import ROOT, write_result
 
 PYTHON = sys.executable
+STEP = (PYTHON, "benchmarks/bench_step.py", "--rounds", "3", "--steps", "8")
 SECTIONS: dict[str, list[str]] = {
     "doctor": [PYTHON, "-m", "cmae.train", "doctor"],
     "tests": [PYTHON, "-m", "pytest", "-m", "gpu", "-q", "tests"],
-    "step": [PYTHON, "benchmarks/bench_step.py", "--rounds", "3"],
-    "step-large": [
-        *(PYTHON, "benchmarks/bench_step.py", "--size", "l", "--batch-size", "64"),
-        *("--precisions", "fp16", "--rounds", "3", "--steps", "10"),
+    "levers": [
+        *(*STEP, "--levers", "--methods", "cmae", "--precisions", "fp16"),
+        *("--batch-sizes", "128", "--budget-s", "120"),
+    ],
+    "step": [*STEP, "--batch-sizes", "128", "256", "512", "--budget-s", "60"],
+    "step-sizes": [
+        *(*STEP, "--sizes", "s", "l", "h", "--batch-sizes", "128", "--methods", "cmae"),
+        *("--precisions", "fp16", "--budget-s", "45"),
+    ],
+    "model": [
+        PYTHON,
+        "-m",
+        "cmae.train",
+        "bench",
+        "--model",
+        "--recipe",
+        "cmae_vit_b",
+        "--gpu",
+        "measured",
     ],
     "loader": [PYTHON, "benchmarks/bench_loader.py", "--rounds", "3"],
+    "fp8": [PYTHON, "benchmarks/fp8_curve.py", "--steps", "300", "--precision", "fp16"],
     "demo": [PYTHON, "-m", "cmae.train", "demo", "--out", "runs/gpu-demo"],
 }
+LIMITS_S = {"doctor": 30, "tests": 120, "levers": 130, "step": 80, "step-sizes": 60, "model": 15}
+"""A section that hangs must not take the others' time; those without a limit get what is left."""
 
 
 def run_section(name: str, *, limit_s: float) -> dict[str, Any]:
@@ -82,7 +101,7 @@ def main() -> int:
         if left < 5:
             rows.append({"section": name, "exit_code": None, "seconds": 0, "end": "no time left"})
             continue
-        rows.append(run_section(name, limit_s=left))
+        rows.append(run_section(name, limit_s=min(left, LIMITS_S.get(name, left))))
     path = write_result("gpu-suite", config={"budget_s": arguments.budget_s}, rows=rows)
     if arguments.copy_to is not None:
         for result in path.parent.glob(f"{path.name[:10]}_*.json"):
