@@ -24,6 +24,7 @@ PYTHON = sys.executable
 SECTIONS: dict[str, list[str]] = {
     "doctor": [PYTHON, "-m", "cmae.train", "doctor"],
     "tests": [PYTHON, "-m", "pytest", "-m", "gpu", "-q", "tests"],
+    "kernels": [PYTHON, "benchmarks/bench_kernels.py", "--rounds", "20"],
     "step": [PYTHON, "benchmarks/bench_step.py", "--rounds", "3"],
     "step-large": [
         *(PYTHON, "benchmarks/bench_step.py", "--size", "l", "--batch-size", "64"),
