@@ -25,6 +25,7 @@ STEP = (PYTHON, "benchmarks/bench_step.py", "--rounds", "3", "--steps", "8")
 SECTIONS: dict[str, list[str]] = {
     "doctor": [PYTHON, "-m", "cmae.train", "doctor"],
     "tests": [PYTHON, "-m", "pytest", "-m", "gpu", "-q", "tests"],
+    "kernels": [PYTHON, "benchmarks/bench_kernels.py", "--rounds", "20"],
     "levers": [
         *(*STEP, "--levers", "--methods", "cmae", "--precisions", "fp16"),
         *("--batch-sizes", "128", "--budget-s", "120"),

@@ -114,11 +114,32 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.0%}"
 
 
+def kernels_table(result: Result) -> list[list[str]]:
+    """Times of each op by contender, and how near the hardware's floor they come."""
+    rows = [
+        ["op", "shape", "by", "forward, us", "of floor", "backward, us", "of floor", "launches"]
+    ]
+    rows[0] += ["peak MiB", "n"]
+    for row in result["rows"]:
+        cells = [row["op"], row["shape"], row["contender"]]
+        for part in ("forward", "backward"):
+            spread = row.get(f"{part}_us")
+            if spread is None:
+                cells += ["-", "-"]
+                continue
+            share = row[f"{part}_floor_us"] / spread["median"]
+            cells += [_spread(spread, 1), f"{100 * share:.0f} %"]
+        tail = (row["launches"], row["peak_mib"], row["forward_us"]["n"])
+        rows.append([*cells, *(str(value) for value in tail)])
+    return rows
+
+
 TABLES: dict[str, Callable[[Result], list[list[str]]]] = {
     "loader": loader_table,
     "step": step_table,
     "presized": presized_table,
     "levers": levers_table,
+    "kernels": kernels_table,
 }
 NOTES: dict[str, Callable[[Result], list[str]]] = {"loader": loader_notes}
 """Lines under a table."""
