@@ -113,7 +113,7 @@ class StageSnapshot:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return asdict(self) | {"histogram": self.histogram.to_dict()}
+        return vars(self) | {"histogram": self.histogram.to_dict()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> StageSnapshot:
@@ -202,7 +202,7 @@ class LoaderSnapshot:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return asdict(self) | {
+        return vars(self) | {
             "stages": {name: stage.to_dict() for name, stage in self.stages.items()},
             "views_by_kind": {name: kind.to_dict() for name, kind in self.views_by_kind.items()},
         }

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmae.pipeline.plan import EpochPlan
+from cmae.pipeline.randomness import hash_words
 
 SIZES = st.integers(1, 400)
 
@@ -32,6 +33,28 @@ def walk(plan: EpochPlan, epoch: int, *, world_size: int, batch_size: int, start
 def test_order_is_a_permutation(num_samples, block, window, seed):
     plan = EpochPlan(num_samples, 1, seed=seed, block_size=block, window_size=window)
     assert sorted(plan.order(3)) == list(range(num_samples))
+
+
+def defined_order(plan: EpochPlan, epoch: int) -> np.ndarray:
+    """The order by its definition: one stable sort by block keys, one by (window, sample key)."""
+    words = {
+        lane: hash_words(
+            plan.seed, epoch, sample_index=np.arange(plan.num_samples), num_lanes=1, first_lane=lane
+        )[:, 0]
+        for lane in (1 << 20, (1 << 20) + 1)
+    }
+    samples = np.arange(plan.num_samples)
+    block_key, sample_key = words.values()
+    order = samples[np.argsort(block_key[samples // plan.block_size], kind="stable")]
+    window = samples // plan.window_size
+    return order[np.lexsort((sample_key[order], window))]
+
+
+@given(num_samples=SIZES, block=st.integers(1, 50), window=st.integers(1, 500), seed=st.integers())
+@settings(max_examples=60, deadline=None)
+def test_order_is_the_one_that_is_defined(num_samples, block, window, seed):
+    plan = EpochPlan(num_samples, 1, seed=seed, block_size=block, window_size=window)
+    np.testing.assert_array_equal(plan.order(5), defined_order(plan, 5))
 
 
 @given(

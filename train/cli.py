@@ -200,13 +200,18 @@ def _pretrain(arguments: Sequence[str]) -> int:
 
 
 def _profile(arguments: Sequence[str]) -> int:
+    from cmae.train.profiling.commands import profile_tools
     from cmae.train.profiling.config import ProfileConfig
 
+    code = profile_tools(arguments)
+    if code is not None:
+        return code
     parser = build_config_parser(
         "cmae profile",
         "Measure where the time of a training step goes, and what would make it shorter. Takes the recipe "
         "and settings of `cmae pretrain`. Example: cmae profile --recipe cmae_vit_b "
-        "--data.shards '/data/imagenet/train-*.tar'",
+        "--data.shards '/data/imagenet/train-*.tar'. Profiles that are there already are drawn by "
+        "`cmae profile show` and `cmae profile diff`.",
     )
     parser.add_class_arguments(ProfileConfig, "profile")
     sections = _read_sections(parser, arguments)
@@ -279,11 +284,27 @@ def _doctor(arguments: Sequence[str]) -> int:
     return _call(doctor, "cmae doctor", arguments)
 
 
+def _top(arguments: Sequence[str]) -> int:
+    parser = Parser(
+        prog="cmae top",
+        description="Watch a running job: rates, where each rank waits, its loader's stages, stragglers. "
+        "Works from any machine that sees the run's folder. Exit code 1: the run failed or is dead.",
+    )
+    parser.add_argument("run", type=Path, help="folder of the run (run.out)")
+    parser.add_argument("--once", action="store_true", help="print one frame and exit, for logs")
+    parser.add_argument("--every_s", type=float, default=2.0, help="seconds between two frames")
+    parsed = parser.parse_args(list(arguments))
+    from cmae.train.top import top
+
+    return top(parsed.run, once=parsed.once, every_s=parsed.every_s)
+
+
 COMMANDS: dict[str, tuple[str, Command]] = {
     "demo": ("pretrain a micro CMAE on real photographs, in minutes, on any machine", _demo),
     "doctor": ("check this machine and say what to fix", _doctor),
     "shards": ("write, index, verify and inspect WebDataset shards", _shards),
     "pretrain": ("pretrain from shards; continues by itself", _pretrain),
+    "top": ("watch a running job: ranks, loader stages, stragglers", _top),
     "profile": ("measure where a step's time goes, and what would help", _profile),
     "reconstruct": ("picture of original, masked and reconstruction", _reconstruct),
     "import": ("weights of the authors' code or of MAE -> checkpoint", _import),

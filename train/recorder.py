@@ -11,15 +11,18 @@ from typing import Self
 
 import torch
 import yaml
+from rich.markup import escape
 from torch import Tensor
 
 from cmae.model import CMAE
 from cmae.pipeline import Batch, Loader
 from cmae.train.config import Config
 from cmae.train.distributed import Ranks
+from cmae.train.live import LivePublisher
 from cmae.train.metrics import Display, MetricLog, MetricWindow
 from cmae.train.pictures import first_batch_picture, reconstruction_picture
 from cmae.train.plots import loss_plot
+from cmae.train.profiling.nvml import gpu_reader
 
 
 class Recorder:
@@ -42,8 +45,18 @@ class Recorder:
         self._start_step = start_step
         self._total_steps = total_steps
         self._window = MetricWindow(ranks.device)
+        self._live = LivePublisher(
+            config.run.out,
+            ranks,
+            step=start_step,
+            total_steps=total_steps,
+            global_batch_size=config.optim.global_batch_size,
+            snapshot=loader.snapshot,
+            read_gpu=gpu_reader(ranks.device),
+        )
         self._resources = ExitStack()
         self._seen_bad = 0
+        self._said_not_live = False
 
     def __enter__(self) -> Self:
         """Open the files and start the display, on the first rank."""
@@ -61,6 +74,7 @@ class Recorder:
             self._display = self._resources.enter_context(
                 Display(self._total_steps, start_step=self._start_step, live=run.progress)
             )
+        self._resources.enter_context(self._live)
         return self
 
     def __exit__(
@@ -70,7 +84,7 @@ class Recorder:
         trace: TracebackType | None,
     ) -> None:
         """Close what was opened."""
-        self._resources.close()
+        self._resources.__exit__(kind, error, trace)
 
     def opening(self, resumed_from: Path | None, notes: Sequence[str]) -> None:
         """Say what is about to run, and what differs from the checkpoint it continues."""
@@ -96,6 +110,7 @@ class Recorder:
     def step(self, step: int, batches: Sequence[Batch], losses: Tensor) -> None:
         """Note a step that was taken."""
         self._window.add(losses)
+        self._live.step(step)
         if not self._ranks.is_first:
             return
         self._display.advance(step)
@@ -109,6 +124,7 @@ class Recorder:
             waited_s=self._loader.wait_s,
             ranks=self._ranks,
         )
+        self._live.loss = record["total"]
         if not self._ranks.is_first:
             return
         record |= {"lr": lr, "epoch": epoch, "bad_samples": self._loader.bad_samples}
@@ -119,6 +135,11 @@ class Recorder:
             self._display.say(
                 f"[yellow]{self._seen_bad} bad samples replaced so far[/]; "
                 f"see {self._config.run.out / 'bad_samples.jsonl'}"
+            )
+        if self._live.error is not None and not self._said_not_live:
+            self._said_not_live = True
+            self._display.say(
+                f"[yellow]`cmae top` will not see this run:[/] {escape(str(self._live.error))}"
             )
 
     def skipped(self, step: int, count: int, batches: Sequence[Batch], losses: Tensor) -> None:

@@ -2,43 +2,26 @@
 
 from __future__ import annotations
 
+from rich.console import Console
+
 from cmae.train.config import Config
 from cmae.train.profiling.config import ProfileConfig
+from cmae.train.profiling.html import write_html
 from cmae.train.profiling.profiler import profile
-from cmae.train.profiling.records import Profile
+from cmae.train.profiling.report import print_profile
+from cmae.train.profiling.trace import write_trace
 
 
 def run(config: Config, options: ProfileConfig) -> int:
-    """Profile, write `profile.json` and print what was found."""
+    """Profile, print what was found, and write it as JSON, HTML and Chrome trace."""
     found = profile(config, options)
-    path = options.out / "profile.json"
-    found.save(path)
-    print("\n".join(lines(found)))
-    print(f"wrote {path}")
+    found.save(options.out / "profile.json")
+    write_html(found, options.out / "report.html")
+    write_trace(found, options.out / "trace.json")
+    console = Console(highlight=False)
+    print_profile(found, console)
+    console.print(
+        f"wrote profile.json, report.html and trace.json (https://ui.perfetto.dev) to {options.out}",
+        soft_wrap=True,
+    )
     return 0
-
-
-def lines(found: Profile) -> list[str]:
-    """The profile as plain text."""
-    total = found.step_ms.value
-    out = ["", found.verdict.sentence, "", f"step {total:.1f} ms, of which"]
-    for part in found.parts:
-        ms = part.ms
-        out.append(
-            f"  {part.name:<15} {ms.value:9.1f} ms  {100 * ms.value / total:5.1f} %"
-            f"  [{ms.low:.1f}, {ms.high:.1f}]  {part.note}"
-        )
-    out.append("")
-    for phase in found.phases:
-        rate = phase.images_per_s
-        out.append(
-            f"  {phase.name:<15} {rate.value:9.1f} images/s  [{rate.low:.1f}, {rate.high:.1f}]  {phase.what}"
-        )
-    out.append("")
-    for action in found.actions:
-        settings = " ".join(f"--{key} {value}" for key, value in action.overrides.items())
-        out.append(
-            f"  {action.what} {settings}: {action.predicted_images_per_s:.1f} images/s, "
-            f"then {action.then_binds} binds"
-        )
-    return [*out, "", *found.notes]

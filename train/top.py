@@ -1,0 +1,300 @@
+"""`cmae top`: a running job's ranks and loader stages, like a system monitor."""
+
+from __future__ import annotations
+
+import socket
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import psutil
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from cmae.pipeline.counters import Histogram, LoaderSnapshot, StageSnapshot
+from cmae.train.live import EVERY_S, LiveStatus, read_live
+from cmae.train.profiling.report import format_number, stage_bar, stage_table
+from cmae.train.profiling.stages import StageShares, stage_shares
+from cmae.train.profiling.verdict import NAMES, SMALL
+
+_SILENT_S = 15.0
+"""A rank whose file is older than this, in spite of its writing thread, is taken for dead."""
+_UNEVEN = 0.05
+"""Share of the step by which a rank's waiting must exceed the others' for it to be called a straggler."""
+_MAX_RANKS = 32
+_BINDS = {"read": NAMES["storage"], "views": NAMES["decode"], "finish": NAMES["feed"]}
+"""What `cmae profile` calls each stage of the loader when it limits the run."""
+_COLOURS = {"running": "green", "stuck": "yellow", "finished": "green", "stopped": "yellow"}
+
+
+def top(run: Path, *, once: bool = False, every_s: float = EVERY_S) -> int:
+    """Show a run's ranks: rates, where they wait, their loaders' stages.
+
+    It reads the small files that each rank writes into the run's folder, so it works from any machine that
+    sees the folder. Exits with 1 if the run failed or its processes are gone, with 0 if it goes on or is
+    done.
+
+    Args:
+        run: folder of the run (run.out).
+        once: print one frame and exit, for logs.
+        every_s: seconds between two frames.
+    """
+    console = Console(highlight=False)
+    statuses = read_live(run)
+    if once or not console.is_terminal:
+        console.print(frame(run, statuses, now=time.time(), width=console.width))
+        return _exit_code(statuses)
+    with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
+        while True:
+            picture = frame(run, statuses, now=time.time(), width=console.width)
+            live.update(picture, refresh=True)
+            if not any(_is_going(one, time.time()) for one in statuses):
+                return _exit_code(statuses)
+            time.sleep(every_s)
+            statuses = read_live(run)
+
+
+def _exit_code(statuses: Sequence[LiveStatus]) -> int:
+    conditions = [condition(one, time.time()) for one in statuses]
+    return int(any(found in ("failed", "dead") for found in conditions))
+
+
+def _is_going(status: LiveStatus, now: float) -> bool:
+    return condition(status, now) in ("running", "stuck")
+
+
+def condition(status: LiveStatus, now: float) -> str:
+    """running, stuck, dead, finished, stopped or failed.
+
+    'stuck': the process writes, but its step takes ten times as long as the ones before. 'dead': the file
+    says running, yet nothing has been written for 15 s, or the process is gone from this machine.
+    """
+    if status.state != "running":
+        return status.state
+    if now - status.time > _SILENT_S:
+        return "dead"
+    if status.host == socket.gethostname() and not psutil.pid_exists(status.pid):
+        return "dead"
+    limit_s = max(10 * (status.step_ms or 0) / 1000, 30.0)
+    return "stuck" if status.step_ms and status.step_age_s > limit_s else "running"
+
+
+def frame(run: Path, statuses: Sequence[LiveStatus], *, now: float, width: int) -> RenderableType:
+    """One picture of the run.
+
+    Args:
+        run: its folder, for the title.
+        statuses: of all ranks.
+        now: Unix time.
+        width: columns of the terminal.
+    """
+    shown = [one for one in statuses if _is_going(one, now)] or statuses
+    stages = stage_shares(sum_windows([one.window for one in shown]))
+    lines = [_headline(run, statuses, now), Text(verdict(statuses, now), style="bold")]
+    lines += [Text(line, style="yellow") for line in stragglers(statuses, now)]
+    return Group(
+        *lines,
+        _rank_table(statuses, now, width),
+        stage_table(
+            stages, "Stages" if len(shown) == 1 else f"Stages of {len(shown)} ranks", width
+        ),
+    )
+
+
+def _headline(run: Path, statuses: Sequence[LiveStatus], now: float) -> Text:
+    step, total = min(one.step for one in statuses), statuses[0].total_steps
+    parts = [f"{run}", f"step {step}/{total} ({step / max(total, 1):.0%})"]
+    rates = [one.images_per_s for one in statuses if one.images_per_s]
+    if rates:
+        rate = statistics.median(rates)
+        parts.append(f"{format_number(rate)} images/s")
+        seconds = (total - step) * statuses[0].global_batch_size / rate
+        if any(_is_going(one, now) for one in statuses):
+            parts.append(f"ETA {_duration(seconds)}")
+    losses = [one.loss for one in statuses if one.loss is not None]
+    if losses:
+        parts.append(f"loss {losses[0]:.4f}")
+    return Text("  ".join(parts))
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+
+def verdict(statuses: Sequence[LiveStatus], now: float) -> str:
+    """Where the run's time goes, in one sentence; first of all whether it goes on."""
+    conditions = {one.rank: condition(one, now) for one in statuses}
+    missing = set(range(statuses[0].world_size)) - set(conditions)
+    if missing:
+        return f"{_ranks(sorted(missing))} has written nothing yet."
+    for ended in ("failed", "dead"):
+        ranks = [rank for rank, found in conditions.items() if found == ended]
+        if ranks:
+            return _ended(ended, [one for one in statuses if one.rank in ranks], now)
+    if not any(found in ("running", "stuck") for found in conditions.values()):
+        return f"The run has {statuses[0].state}, {_duration(now - statuses[0].time)} ago."
+    stuck = [one for one in statuses if conditions[one.rank] == "stuck"]
+    if stuck:
+        age = max(one.step_age_s for one in stuck)
+        return f"Stuck: {_ranks([one.rank for one in stuck])} has done no step for {age:.0f} s."
+    if all(one.step_ms is None for one in statuses):
+        return f"Starting: no step measured yet ({max(one.step_age_s for one in statuses):.0f} s)."
+    return _limit(statuses)
+
+
+def _ended(how: str, statuses: Sequence[LiveStatus], now: float) -> str:
+    ranks, one = _ranks([status.rank for status in statuses]), statuses[0]
+    if how == "failed":
+        return f"Failed: {ranks}: {one.error}"
+    return (
+        f"Dead: {ranks} ({one.host}, process {one.pid}) was running and has been silent for "
+        f"{_duration(now - one.time)}."
+    )
+
+
+def _limit(statuses: Sequence[LiveStatus]) -> str:
+    """The verdict on a run that goes: the model, or the stage of the loader that it waits for."""
+    window = sum_windows([one.window for one in statuses])
+    worst = max(statuses, key=lambda one: one.wait_share)
+    stages = [stage for stage in stage_shares(window) if stage.name in _BINDS]
+    if worst.wait_share < SMALL:
+        headroom = min(
+            (one.capacity_images_per_s / one.images_per_s for one in stages if one.images_per_s),
+            default=float("nan"),
+        )
+        return (
+            f"The model binds; the loader has {headroom:.1f}x head-room "
+            f"({worst.wait_share:.0%} of the step is waiting for data)."
+        )
+    stages = [
+        stage for stage in stage_shares(worst.window) if stage.name in _BINDS and stage.busy > 0
+    ]
+    if not stages:
+        return (
+            f"Waiting for data {worst.wait_share:.0%} of the step; no stage of the loader is busy."
+        )
+    busiest = max(stages, key=lambda stage: stage.busy)
+    return (
+        f"Bound by {_BINDS[busiest.name]} ({busiest.stage.threads} threads, {busiest.busy:.0%} busy): "
+        f"{worst.wait_share:.0%} of the step is waiting for data."
+    )
+
+
+def stragglers(statuses: Sequence[LiveStatus], now: float) -> Iterator[str]:
+    """Ranks that the others wait for, one line each.
+
+    Every rank's step takes equally long, for they meet in the gradient's all-reduce. What tells a slow rank
+    is its own waiting for data (over 5 % of the step more than the median), a lower clock of its GPU (by 10 %
+    or more), or that it is behind.
+    """
+    going = [one for one in statuses if _is_going(one, now) and one.step_ms]
+    if len(going) < 2:
+        return
+    waits = {one.rank: one.wait_share for one in going}
+    median_wait = statistics.median(waits.values())
+    clocks = [one.gpu["sm_clock_mhz"] for one in going if "sm_clock_mhz" in one.gpu]
+    for one in going:
+        reasons = []
+        if waits[one.rank] > median_wait + _UNEVEN:
+            reasons.append(
+                f"waits for data {waits[one.rank]:.0%} of the step, the others {median_wait:.0%}"
+            )
+        clock = one.gpu.get("sm_clock_mhz")
+        if clock is not None and clock < 0.9 * statistics.median(clocks):
+            reasons.append(f"GPU at {clock:.0f} MHz, the others {statistics.median(clocks):.0f}")
+        if condition(one, now) == "stuck":
+            reasons.append(f"no step for {one.step_age_s:.0f} s")
+        if reasons:
+            yield f"straggler: rank {one.rank} ({one.host}): {'; '.join(reasons)}"
+
+
+def _rank_table(statuses: Sequence[LiveStatus], now: float, width: int) -> Table:
+    bar_width = max(4, min(14, (width - 78) // 3))
+    table = Table(title="\nRanks", title_justify="left", title_style="bold")
+    for name in ("rank", "host", "state"):
+        table.add_column(name, no_wrap=True)
+    for name in ("step", "ms", "wait", "queue"):
+        table.add_column(name, justify="right", no_wrap=True)
+    names = [name for name in statuses[0].window.stages if name in _BINDS]
+    for name in names:
+        table.add_column(name, width=bar_width, no_wrap=True)
+    has_gpu = any(one.gpu for one in statuses)
+    if has_gpu:
+        table.add_column("GPU", justify="right", no_wrap=True)
+    shown = sorted(statuses, key=lambda one: one.wait_share, reverse=True)[:_MAX_RANKS]
+    for one in sorted(shown, key=lambda one: one.rank):
+        found = condition(one, now)
+        shares = {stage.name: stage for stage in stage_shares(one.window)}
+        table.add_row(
+            str(one.rank),
+            escape(one.host[:18]),
+            Text(found, style=_COLOURS.get(found, "bold red")),
+            str(one.step),
+            "-" if one.step_ms is None else format_number(one.step_ms),
+            f"{one.wait_share:.0%}",
+            f"{one.window.queue_depth_mean:.1f}",
+            *(_bar(shares.get(name), bar_width) for name in names),
+            *[_gpu(one)][:has_gpu],
+        )
+    if len(statuses) > _MAX_RANKS:
+        table.caption = f"the {_MAX_RANKS} of {len(statuses)} ranks that wait longest"
+    return table
+
+
+def _bar(stage: StageShares | None, width: int) -> Text:
+    return Text("-") if stage is None else stage_bar(stage, width)
+
+
+def _gpu(status: LiveStatus) -> str:
+    gpu = status.gpu
+    cells = [f"SM {gpu['sm_pct']:.0f}%"] if "sm_pct" in gpu else []
+    cells += [f"JPEG {gpu['jpeg_pct']:.0f}%"] if gpu.get("jpeg_pct") else []
+    cells += [f"{gpu['sm_clock_mhz']:.0f} MHz"] if "sm_clock_mhz" in gpu else []
+    return " ".join(cells) or "-"
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    listed = ", ".join(map(str, ranks[:8]))
+    return f"each of ranks {listed}{' and others' if len(ranks) > 8 else ''}"
+
+
+def sum_windows(windows: Sequence[LoaderSnapshot]) -> LoaderSnapshot:
+    """Counters of several loaders as if they were one: threads, items and seconds add up."""
+    time_s = statistics.fmean(one.time_s for one in windows)
+    names = dict.fromkeys(name for one in windows for name in one.stages)
+    return LoaderSnapshot(
+        time_s=time_s,
+        stages={
+            name: _sum_stages([one.stages[name] for one in windows if name in one.stages])
+            for name in names
+        },
+        batches=sum(one.batches for one in windows),
+        samples=sum(one.samples for one in windows),
+        wait_s=statistics.fmean(one.wait_s for one in windows),
+        queue_depth_mean=statistics.fmean(one.queue_depth_mean for one in windows),
+        bad_samples=sum(one.bad_samples for one in windows),
+    )
+
+
+def _sum_stages(stages: Sequence[StageSnapshot]) -> StageSnapshot:
+    def total(name: str) -> float:
+        return float(sum(getattr(one, name) for one in stages))
+
+    return StageSnapshot(
+        name=stages[0].name,
+        threads=sum(one.threads for one in stages),
+        items=sum(one.items for one in stages),
+        bytes=sum(one.bytes for one in stages),
+        busy_s=total("busy_s"),
+        cpu_s=total("cpu_s"),
+        starved_s=total("starved_s"),
+        blocked_s=total("blocked_s"),
+        histogram=sum((one.histogram for one in stages), start=Histogram()),
+    )
