@@ -21,6 +21,7 @@ from cmae.train.profiling.page_cache import evict, resident_fraction, touch
 from cmae.train.profiling.stretch import Reading, draining, run_stretch
 from cmae.train.profiling.switches import SwitchedMaker, SwitchedSource
 from cmae.train.step import TrainStep
+from cmae.train.tuned import LoaderSettings
 
 WHAT = {
     "local": "the step on one batch, each rank for itself, without any collective",
@@ -57,7 +58,8 @@ class Subject:
     """One optimiser step's micro-batches that never change."""
     ranks: Ranks
     start: LoaderState
-    prefetch: int
+    settings: LoaderSettings
+    """The loader's threads and queues."""
     local: Callable[[], AbstractContextManager[None]] | None = None
     """Within it the step talks to no other rank; None where there is no other."""
     wrap: Wrap | None = None
@@ -85,9 +87,8 @@ class Bench:
     def __init__(self, subject: Subject, *, steps: int) -> None:
         self._subject = subject
         self.steps = steps
-        self._ahead = (
-            2 * _FILL + subject.prefetch
-        )  # batches read before they are asked for, at most
+        # Batches that may be read before they are asked for.
+        self._ahead = _FILL + subject.settings.num_readers + subject.settings.prefetch + 4
         self._place = subject.start
         if subject.source.can_return:
             _, self._place = subject.source.upcoming(subject.start, self._ahead)
@@ -97,8 +98,6 @@ class Bench:
         self._stretch = 0
         self.resident: list[float] = []
         """Share of the files in the page cache as each round found them."""
-        self.resident_cold: list[float] = []
-        """The same after eviction."""
         self.notes: list[str] = []
 
     @property
@@ -158,9 +157,11 @@ class Bench:
 
     def _cold(self) -> Reading:
         evict(self._window)
-        found = resident_fraction(self._window)
-        if found is not None:
-            self.resident_cold.append(found)
+        stayed = resident_fraction(self._window)
+        if stayed is None:
+            self._note("this file system does not say what is cached: cold files may be warm")
+        elif stayed > 0.1:
+            self._note(f"{100 * stayed:.0f} % of the files stayed in the page cache when evicted")
         self._switch("storage", start=self._window_start)
         return self._fed("cold")
 
@@ -200,6 +201,10 @@ class Bench:
         draw = lambda: [next(copies) for _ in range(self._subject.accumulation)]  # noqa: E731
         self._warm_up(draw)
         return self._timed("replay_h2d", draw)
+
+    def _note(self, note: str) -> None:
+        if not any(one[-40:] == note[-40:] for one in self.notes):
+            self.notes.append(note)
 
     # --- parts of a stretch ---------------------------------------------------------------------
 

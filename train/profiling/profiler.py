@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from cmae.kernels.backend import use_backend
 from cmae.model import build_model, draw_mask
 from cmae.pipeline import Batch, LoaderState, synthetic_batches
 from cmae.pipeline.counters import MEGAPIXEL_EDGES
@@ -29,6 +30,7 @@ from cmae.train.profiling.config import ProfileConfig
 from cmae.train.profiling.estimates import estimate
 from cmae.train.profiling.experiments import override, run_trials
 from cmae.train.profiling.machine import describe_machine, usable_cores
+from cmae.train.profiling.nvml import GpuSampler
 from cmae.train.profiling.phases import WHAT, Bench, Step, Subject, without_collectives
 from cmae.train.profiling.records import Action, Curve, Part, Phase, Profile
 from cmae.train.profiling.resources import Costs, loader_rate
@@ -60,6 +62,7 @@ def profile(config: Config, options: ProfileConfig, *, say: Say = print) -> Prof
     with ExitStack() as stack:
         ranks = stack.enter_context(join_ranks(config.speed.device))
         check_step(config.optim, config.speed, ranks)
+        stack.enter_context(use_backend(config.speed.kernels))
         if config.speed.torch_threads is not None:
             torch.set_num_threads(config.speed.torch_threads)
         model = build_model(config.model, seed=config.seed)
@@ -110,16 +113,15 @@ def open_subject(
             synthetic=_synthetic(config, split, ranks),
             ranks=ranks,
             start=LoaderState(config.seed, epoch=0, next_sample=0, digest=source.digest),
-            prefetch=settings.prefetch,
+            settings=settings,
             local=local,
             wrap=wrap,
         )
 
 
 def _synthetic(config: Config, split: BatchSplit, ranks: Ranks) -> list[Batch]:
-    views = config.data.views
     batches = synthetic_batches(
-        views if config.model.has_contrast else replace(views, num_views=1),
+        config.loader_views,
         batch_size=split.micro_batch_size,
         device=ranks.device,
         draw_mask=lambda index, epoch: draw_mask(
@@ -146,6 +148,8 @@ class Rounds:
     """Where samples begin that no phase has read."""
     steps: int
     """Timed in a stretch."""
+    gpu: dict[str, Any]
+    """Load of the GPU's engines during full runs."""
     notes: list[str]
 
 
@@ -190,6 +194,7 @@ def measure(
         verdict=judge(facts),
         actions=actions,
         curves=(*draw_curves(facts), *_storage_curves(probes, facts)),
+        gpu=rounds.gpu,
         tails=_tails(rounds.readings["loader_memory"]),
         notes=(*rounds.notes, *_notes(parts, rounds, facts)),
     )
@@ -216,6 +221,7 @@ def run_rounds(subject: Subject, options: ProfileConfig, *, say: Say) -> Rounds:
             local_ms.append(_gather(readings["local"][-1].step_ms, subject.ranks))
             own = 1000 * readings["full"][-1].next_s / bench.steps
             waits = [a + b for a, b in zip(waits, _gather(own, subject.ranks), strict=True)]
+    gpu = _gpu_load(bench, subject.ranks.device)
     return Rounds(
         readings=readings,
         python_ms=python,
@@ -224,8 +230,21 @@ def run_rounds(subject: Subject, options: ProfileConfig, *, say: Say) -> Rounds:
         resident=statistics.fmean(bench.resident) if bench.resident else None,
         end=bench.place,
         steps=bench.steps,
+        gpu=gpu,
         notes=bench.notes,
     )
+
+
+def _gpu_load(bench: Bench, device: torch.device) -> dict[str, Any]:
+    """Load of the GPU's engines during two more full stretches."""
+    if device.type != "cuda":
+        return {}
+    with GpuSampler(device) as sampler:
+        for _ in range(2):
+            bench.run("full")
+    if sampler.note:
+        bench.notes.append(sampler.note)
+    return sampler.load
 
 
 def verify(
@@ -391,20 +410,21 @@ def _costs(subject: Subject, readings: Readings, cold_share: float) -> Costs:
     # on the CPU both take cores, and that is one.
     on_cores = _cpu(readings["replay"]) * _rate(readings["replay"]) > 0.5
     step = readings["replay" if on_cores else "interference"]
+    views, threads = _stage(readings["loader_memory"], "views"), subject.settings.num_threads
     read_warm = _stage(alone, "read")
     read_cold = _stage(readings["cold"], "read") if "cold" in readings else read_warm
     costs = Costs(
         model_s=1 / _rate(step),
         step_cpu_s=_cpu(readings["replay"]),
         loader_cpu_s=_cpu(alone),
-        decode_s=_stage(readings["loader_memory"], "views").busy_s,
+        decode_s=views.busy_s * threads / views.threads,  # DALI is one thread to its counters
         feed_s=_stage(readings["loader_memory"], "finish").busy_s,
         read_warm_s=read_warm.busy_s,
         read_cold_s=read_cold.busy_s,
         num_bytes=read_warm.bytes,
         cold_share=cold_share,
         cores=max(0.5, usable_cores() / _local_ranks(subject.ranks) - others),
-        threads=_stage(readings["loader_memory"], "views").threads,
+        threads=float(threads),
         readers=read_warm.threads,
     )
     efficiency = _rate(alone) / loader_rate(replace(costs, cold_share=0.0))
