@@ -18,7 +18,9 @@ def resident_fraction(extents: Sequence[Extent]) -> float | None:
     """Share of the extents whose middle page can be read without the disk; None where no one can tell.
 
     Looks at up to 400 of them. Reading with RWF_NOWAIT answers for a page that is not there with an error
-    instead of a read; network file systems do not have it.
+    instead of waiting; network file systems do not have it. The kernel then begins to read the page, so ask
+    once, and about files that nothing is going to time. mincore would leave no trace, but says nothing of
+    files that belong to someone else.
     """
     chosen = extents[:: max(1, len(extents) // _MAX_PROBES)]
     found = []
