@@ -139,9 +139,9 @@ class Rounds:
     readings: dict[str, list[Reading]]
     python_ms: list[float]
     local_ms: list[list[float]]
-    """Every rank's step without collectives, by round."""
-    waits: list[dict[str, Any]]
-    """What each rank waited for in the full run."""
+    """Every rank's step without collectives, by round; empty with one rank."""
+    waits_ms: list[float]
+    """What each rank waited for data in a step of the full run."""
     resident: float | None
     """Share of the files that the full run found in the page cache; None where no one can tell."""
     end: LoaderState
@@ -196,6 +196,7 @@ def measure(
         curves=(*draw_curves(facts), *_storage_curves(probes, facts)),
         gpu=rounds.gpu,
         tails=_tails(rounds.readings["loader_memory"]),
+        ranks=_ranks(rounds),
         notes=(*rounds.notes, *_notes(parts, rounds, facts)),
     )
 
@@ -226,7 +227,7 @@ def run_rounds(subject: Subject, options: ProfileConfig, *, say: Say) -> Rounds:
         readings=readings,
         python_ms=python,
         local_ms=local_ms,
-        waits=[{"rank": rank, "wait_ms": wait / len(python)} for rank, wait in enumerate(waits)],
+        waits_ms=[wait / len(python) for wait in waits],
         resident=statistics.fmean(bench.resident) if bench.resident else None,
         end=bench.place,
         steps=bench.steps,
@@ -462,6 +463,17 @@ def _local_ranks(ranks: Ranks) -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if ranks.world_size > 1 else 1
 
 
+def _ranks(rounds: Rounds) -> tuple[dict[str, Any], ...]:
+    """Every rank's own step and its wait for data; empty with one rank."""
+    if not rounds.local_ms:
+        return ()
+    steps_ms = [statistics.median(each) for each in zip(*rounds.local_ms, strict=True)]
+    return tuple(
+        {"rank": rank, "step_ms": step_ms, "wait_ms": wait_ms}
+        for rank, (step_ms, wait_ms) in enumerate(zip(steps_ms, rounds.waits_ms, strict=True))
+    )
+
+
 def _tails(readings: Sequence[Reading]) -> tuple[dict[str, Any], ...]:
     """Decode time by JPEG kind and size."""
     snapshots = [one.loader for one in readings if one.loader is not None]
@@ -493,4 +505,10 @@ def _notes(parts: Sequence[Part], rounds: Rounds, facts: Facts) -> list[str]:
         )
     if facts.others_cores >= 0.25:
         notes.append(f"other processes took {facts.others_cores:.1f} CPU cores meanwhile")
+    if rounds.local_ms:
+        slowest = max(_ranks(rounds), key=lambda one: float(one["step_ms"]))
+        notes.append(
+            f"rank {slowest['rank']} is the slowest alone, {slowest['step_ms']:.1f} ms a step; waits for "
+            f"data by rank: {', '.join(f'{wait:.1f}' for wait in rounds.waits_ms)} ms"
+        )
     return notes
