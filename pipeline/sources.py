@@ -209,6 +209,11 @@ class IndexedSource:
             raw.records[slot] = self._next_good(record.position + 1)
 
     @property
+    def is_local(self) -> bool:
+        """Whether all shards are files here."""
+        return self._remote is None
+
+    @property
     def samples_per_shard(self) -> float:
         """Mean over all shards."""
         return len(self._index) / len(self._index.paths)
