@@ -9,16 +9,10 @@ files of their own.
 
 from __future__ import annotations
 
-import argparse
-import os
-import subprocess
 import sys
-import time
-from pathlib import Path
-from typing import Any
 
 import torch
-from harness import ROOT, write_result
+from suite import build_parser, run_suite
 
 PYTHON = sys.executable
 SECTIONS: dict[str, list[str]] = {
@@ -30,66 +24,28 @@ SECTIONS: dict[str, list[str]] = {
         *("--precisions", "fp16", "--rounds", "3", "--steps", "10"),
     ],
     "loader": [PYTHON, "benchmarks/bench_loader.py", "--rounds", "3"],
+    "e2e": [PYTHON, "benchmarks/bench_e2e.py"],
+    "sweep-decode": [
+        *(PYTHON, "benchmarks/bench_sweep.py", "--sweeps", "threads", "hw_decoder_load"),
+    ],
+    "sweep-step": [
+        *(PYTHON, "benchmarks/bench_sweep.py", "--sweeps", "batch_size", "img_size"),
+    ],
     "demo": [PYTHON, "-m", "cmae.train", "demo", "--out", "runs/gpu-demo"],
 }
 
 
-def run_section(name: str, *, limit_s: float) -> dict[str, Any]:
-    """Run one section; its output is shown as it comes, its end is kept."""
-    print(f"=== {name} (at most {limit_s:.0f} s)", flush=True)
-    started = time.perf_counter()
-    environment = {
-        **os.environ,
-        "PYTHONSAFEPATH": "1",
-        "PYTHONPATH": str(ROOT / "benchmarks"),  # for `harness`, which safe mode would not find
-        "PYTHONUNBUFFERED": "1",
-    }
-    try:
-        done = subprocess.run(
-            SECTIONS[name],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=limit_s,
-            check=False,
-        )
-        code, output = done.returncode, done.stdout
-    except subprocess.TimeoutExpired as expired:
-        code, output = 124, (expired.stdout or b"").decode(errors="replace")
-    print(output[-6000:], flush=True)
-    seconds = round(time.perf_counter() - started, 1)
-    return {"section": name, "exit_code": code, "seconds": seconds, "end": output[-3000:]}
+LIMITS_S: dict[str, float] = {}
+"""Seconds that a section may take; without one, all that is left."""
 
 
 def main() -> int:
     """Run the chosen sections."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
-    parser.add_argument("--budget-s", type=float, default=540, help="for all sections together")
-    parser.add_argument("--copy-to", type=Path, help="copy the result files there too")
-    arguments = parser.parse_args()
+    arguments = build_parser(__doc__, SECTIONS, budget_s=540).parse_args()
     if not torch.cuda.is_available():
         print("gpu_suite: torch sees no GPU; `cmae doctor` says why", file=sys.stderr)
         return 1
-    deadline = time.perf_counter() + arguments.budget_s
-    rows = []
-    for name in arguments.sections:
-        left = deadline - time.perf_counter()
-        if left < 5:
-            rows.append({"section": name, "exit_code": None, "seconds": 0, "end": "no time left"})
-            continue
-        rows.append(run_section(name, limit_s=left))
-    path = write_result("gpu-suite", config={"budget_s": arguments.budget_s}, rows=rows)
-    if arguments.copy_to is not None:
-        for result in path.parent.glob(f"{path.name[:10]}_*.json"):
-            (arguments.copy_to / result.name).write_bytes(result.read_bytes())
-    for row in rows:
-        print(f"{row['section']:<16} exit {row['exit_code']}  {row['seconds']} s")
-    return max((row["exit_code"] or 0 for row in rows), default=0)
+    return run_suite("gpu-suite", SECTIONS, arguments, limits_s=LIMITS_S)
 
 
 if __name__ == "__main__":
