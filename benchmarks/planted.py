@@ -21,13 +21,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import webdataset as wds
 from harness import write_result
 from PIL import Image
@@ -39,11 +40,11 @@ from cmae.pipeline.index import build_index, index_path, save_index
 from cmae.pipeline.sources import Extent, Source
 from cmae.train.config import Config, DataConfig, OptimConfig, RunConfig, SpeedConfig
 from cmae.train.demo_data import PHOTOGRAPHS, load_photograph
-from cmae.train.distributed import Ranks
+from cmae.train.distributed import Ranks, from_first, join_ranks
 from cmae.train.profiling.config import ProfileConfig
 from cmae.train.profiling.page_cache import evict
 from cmae.train.profiling.profiler import measure, open_subject
-from cmae.train.profiling.records import Profile
+from cmae.train.profiling.records import Profile, load_profile
 
 BATCH_SIZE = 8
 STEP_S = 0.06
@@ -146,7 +147,7 @@ class Fault:
     wrap: Callable[[Source, ViewMaker], tuple[Source, ViewMaker]] | None = None
     mask_s: float = 0.0
     threads: int = 2
-    photographs: dict[str, Any] = field(default_factory=dict)
+    photographs: dict[str, Any] = field(default_factory=lambda: {"count": 128})
     busy_processes: int = 0
     cold: bool = False
     """Evict all shards first."""
@@ -183,7 +184,7 @@ FAULTS = (
         "1 thread, photographs of 1500 px",
         ("decode",),
         threads=1,
-        photographs={"edge": 1500},
+        photographs={"edge": 1500, "count": 64},
     ),
     Fault(
         "oversized images",
@@ -198,11 +199,12 @@ FAULTS = (
         ("python",),
         step=python_step(STEP_S, 0.1),
     ),
+    Fault("slow rank", "one of two ranks slower by 100 ms", ("straggler",)),
     Fault(
         "noisy neighbour",
         "4 busy processes beside 2 decoding threads",
         ("neighbour",),
-        photographs={"edge": 900},
+        photographs={"edge": 900, "count": 96},
         busy_processes=4,
     ),
 )
@@ -275,23 +277,86 @@ def plant(fault: Fault, folder: Path, options: ProfileConfig) -> Profile:
         return measure(subject, options, config)
 
 
+class RankStep:
+    """A step that ends when every rank's has: the last rank is slower by `slow_s`."""
+
+    def __init__(self, ranks: Ranks, *, slow_s: float) -> None:
+        self._seconds = STEP_S + (slow_s if ranks.rank == ranks.world_size - 1 else 0.0)
+        self._alone = False
+
+    def __call__(self, batches: Sequence[Batch]) -> None:
+        """Work, then wait for the others."""
+        time.sleep(self._seconds)
+        if not self._alone:
+            dist.barrier()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Without the other ranks."""
+        self._alone = True
+        try:
+            yield
+        finally:
+            self._alone = False
+
+
+def profile_slow_rank(path: Path, options: ProfileConfig) -> None:
+    """Under torchrun: profile ranks of which one is slow by 100 ms, and write the profile."""
+    with join_ranks("cpu") as ranks, tempfile.TemporaryDirectory() as folder:
+        shards = from_first(
+            write_photographs(Path(folder), count=64) if ranks.is_first else None, ranks
+        )
+        config = build_config(shards, threads=1)
+        size = BATCH_SIZE * ranks.world_size
+        config = replace(config, optim=replace(config.optim, global_batch_size=size))
+        step = RankStep(ranks, slow_s=0.1)
+        with open_subject(config, ranks, step, local=step.alone) as subject:
+            found = measure(subject, options, config)
+        dist.barrier()  # the shards are the first rank's
+        if ranks.is_first:
+            found.save(path)
+
+
+def run_slow_rank(fault: Fault, folder: Path, options: ProfileConfig) -> Profile:
+    """The same in two processes started from here."""
+    path = folder / "profile.json"
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+    command += [__file__, "--slow-rank", str(path), "--rounds", str(options.rounds)]
+    subprocess.run([*command, "--steps", str(options.steps)], check=True)
+    return load_profile(path)
+
+
 def main() -> None:
     """Plant every fault, print what was named, and write the result file."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("names", nargs="*", help="faults to plant; default: all")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--slow-rank", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    options = ProfileConfig(rounds=arguments.rounds, steps=arguments.steps, budget_s=600)
+    options = ProfileConfig(
+        rounds=arguments.rounds, steps=arguments.steps, budget_s=600, trials=False
+    )
+    if arguments.slow_rank:
+        profile_slow_rank(arguments.slow_rank, options)
+        return
     rows = []
     for fault in FAULTS:
         if arguments.names and fault.name not in arguments.names:
             continue
         with tempfile.TemporaryDirectory() as folder:
             begun = time.monotonic()
-            found = plant(fault, Path(folder), options)
+            run = run_slow_rank if fault.name == "slow rank" else plant
+            found = run(fault, Path(folder), options)
         residual = next(part.ms.value for part in found.parts if part.name == "residual")
         row = {
             "planted": fault.name,
@@ -308,7 +373,8 @@ def main() -> None:
         print(f"{fault.name:<30} {verdict} {found.verdict.binds:<10} {found.verdict.sentence}")
         print({name: round(ms, 1) for name, ms in row["parts_ms"].items()}, flush=True)
     if not arguments.names:
-        write_result("planted", config=vars(arguments), rows=rows)
+        config = {"rounds": options.rounds, "steps": options.steps}
+        write_result("planted", config=config, rows=rows)
 
 
 if __name__ == "__main__":

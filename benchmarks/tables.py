@@ -37,11 +37,26 @@ def loader_table(result: Result) -> list[list[str]]:
     """Loader rates per core and CPU cost, by colour mode."""
     rows = [["colour", "loader", "images/s per core", "CPU-s per 1000 images", "n"]]
     for row in result["rows"]:
+        if "absent" in row:
+            continue
         rate, cost = row["images_per_s_per_core"], row["cpu_s_per_1000_images"]
-        rows.append(
-            [row["color"], row["loader"], _spread(rate, 0), _spread(cost, 1), str(rate["n"])]
-        )
+        rows.append([row["color"], _peer(row), _spread(rate, 0), _spread(cost, 1), str(rate["n"])])
     return rows
+
+
+def loader_notes(result: Result) -> list[str]:
+    """What the other loaders make, and which are absent, each once."""
+    notes = []
+    for row in result["rows"]:
+        if "absent" in row:
+            notes.append(f"{_peer(row)}: absent, {row['absent']}")
+        elif "version" in row and not row["version"].startswith("cmae"):
+            notes.append(f"{_peer(row)}, {row['color']} ({row['version']}): {row['views']}")
+    return list(dict.fromkeys(notes))
+
+
+def _peer(row: Result) -> str:
+    return str(row["peer"] if "peer" in row else row["loader"])  # results of 2026-11-23: 'loader'
 
 
 def step_table(result: Result) -> list[list[str]]:
@@ -55,10 +70,24 @@ def step_table(result: Result) -> list[list[str]]:
     return rows
 
 
+def presized_table(result: Result) -> list[list[str]]:
+    """What pre-resized shards save and cost."""
+    rows = [["shorter side", "images touched", "bytes", "pixels", "error, levels", "PSNR, dB"]]
+    for row in result["rows"]:
+        touched = f"{row['touched']} of {row['images']}"
+        shares = [f"{row[name]:.0%}" for name in ("bytes_of_original", "pixels_of_original")]
+        errors = [_spread(row["mean_error_levels"], 2), _spread(row["psnr_db"], 1)]
+        rows.append([f"{row['max_size']} px", touched, *shares, *errors])
+    return rows
+
+
 TABLES: dict[str, Callable[[Result], list[list[str]]]] = {
     "loader": loader_table,
     "step": step_table,
+    "presized": presized_table,
 }
+NOTES: dict[str, Callable[[Result], list[str]]] = {"loader": loader_notes}
+"""Lines under a table."""
 
 
 def render(name: str) -> str:
@@ -74,8 +103,9 @@ def _render_one(name: str, path: Path, result: Result) -> str:
     lines = [head, ["---"] * len(head), *body]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     data = f"; {result['config']['data']}" if "data" in result["config"] else ""
+    notes = "\n".join(f"- {note}" for note in NOTES[name](result)) if name in NOTES else ""
     return (
-        f"{table}\n\nMedian (smallest to largest) of n interleaved rounds on "
+        f"{table}\n\n{notes}{notes and chr(10) * 2}Median (smallest to largest) of n interleaved rounds on "
         f"{result['machine']['device']}{data}; [{path.name}](benchmarks/results/{path.name})."
     )
 

@@ -1,1 +1,1 @@
-"""One op a file: a dispatcher, and the torch reference with the same signature."""
+"""One op a file: dispatcher, torch reference with the same signature, Triton kernel and its launcher."""

@@ -12,13 +12,14 @@ import torch
 from jaxtyping import Int32, Int64
 from torch import Tensor
 
-from cmae.kernels.backend import Backend, check_backend
+from cmae.kernels.backend import Backend, jit, on_device, tl, use_triton
 
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 _MAX_CELLS = 1 << 16
+_MAX_KERNEL_PATCHES = 1 << 10  # one program holds all patches of an image
 
 
 def block_mask(
@@ -49,8 +50,23 @@ def block_mask(
     Raises:
         ValueError: an argument is out of range or has the wrong shape or dtype.
     """
-    check_backend("block_mask", backend)
     _check(sample_index, grid, cell, num_keep_cells, seed, epoch)
+    unsupported = None
+    if grid[0] * grid[1] > _MAX_KERNEL_PATCHES:
+        unsupported = (
+            f"grid={grid} has more than {_MAX_KERNEL_PATCHES} patches; use backend='torch'."
+        )
+    if use_triton("block_mask", backend, sample_index.device, unsupported=unsupported):
+        ids_keep, ids_mask = torch.ops.cmae.block_mask(
+            sample_index,
+            *grid,
+            cell,
+            num_keep_cells,
+            _signed(seed),
+            _signed(seed >> 32),
+            _signed(epoch),
+        )
+        return ids_keep, ids_mask
     return block_mask_reference(
         sample_index,
         grid=grid,
@@ -146,3 +162,133 @@ def _check(
         raise ValueError(f"seed={seed} is not in 0..2^64-1.")
     if not 0 <= epoch <= _WORD:
         raise ValueError(f"epoch={epoch} is not in 0..2^32-1.")
+
+
+@jit()
+def _random_word(lane, sample, seed, epoch, seed_high):  # type: ignore[no-untyped-def]
+    """Word number `lane` of a sample; two's complement arguments, unsigned answer."""
+    counter0 = (lane // 4).to(tl.uint32)
+    zero = counter0 * 0
+    w0, w1, w2, w3 = tl.random.philox_impl(
+        counter0,
+        zero + epoch.to(tl.uint32),
+        zero + (sample & 0xFFFFFFFF).to(tl.uint32),
+        zero + ((sample >> 32) & 0xFFFFFFFF).to(tl.uint32),
+        zero + seed.to(tl.uint32),
+        zero + seed_high.to(tl.uint32),
+        10,
+    )
+    place = lane % 4
+    return tl.where(place == 0, w0, tl.where(place == 1, w1, tl.where(place == 2, w2, w3)))
+
+
+# Seed and epoch must not be specialised: Triton would compile again when an epoch is 1 or divisible by 16.
+@jit(do_not_specialize=["seed", "seed_high", "epoch"])
+def _mask_kernel(  # type: ignore[no-untyped-def]
+    sample_index,
+    ids_keep,
+    ids_mask,
+    index_stride,
+    seed,
+    seed_high,
+    epoch,
+    rows: tl.constexpr,
+    columns: tl.constexpr,
+    cell: tl.constexpr,
+    num_keep_cells: tl.constexpr,
+    block_patches: tl.constexpr,
+    block_cells: tl.constexpr,
+):
+    """One program draws the mask of one image.
+
+    A patch ranks its cell by counting the cells whose (word, number) is smaller; words are made again
+    where they are needed, which is cheaper than moving them between threads.
+    """
+    num_patches: tl.constexpr = rows * columns
+    num_cells: tl.constexpr = num_patches // (cell * cell)
+    num_keep: tl.constexpr = num_keep_cells * cell * cell
+    image = tl.program_id(0).to(tl.int64)
+    sample = tl.load(sample_index + image * index_stride)
+    patch = tl.arange(0, block_patches)
+    own = patch // columns // cell * (columns // cell) + patch % columns // cell
+    own_word = _random_word(own, sample, seed, epoch, seed_high)
+    rank = tl.zeros((block_patches,), tl.int32)
+    for start in range(0, num_cells, block_cells):
+        other = start + tl.arange(0, block_cells)[None, :]
+        word = _random_word(other, sample, seed, epoch, seed_high)
+        is_smaller = word < own_word[:, None]
+        is_tie = (word == own_word[:, None]) & (other < own[:, None])
+        before = (is_smaller | is_tie) & (other < num_cells)
+        rank += tl.sum(before.to(tl.int32), axis=1)
+    is_patch = patch < num_patches
+    kept = (rank < num_keep_cells) & is_patch
+    num_before = tl.cumsum(kept.to(tl.int32), axis=0) - kept.to(tl.int32)
+    tl.store(ids_keep + image * num_keep + num_before, patch, mask=kept)
+    places = ids_mask + image * (num_patches - num_keep) + patch - num_before
+    tl.store(places, patch, mask=is_patch & (rank >= num_keep_cells))
+
+
+def _launch(
+    sample_index: Tensor,
+    rows: int,
+    columns: int,
+    cell: int,
+    num_keep_cells: int,
+    seed: int,
+    seed_high: int,
+    epoch: int,
+) -> tuple[Tensor, Tensor]:
+    ids_keep, ids_mask = _empty_ids(
+        sample_index, rows, columns, cell, num_keep_cells, seed, seed_high, epoch
+    )
+    if len(sample_index) == 0:
+        return ids_keep, ids_mask
+    block_patches = max(16, 1 << (rows * columns - 1).bit_length())
+    with on_device(sample_index):
+        _mask_kernel[(len(sample_index),)](
+            sample_index,
+            ids_keep,
+            ids_mask,
+            sample_index.stride(0),
+            seed,
+            seed_high,
+            epoch,
+            rows=rows,
+            columns=columns,
+            cell=cell,
+            num_keep_cells=num_keep_cells,
+            block_patches=block_patches,
+            block_cells=min(16, 4096 // block_patches),  # 32 comparisons a thread
+            num_warps=4,
+        )
+    return ids_keep, ids_mask
+
+
+def _empty_ids(
+    sample_index: Tensor,
+    rows: int,
+    columns: int,
+    cell: int,
+    num_keep_cells: int,
+    seed: int,
+    seed_high: int,
+    epoch: int,
+) -> tuple[Tensor, Tensor]:
+    num_keep, batch = num_keep_cells * cell * cell, len(sample_index)
+    ids_keep = sample_index.new_empty((batch, num_keep), dtype=torch.int32)
+    return ids_keep, ids_keep.new_empty((batch, rows * columns - num_keep))
+
+
+def _signed(word: int) -> int:
+    """The low 32 bits as two's complement, which every kernel argument of 32 bits can hold."""
+    word &= _WORD
+    return word - (1 << 32) if word >> 31 else word
+
+
+torch.library.define(
+    "cmae::block_mask",
+    "(Tensor sample_index, int rows, int columns, int cell, int num_keep_cells, int seed, int seed_high, "
+    "int epoch) -> (Tensor, Tensor)",
+)
+torch.library.impl("cmae::block_mask", ("cpu", "cuda"), _launch)
+torch.library.register_fake("cmae::block_mask", _empty_ids)

@@ -6,10 +6,13 @@ the patch embedding becomes one matrix product over visible patches.
 
 from __future__ import annotations
 
+import math
+
+import torch
 from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor, arange, cat, float32, is_floating_point, uint8
 
-from cmae.kernels.backend import Backend, check_backend
+from cmae.kernels.backend import Backend, jit, on_device, refuse_backward, tl, use_triton
 
 Images = UInt8[Tensor, "B H W 3"] | Float[Tensor, "B 3 H W"]
 Triple = tuple[float, float, float]
@@ -22,6 +25,7 @@ def patch_gather(
     patch_size: int,
     mean: Triple,
     std: Triple,
+    out_dtype: torch.dtype | None = None,
     backend: Backend = "auto",
 ) -> Float[Tensor, "B K row"]:
     """Rows of P*P*3 values in (py, px, channel) order for the patches named by `ids`.
@@ -29,31 +33,50 @@ def patch_gather(
     Args:
         images: uint8 NHWC with values 0..255, or NCHW floats that are normalised already.
         ids: patch numbers, row by row from the top left; each in 0..H/P*W/P-1 (not checked on a
-            GPU, where looking would stop the host).
+            GPU, where looking would stop the host; the kernel answers NaN to other numbers).
         patch_size: P, pixels.
         mean: per channel, in units of 0..255; used for uint8 images only.
         std: as `mean`.
-        backend: which implementation; see `cmae.kernels.backend`.
-
-    Returns:
-        float32 for uint8 images, else the dtype of `images`.
+        out_dtype: of the rows, rounded from float32 arithmetic. None: float32 for uint8 images, else
+            the dtype of `images`.
+        backend: which implementation; see `cmae.kernels.backend`. The kernel has no gradient for
+            float images; the reference has.
 
     Raises:
         ValueError: shape or dtype of an argument is wrong.
     """
-    check_backend("patch_gather", backend)
     check_patches(images, ids, patch_size, ids_name="ids")
-    return patch_gather_reference(images, ids, patch_size=patch_size, mean=mean, std=std)
+    if out_dtype is None:
+        out_dtype = float32 if images.dtype == uint8 else images.dtype
+    if not out_dtype.is_floating_point:
+        raise ValueError(f"out_dtype={out_dtype} is not a floating-point type.")
+    unsupported = unsupported_images(images, ids, ids_name="ids")
+    if out_dtype not in KERNEL_DTYPES:
+        unsupported = f"out_dtype={out_dtype}; use float16, bfloat16, float32 or backend='torch'."
+    if images.requires_grad and torch.is_grad_enabled():
+        unsupported = "images requires a gradient, which the kernel has not; use backend='torch'."
+    if use_triton("patch_gather", backend, images.device, unsupported=unsupported):
+        rows: Tensor = torch.ops.cmae.patch_gather(images, ids, patch_size, mean, std, out_dtype)
+        return rows
+    return patch_gather_reference(
+        images, ids, patch_size=patch_size, mean=mean, std=std, out_dtype=out_dtype
+    )
 
 
 def patch_gather_reference(
-    images: Images, ids: Int[Tensor, "B K"], *, patch_size: int, mean: Triple, std: Triple
+    images: Images,
+    ids: Int[Tensor, "B K"],
+    *,
+    patch_size: int,
+    mean: Triple,
+    std: Triple,
+    out_dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "B K row"]:
     """`patch_gather` in plain torch: gather first, so that only chosen pixels become floats."""
     rows = raw_rows(images, ids, patch_size)
-    if is_floating_point(rows):
-        return rows
-    return normalise_rows(rows.to(float32), mean, std)
+    if not is_floating_point(rows):
+        rows = normalise_rows(rows.to(float32), mean, std)
+    return rows if out_dtype is None else rows.to(out_dtype)
 
 
 def raw_rows(images: Images, ids: Int[Tensor, "B K"], patch_size: int) -> Shaped[Tensor, "B K row"]:
@@ -113,3 +136,200 @@ def check_patches(images: Tensor, ids: Tensor, patch_size: int, *, ids_name: str
             f"{ids_name} has shape {tuple(ids.shape)} and dtype {ids.dtype}; expected integers "
             f"({len(images)}, K), one row per image."
         )
+
+
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, float32)
+
+
+def unsupported_images(images: Tensor, ids: Tensor, *, ids_name: str) -> str | None:
+    """What the kernels cannot do with these images or ids; None if they can."""
+    if images.dtype != uint8 and images.dtype not in KERNEL_DTYPES:
+        return f"images has dtype {images.dtype}; use uint8, 16 or 32 bit or backend='torch'."
+    if ids.dtype not in (torch.int32, torch.int64):
+        return f"{ids_name} has dtype {ids.dtype}; use int32, int64 or backend='torch'."
+    if ids.device != images.device:
+        return f"{ids_name} is on {ids.device} and images on {images.device}; move one of them."
+    return None
+
+
+@jit()
+def load_pixels(  # type: ignore[no-untyped-def]
+    images,
+    sample,
+    patch,
+    columns,
+    mask,
+    grid_w,
+    stride_b,
+    stride_c,
+    stride_h,
+    stride_w,
+    mean,
+    scale,
+    patch_size: tl.constexpr,
+    is_bytes: tl.constexpr,
+    is_dense: tl.constexpr,
+    vector: tl.constexpr,
+):
+    """Float32 values `columns` of patches; `sample`, `patch` and `columns` broadcast to `mask`.
+
+    `is_dense` says that the 3 P values of a patch's line are neighbours; a thread then reads `vector`
+    of them at once. `mean` and `scale` (1 / std) are triples, used for bytes alone.
+    """
+    line: tl.constexpr = 3 * patch_size
+    channel = columns % 3
+    top = patch // grid_w * patch_size + columns // line
+    if is_dense:
+        left = patch % grid_w * line + columns % line
+        offsets = top * stride_h + left
+        if len(columns.shape) == 1:
+            offsets = tl.max_contiguous(offsets, vector)
+        else:
+            offsets = tl.max_contiguous(offsets, [1, vector])
+    else:
+        left = patch % grid_w * patch_size + columns % line // 3
+        offsets = top * stride_h + left * stride_w + channel * stride_c
+    pixels = tl.load(images + sample * stride_b + offsets, mask=mask, other=0).to(tl.float32)
+    if is_bytes:
+        centre = tl.where(channel == 0, mean[0], tl.where(channel == 1, mean[1], mean[2]))
+        factor = tl.where(channel == 0, scale[0], tl.where(channel == 1, scale[1], scale[2]))
+        pixels = (pixels - centre) * factor
+    return pixels
+
+
+@jit()
+def _gather_kernel(  # type: ignore[no-untyped-def]
+    images,
+    ids,
+    out,
+    num_rows,
+    num_keep,
+    num_patches,
+    grid_w,
+    ids_stride_b,
+    ids_stride_k,
+    stride_b,
+    stride_c,
+    stride_h,
+    stride_w,
+    mean_r,
+    mean_g,
+    mean_b,
+    scale_r,
+    scale_g,
+    scale_b,
+    patch_size: tl.constexpr,
+    is_bytes: tl.constexpr,
+    is_dense: tl.constexpr,
+    vector: tl.constexpr,
+    block_rows: tl.constexpr,
+    block_columns: tl.constexpr,
+):
+    """One program writes `block_rows` rows, `block_columns` values at a time."""
+    row_dim: tl.constexpr = 3 * patch_size * patch_size
+    rows = tl.program_id(0) * block_rows + tl.arange(0, block_rows)[:, None]
+    inside = rows < num_rows
+    sample = (rows // num_keep).to(tl.int64)
+    places = ids + sample * ids_stride_b + rows % num_keep * ids_stride_k
+    patch = tl.load(places, mask=inside, other=-1).to(tl.int32)
+    known = (patch >= 0) & (patch < num_patches)
+    columns = tl.program_id(1) * block_columns + tl.arange(0, block_columns)[None, :]
+    pixels = load_pixels(
+        images,
+        sample,
+        patch,
+        columns,
+        known & (columns < row_dim),
+        grid_w,
+        stride_b,
+        stride_c,
+        stride_h,
+        stride_w,
+        (mean_r, mean_g, mean_b),
+        (scale_r, scale_g, scale_b),
+        patch_size,
+        is_bytes,
+        is_dense,
+        vector,
+    )
+    pixels = tl.where(known, pixels, float("nan"))
+    places = out + rows.to(tl.int64) * row_dim + columns
+    tl.store(places, pixels.to(out.dtype.element_ty), mask=inside & (columns < row_dim))
+
+
+def _launch(
+    images: Tensor,
+    ids: Tensor,
+    patch_size: int,
+    mean: list[float],
+    std: list[float],
+    out_dtype: torch.dtype,
+) -> Tensor:
+    out = _empty_rows(images, ids, patch_size, mean, std, out_dtype)
+    if out.numel() == 0:
+        return out
+    num_rows, block_rows, block_columns = ids.numel(), 32, 256
+    grid = (-(-num_rows // block_rows), -(-out.shape[2] // block_columns))
+    with on_device(images):
+        _gather_kernel[grid](
+            images,
+            ids,
+            out,
+            num_rows,
+            ids.shape[1],
+            *kernel_geometry(images, ids, patch_size),
+            *mean,
+            *(1 / value for value in std),
+            patch_size=patch_size,
+            is_bytes=images.dtype == uint8,
+            is_dense=is_dense(images),
+            vector=vector_width(patch_size, out_dtype),
+            block_rows=block_rows,
+            block_columns=block_columns,
+            num_warps=4,
+        )
+    return out
+
+
+def kernel_geometry(images: Tensor, ids: Tensor, patch_size: int) -> tuple[int, ...]:
+    """Patches an image, patches a line, strides of ids (b, k) and of images (b, c, h, w)."""
+    height, width = image_hw(images)
+    grid_h, grid_w = height // patch_size, width // patch_size
+    order = (0, 3, 1, 2) if images.dtype == uint8 else (0, 1, 2, 3)
+    strides = [images.stride(axis) for axis in order]
+    return grid_h * grid_w, grid_w, *ids.stride(), *strides
+
+
+def vector_width(patch_size: int, dtype: torch.dtype) -> int:
+    """Neighbouring pixels for one thread: as many as fill 128 bits of `dtype`, if they divide a line.
+
+    Wider loads of bytes are possible, but a thread would then hold more than it can write at once, and
+    all values would pass through shared memory to change hands.
+    """
+    return math.gcd(3 * patch_size, 16 // dtype.itemsize)
+
+
+def is_dense(images: Tensor) -> bool:
+    """Whether the pixels of a line are neighbouring values in (x, channel) order."""
+    channel, column = (3, 2) if images.dtype == uint8 else (1, 3)
+    return images.stride(channel) == 1 and images.stride(column) == 3
+
+
+def _empty_rows(
+    images: Tensor,
+    ids: Tensor,
+    patch_size: int,
+    mean: list[float],
+    std: list[float],
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return images.new_empty((*ids.shape, 3 * patch_size * patch_size), dtype=out_dtype)
+
+
+torch.library.define(
+    "cmae::patch_gather",
+    "(Tensor images, Tensor ids, int patch_size, float[] mean, float[] std, ScalarType out_dtype) -> Tensor",
+)
+torch.library.impl("cmae::patch_gather", ("cpu", "cuda"), _launch)
+torch.library.register_fake("cmae::patch_gather", _empty_rows)
+torch.library.register_autograd("cmae::patch_gather", refuse_backward)

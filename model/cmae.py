@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,9 @@ from cmae.model.init import init_weights
 from cmae.model.losses import Losses, contrastive_terms
 from cmae.model.masking import complement
 from cmae.model.pixels import to_config_normalisation
+
+if TYPE_CHECKING:
+    from cmae.model.shadow import TargetShadow
 
 Encoder = VisionTransformer | HybridEncoder
 
@@ -88,7 +92,7 @@ class CMAE(nn.Module):
         ids_keep: Int[Tensor, "B K"],
         *,
         ids_mask: Int[Tensor, "B M"] | None = None,
-        keys: Float[Tensor, "G P"] | None = None,
+        keys: Float[Tensor, "G P"] | Callable[[], Float[Tensor, "G P"]] | None = None,
         label_offset: int = 0,
     ) -> Losses:
         """Losses of one (micro-)batch.
@@ -99,8 +103,9 @@ class CMAE(nn.Module):
             target: second view of the same images; None if `keys` are given or contrast is off.
             ids_keep: visible patches of `online`, distinct in each row.
             ids_mask: the others; found from `ids_keep` when None.
-            keys: target projections of the global batch (`target_keys`, gathered over ranks);
-                computed from `target` when None.
+            keys: target projections of the global batch (`target_keys`, gathered over ranks), or a
+                function that returns them, called when the loss needs them; computed from `target`
+                when None.
             label_offset: row of `keys` that belongs to the first image of this batch.
 
         Raises:
@@ -133,19 +138,26 @@ class CMAE(nn.Module):
                     f"give the second views of the {len(online)} images, or keys."
                 )
             keys = self.target_keys(target, ids_keep)
+        elif not isinstance(keys, Tensor):
+            keys = keys()
         query = self._project(features)
         terms = contrastive_terms(config, query, keys, label_offset=label_offset)
         return Losses(total + terms.scaled, reconstruction, *terms)
 
     @torch.no_grad()
     def target_keys(
-        self, target: Images, ids_keep: Int[Tensor, "B K"] | None = None
+        self,
+        target: Images,
+        ids_keep: Int[Tensor, "B K"] | None = None,
+        *,
+        shadow: TargetShadow | None = None,
     ) -> Float[Tensor, "B P"]:
         """Unit projections of the target branch, float32, without gradient.
 
         Args:
             target: uint8, or floats normalised with the standard constants.
             ids_keep: visible patches; needed, and used, only when target_input is 'visible'.
+            shadow: low-precision copy of the target to compute with instead of the target itself.
 
         Raises:
             ValueError: the model has no target branch, or an argument is missing or does not fit.
@@ -159,8 +171,9 @@ class CMAE(nn.Module):
             raise ValueError("ids_keep is None, but target_input='visible' needs it.")
         else:
             check_ids(ids_keep, target, self.config)
-        features = self.target_encoder.mean_tokens(target, ids_keep)
-        projected = self.target_projector(features)
+        encoder = self.target_encoder if shadow is None else shadow.encoder
+        projector = self.target_projector if shadow is None else shadow.projector
+        projected = projector(encoder.mean_tokens(target, ids_keep))
         return F.normalize(projected.to(torch.promote_types(projected.dtype, torch.float32)), dim=1)
 
     @torch.no_grad()

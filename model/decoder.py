@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from cmae.model.blocks import LastTokensBlock, LayerNorm, build_blocks
+from cmae.model.blocks import LastTokensBlock, LayerNorm, build_blocks, enter_residual
 from cmae.model.config import ModelConfig
 from cmae.model.pos_embed import sincos_pos_embed
 
@@ -26,6 +26,8 @@ class Decoder(nn.Module):
     """
 
     pos_embed: Tensor
+    residual_dtype: torch.dtype | None = None
+    """Number format of the residual stream under autocast; None: float32."""
 
     def __init__(self, config: ModelConfig, *, depth: int, out_dim: int) -> None:
         super().__init__()
@@ -62,7 +64,8 @@ class Decoder(nn.Module):
         )
         prefix = prefix.expand(len(latent), -1, -1)
         seen = self.embed(latent) + torch.cat([prefix, table[ids_keep.long()]], dim=1)
-        return torch.cat([seen, self.mask_token + table[ids_mask.long()]], dim=1)
+        tokens = torch.cat([seen, self.mask_token + table[ids_mask.long()]], dim=1)
+        return enter_residual(tokens, self.residual_dtype)
 
     def forward(self, x: Float[Tensor, "B N d"]) -> Float[Tensor, "B N d"]:
         """Tokens of `embed_tokens` after all blocks and the norm."""

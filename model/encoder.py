@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cmae.kernels.patch_gather import Images, patch_gather
-from cmae.model.blocks import LayerNorm, MeanBlock, build_blocks
+from cmae.model.blocks import LayerNorm, MeanBlock, build_blocks, enter_residual
 from cmae.model.config import ModelConfig
 from cmae.model.pixels import to_config_normalisation
 from cmae.model.pos_embed import sincos_pos_embed
@@ -29,15 +29,16 @@ class PatchEmbed(nn.Module):
     def forward(self, images: Images, ids: Int[Tensor, "B K"]) -> Float[Tensor, "B K D"]:
         """Embeddings of the patches `ids`."""
         config = self.config
+        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, P*P*3), rows' order
         rows = patch_gather(
             to_config_normalisation(images, config),
             ids,
             patch_size=self.patch_size,
             mean=config.pixel_mean,
             std=config.pixel_std,
+            out_dtype=_product_dtype(weight),
         )
-        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, P*P*3), rows' order
-        return F.linear(rows.to(weight.dtype), weight, self.proj.bias)
+        return F.linear(rows, weight, self.proj.bias)
 
 
 class VisionTransformer(nn.Module):
@@ -47,6 +48,9 @@ class VisionTransformer(nn.Module):
         config: sizes.
         final_norm: end with a LayerNorm; CMAE's target encoder has none.
     """
+
+    residual_dtype: torch.dtype | None = None
+    """Number format of the residual stream under autocast; None: float32."""
 
     def __init__(self, config: ModelConfig, *, final_norm: bool = True) -> None:
         super().__init__()
@@ -91,7 +95,16 @@ class VisionTransformer(nn.Module):
             ids = all_ids(images, self.pos_embed.shape[1] - 1)
         x = self.patch_embed(images, ids) + self.pos_embed[0, 1:][ids.long()]
         cls_token = self.cls_token + self.pos_embed[:, :1]
-        return torch.cat([cls_token.expand(len(x), -1, -1), x], dim=1)
+        tokens = torch.cat([cls_token.expand(len(x), -1, -1), x], dim=1)
+        return enter_residual(tokens, self.residual_dtype)
+
+
+def _product_dtype(weight: Tensor) -> torch.dtype:
+    """What a product with `weight` is computed in: rows made in it need no second pass to round them."""
+    kind = weight.device.type
+    if torch.is_autocast_enabled(kind) and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return weight.dtype
 
 
 def all_ids(images: Images, num_patches: int) -> Int[Tensor, "B N"]:

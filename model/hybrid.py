@@ -13,7 +13,7 @@ from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 
 from cmae.kernels.patch_gather import Images
-from cmae.model.blocks import LayerNorm, MeanBlock, build_blocks
+from cmae.model.blocks import LayerNorm, MeanBlock, build_blocks, enter_residual
 from cmae.model.config import ModelConfig
 from cmae.model.encoder import PatchEmbed, all_ids
 from cmae.model.pos_embed import sincos_pos_embed
@@ -56,6 +56,9 @@ class HybridEncoder(nn.Module):
         config: sizes; `depth` counts transformer blocks, `conv_depth` the blocks of each stage.
         final_norm: end with a LayerNorm.
     """
+
+    residual_dtype: torch.dtype | None = None
+    """Number format of the transformer's residual stream under autocast; None: float32."""
 
     def __init__(self, config: ModelConfig, *, final_norm: bool = True) -> None:
         super().__init__()
@@ -120,7 +123,7 @@ class HybridEncoder(nn.Module):
             fused = fused + _on_channels_first(self.fuse[stage], x)
             x = _on_channels_first(self.merge[stage], x)
             x = nn.functional.gelu(self.embed_norm[stage + 1](x))
-        x = self.embed(x.flatten(1, 2)) + self.pos_embed
+        x = enter_residual(self.embed(x.flatten(1, 2)) + self.pos_embed, self.residual_dtype)
         assert isinstance(fused, Tensor)
         fused = fused.flatten(1, 2)
         if ids is None:

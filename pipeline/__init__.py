@@ -5,6 +5,7 @@ from cmae.pipeline.counters import LoaderSnapshot, StageSnapshot
 from cmae.pipeline.health import DataError
 from cmae.pipeline.loader import Loader, build_loader
 from cmae.pipeline.plan import EpochPlan
+from cmae.pipeline.remote import FillProgress, RemoteConfig, RemoteError
 from cmae.pipeline.synthetic import synthetic_batches
 from cmae.pipeline.urls import expand_shards
 from cmae.pipeline.views import ViewConfig, ViewParams, draw_view_params
@@ -13,9 +14,12 @@ __all__ = [
     "Batch",
     "DataError",
     "EpochPlan",
+    "FillProgress",
     "Loader",
     "LoaderSnapshot",
     "LoaderState",
+    "RemoteConfig",
+    "RemoteError",
     "StageSnapshot",
     "ViewConfig",
     "ViewParams",

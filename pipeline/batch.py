@@ -14,7 +14,8 @@ class LoaderState:
     """Where the data stands: everything that is needed to continue with the very next sample.
 
     It holds no rank and no world size. `next_sample` is a position in the permuted epoch for an indexed
-    source, and the number of shards done by all ranks together for a stream.
+    source, and the number of shards done by all ranks together for a stream. `to_dict` makes at most 99
+    bytes of JSON without blanks (63-bit seed, 6 digits of epoch, 13 of next_sample).
     """
 
     seed: int

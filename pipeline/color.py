@@ -1,25 +1,37 @@
-"""Colour operations of the target view, on whole batches: jitter in each sample's own order, grayscale, blur.
+"""Colour operations of the target view: jitter in each sample's own order, grayscale, blur.
 
-The same code serves CPU and CUDA. Values are integers 0..255 held in fp32, and every 'exact' operation rounds
-where torchvision's uint8 functions round, so that the chain equals theirs and does not drift.
-Which samples an operation touches is known on the host: nothing is computed and thrown away.
+On a GPU the chain runs on the whole batch. What decides there is the number of launches, and that the host
+never waits: which samples an operation touches is known on the host, samples are sorted so that each
+operation works on a slice, and all parameters go up in one copy. On a CPU images go one by one
+(cmae.pipeline.color_host).
+
+Values are integers 0..255 held in fp32, and every 'exact' operation rounds where torchvision's uint8
+functions round, so that the chain equals theirs and does not drift.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Int64, Shaped, UInt8
+from jaxtyping import Float, Float32, Int64, Shaped, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
+from cmae.pipeline.color_host import HostColor
+from cmae.pipeline.color_params import (
+    HUE_CENTRES,
+    HUE_SCALE,
+    LUMA,
+    blur_radius,
+    gaussian_taps,
+    twist_matrices,
+)
 from cmae.pipeline.views import JITTER_ORDERS, ViewParams
 
-_LUMA = (0.2989, 0.587, 0.114)  # torchvision's; ITU-R 601-2 rounded to four digits
-_BLUR_MAX_RADIUS = 11  # a kernel of 23 taps, as torchvision users set it for 224 px images
+_CONTRAST, _SATURATION, _HUE = 1, 2, 3  # numbers in JITTER_ORDERS
 
 
 def apply_color(
@@ -30,130 +42,153 @@ def apply_color(
         return images
     if images.is_cuda:
         return color_chain(images, params, mode=mode)
-    # One by one, so that an image stays in the core's cache.
-    rows = [slice(i, i + 1) for i in range(len(params))]
-    return torch.cat([color_chain(images[row], params.rows(row), mode=mode) for row in rows])
+    out = torch.empty_like(images, memory_format=torch.contiguous_format)
+    host = HostColor(images.shape[1])
+    for row, (image, made) in enumerate(zip(images.numpy(), out.numpy(), strict=True)):
+        host.apply(image, params, row=row, mode=mode, out=made)
+    return out
 
 
 def color_chain(
     images: UInt8[Tensor, "B H W 3"], params: ViewParams, *, mode: Literal["exact", "fast"]
 ) -> UInt8[Tensor, "B H W 3"]:
-    """The chain with each operation for all the samples at once that it is drawn for."""
+    """The chain on a whole batch, on any device."""
     if not (params.jitter | params.grayscale | (params.blur_sigma > 0)).any():
         return images
-    x = torch.empty(images.shape[0], 3, *images.shape[1:3], device=images.device)
-    x.copy_(images.permute(0, 3, 1, 2))
-    x = _jitter_exact(x, params) if mode == "exact" else _jitter_fast(x, params)
-    x = _on_rows(
-        x, params.grayscale, lambda rows, _: _gray(rows).repeat(1, 3, 1, 1), params.grayscale
+    order = _sorted_for_jitter(params)
+    params = params.rows(order)
+    on_device = _upload(
+        {
+            "order": order,
+            "back": np.argsort(order),
+            "jitter": _jitter_columns(params) if mode == "exact" else _twist_columns(params),
+            "gray_rows": _first(params.grayscale),
+            "blur_rows": _first(params.blur_sigma > 0),
+            "taps": _tap_columns(params, size=min(images.shape[1:3])),
+        },
+        images.device,
     )
-    x = _on_rows(x, params.blur_sigma > 0, _blur, params.blur_sigma)
-    return _interleave(x)
+    sorted_images = images.index_select(0, on_device["order"].flatten().long())
+    x = torch.empty(len(params), 3, *images.shape[1:3], device=images.device)
+    x.copy_(sorted_images.permute(0, 3, 1, 2))
+    num_jittered = int(params.jitter.sum())
+    if num_jittered:
+        jitter = _jitter_exact if mode == "exact" else _jitter_fast
+        jitter(x[:num_jittered], params, on_device["jitter"][:num_jittered])
+    if num_gray := int(params.grayscale.sum()):
+        rows = on_device["gray_rows"][:num_gray, 0].long()
+        x.index_copy_(0, rows, _gray(x.index_select(0, rows)).repeat(1, 3, 1, 1))
+    if num_blurred := int((params.blur_sigma > 0).sum()):
+        rows = on_device["blur_rows"][:num_blurred, 0].long()
+        taps = on_device["taps"].index_select(0, rows)
+        x.index_copy_(0, rows, _blur(x.index_select(0, rows), taps))
+    pixels = x.to(torch.uint8).index_select(0, on_device["back"].flatten().long())
+    return pixels.permute(0, 2, 3, 1).contiguous()
 
 
-def _interleave(x: Float[Tensor, "B 3 H W"]) -> UInt8[Tensor, "B H W 3"]:
-    planes = x.to(torch.int16).to(torch.uint8)  # by way of int16: float to byte is not vectorised
-    if planes.is_cuda:
-        return planes.permute(0, 2, 3, 1).contiguous()
-    out = torch.empty(x.shape[0], *x.shape[2:], 3, dtype=torch.uint8)
-    pixels = out.numpy()  # numpy's strided byte copy is four times as fast as torch's
-    for channel in range(3):
-        pixels[..., channel] = planes[:, channel].numpy()
-    return out
+def _upload(
+    arrays: Mapping[str, Shaped[np.ndarray, "B ..."]], device: torch.device
+) -> dict[str, Float32[Tensor, "B w"]]:
+    """Put columns side by side, copy them to the device at once, and hand out views of the copy.
+
+    Row numbers travel as fp32, which holds them exactly up to 2**24.
+    """
+    columns = [array.reshape(len(array), -1) for array in arrays.values()]
+    packed = torch.from_numpy(np.concatenate(columns, axis=1, dtype=np.float32, casting="unsafe"))
+    if device.type == "cuda":
+        packed = packed.pin_memory()  # from pageable memory the copy would wait for the device
+    copied = packed.to(device, non_blocking=True)
+    widths = [column.shape[1] for column in columns]
+    return dict(zip(arrays, copied.split(widths, dim=1), strict=True))
 
 
-def _on_rows(
-    x: Float[Tensor, "B 3 H W"],
-    chosen: Bool[np.ndarray, " B"],
-    operation: Callable[[Tensor, np.ndarray], Tensor],
-    values: Shaped[np.ndarray, "B ..."],
-) -> Float[Tensor, "B 3 H W"]:
-    """Apply `operation`, which may work in place, to the chosen samples and their rows of `values`."""
-    index = np.flatnonzero(chosen)
-    if index.size == len(chosen):
-        return operation(x, values)
-    if index.size:
-        rows = torch.from_numpy(index).to(x.device)
-        x[rows] = operation(x[rows], values[index])
-    return x
+def _first(chosen: Shaped[np.ndarray, " B"]) -> Int64[np.ndarray, " B"]:
+    """Numbers of the chosen rows, then of the others."""
+    return np.argsort(~chosen, kind="stable")
 
 
-def _jitter_exact(x: Float[Tensor, "B 3 H W"], params: ViewParams) -> Float[Tensor, "B 3 H W"]:
-    operations = (_brightness, _contrast, _saturation, _hue)
-    order = JITTER_ORDERS[params.order]
-    for place in range(4):
-        for number, operation in enumerate(operations):
-            chosen = params.jitter & (order[:, place] == number)
-            x = _on_rows(x, chosen, operation, params.factors[:, number])
-    return x
+def _place_of_hue(params: ViewParams) -> Int64[np.ndarray, " B"]:
+    return np.asarray(np.argmax(JITTER_ORDERS[params.order] == _HUE, axis=1))
 
 
-def _per_image(values: Float32[np.ndarray, " B"], x: Tensor) -> Float[Tensor, "B 1 1 1"]:
-    column: Tensor = torch.from_numpy(values).to(x.device)
-    return column[:, None, None, None]
+def _sorted_for_jitter(params: ViewParams) -> Int64[np.ndarray, " B"]:
+    """Jittered samples first, those with the most operations before their hue at the very front."""
+    return np.argsort(np.where(params.jitter, 3 - _place_of_hue(params), 4), kind="stable")
 
 
-def _to_integers(x: Tensor) -> Tensor:
-    """What storing as uint8 does: clamp, then cut the fraction off."""
-    return x.clamp_(0, 255).floor_()
+def _jitter_columns(params: ViewParams) -> Float32[np.ndarray, "B 21"]:
+    """Coefficients of up to three operations before the hue and three after it, then the hue's shifts.
+
+    Brightness, contrast and saturation are gain * pixel + of_gray * its grey + of_mean * the mean grey.
+    """
+    operations = JITTER_ORDERS[params.order].astype(np.int64)  # (B, 4)
+    hue_at = _place_of_hue(params)[:, None]
+    places = np.concatenate([np.arange(3) + 0 * hue_at, hue_at + 1 + np.arange(3)], axis=1)
+    places = np.minimum(places, 3)  # past the end: never used
+    number = np.take_along_axis(operations, places, axis=1)  # (B, 6)
+    gain = np.take_along_axis(params.factors, number, axis=1)
+    of_gray, of_mean = (np.where(number == one, 1 - gain, 0) for one in (_SATURATION, _CONTRAST))
+    shifts = (6 * params.factors[:, 3:].astype(np.float64) - np.array(HUE_CENTRES) + 3) % 6 - 3
+    affine = np.stack([gain, of_gray, of_mean], axis=2).reshape(len(params), -1)
+    return np.concatenate([affine, shifts], axis=1, dtype=np.float32, casting="unsafe")
+
+
+def _jitter_exact(
+    x: Float[Tensor, "B 3 H W"], params: ViewParams, columns: Float32[Tensor, "B 21"]
+) -> None:
+    """In place, for jittered samples sorted by `_sorted_for_jitter`."""
+    before = _place_of_hue(params)[: len(x)]
+    coefficients = columns[:, :18].view(len(x), 6, 3, 1, 1, 1)
+    for number in range(3):
+        if stop := int((before > number).sum()):
+            _affine(x[:stop], coefficients[:stop, number])
+    _hue(x, columns[:, 18:, None, None])
+    for number in range(3):
+        start = int((3 - before <= number).sum())
+        if start < len(x):
+            _affine(x[start:], coefficients[start:, 3 + number])
+
+
+def _affine(x: Float[Tensor, "B 3 H W"], coefficients: Float[Tensor, "B 3 1 1 1"]) -> None:
+    gain, of_gray, of_mean = coefficients.unbind(1)
+    gray = _gray(x)
+    mean = gray.mean(dim=(1, 2, 3), keepdim=True)
+    x.mul_(gain).add_(gray.mul_(of_gray)).add_(mean.mul_(of_mean))
+    x.clamp_(0, 255).floor_()
 
 
 def _gray(x: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 1 H W"]:
     red, green, blue = x.split(1, dim=1)
-    gray: Tensor = red * _LUMA[0]
-    return gray.add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2]).floor_()
+    gray: Tensor = red * LUMA[0]
+    return gray.add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2]).floor_()
 
 
-def _brightness(x: Float[Tensor, "B 3 H W"], factors: Float32[np.ndarray, " B"]) -> Tensor:
-    return _to_integers(x.mul_(_per_image(factors, x)))
-
-
-def _contrast(x: Float[Tensor, "B 3 H W"], factors: Float32[np.ndarray, " B"]) -> Tensor:
-    factor = _per_image(factors, x)
-    mean = _gray(x).mean(dim=(1, 2, 3), keepdim=True)
-    return _to_integers(x.mul_(factor).add_((1 - factor) * mean))
-
-
-def _saturation(x: Float[Tensor, "B 3 H W"], factors: Float32[np.ndarray, " B"]) -> Tensor:
-    factor = _per_image(factors, x)
-    gray = _gray(x)
-    return _to_integers(x.mul_(factor).add_(gray.mul_(1 - factor)))
-
-
-def _hue(x: Float[Tensor, "B 3 H W"], turns: Float32[np.ndarray, " B"]) -> Tensor:
-    """Turn the hue in HSV space, without branches.
-
-    With M = max, c = M - min and the hue h in [0, 1), a channel is M - c * clamp(2 - 6 |h' - 1/2|, 0, 1),
-    where h' is the fraction of h + 1, h + 2/3, h + 1/3 for red, green, blue. The hue comes from sorting
-    red against the larger of green and blue: each swap reflects the circle, so
-    h = |K + (middle - smallest) / 6c|.
-    """
+def _hue(x: Float[Tensor, "B 3 H W"], shifts: Float[Tensor, "B 3 1 1"]) -> None:
+    """In place; the formula and its order of operations are those of `HostColor._hue`."""
     red, green, blue = x.split(1, dim=1)
-    larger, smaller = torch.maximum(green, blue), torch.minimum(green, blue)
-    largest, middle = torch.maximum(red, larger), torch.minimum(red, larger)
-    chroma = largest - torch.minimum(middle, smaller)
-    # Comparisons into floats, not torch.where: bool masks are not vectorised on CPUs.
-    blue_leads = (blue - green).sign_().clamp_(min=0)
-    red_follows = (larger - red).sign_().clamp_(min=0)
-    # K = -blue_leads, and -1/3 - K once red was swapped.
-    offset = blue_leads.mul_(red_follows * 2 - 1).sub_(red_follows, alpha=1 / 3)
-    hue = middle.sub_(smaller).div_(chroma.clamp(min=1).mul_(6)).add_(offset).abs_()
-    thirds = torch.tensor([1.0, 2 / 3, 1 / 3], device=x.device)[:, None, None]
-    # One more circle keeps the sum positive: frac is then the remainder.
-    distance = (hue + (thirds + 1 + _per_image(turns, x))).frac_().sub_(0.5).abs_()
-    share = distance.mul_(-6).add_(2).clamp_(0, 1)
-    # torchvision goes through [0, 1] and back with the factor 256 - 1e-3.
-    scale = (256 - 1e-3) / 255
-    return torch.addcmul(largest.mul_(scale), chroma.mul_(-scale), share).floor_()
+    high = torch.maximum(torch.maximum(green, blue), red)
+    low = torch.minimum(torch.minimum(green, blue), red)
+    chroma = high - low
+    size = (green + blue).sub_(red).add_(chroma).sub_(low)
+    hue = torch.copysign(size, green - blue).mul_(HUE_SCALE)
+    chroma.mul_(HUE_SCALE)
+    base = (high * HUE_SCALE).sub_(chroma).sub_(chroma)
+    three_chroma = chroma * 3
+    turned = (chroma * shifts).add_(hue).abs_().sub_(three_chroma).abs_().add_(base)
+    torch.clamp(turned, low, high, out=x)
+    x.floor_()
 
 
-def _blur(x: Float[Tensor, "B 3 H W"], sigma: Float32[np.ndarray, " B"]) -> Tensor:
+def _tap_columns(params: ViewParams, *, size: int) -> Float32[np.ndarray, "B R"]:
+    """Taps of every sample to the radius of the widest; of no use, but finite, where there is no blur."""
+    sigma = params.blur_sigma
+    radius = blur_radius(float(sigma.max()), size)
+    return gaussian_taps(np.where(sigma > 0, sigma, 1), radius).astype(np.float32)
+
+
+def _blur(x: Float[Tensor, "B 3 H W"], taps: Float[Tensor, "B R"]) -> Tensor:
     """Separable Gaussian, reflected borders, rounded to integers; taps past three sigma are left out."""
-    radius = min(_BLUR_MAX_RADIUS, int(np.ceil(3 * sigma.max())), min(x.shape[2:]) - 1)
-    distance = np.arange(radius + 1)
-    taps = np.exp(-0.5 * (distance / sigma[:, None].astype(np.float64)) ** 2)
-    taps /= taps[:, :1] + 2 * taps[:, 1:].sum(axis=1, keepdims=True)
-    weights = torch.from_numpy(taps.astype(np.float32)).to(x.device)[:, :, None, None, None]
+    weights = taps[:, :, None, None, None]
     for axis in (2, 3):
         x = _convolve(x, weights, axis=axis)
     return x.round_()
@@ -175,28 +210,15 @@ def _convolve(
     return out
 
 
-# One matrix for the whole jitter, as NVIDIA DALI's color_twist computes it: saturation and hue in YIQ
-# (NTSC 1953), then contrast about mid grey, then brightness.
-_RGB_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
-_MID_GREY = 128.0
+def _twist_columns(params: ViewParams) -> Float32[np.ndarray, "B 10"]:
+    matrix, offset = twist_matrices(params.factors)
+    return np.concatenate([matrix.reshape(len(params), 9), offset[:, None]], axis=1)
 
 
-def _jitter_fast(x: Float[Tensor, "B 3 H W"], params: ViewParams) -> Float[Tensor, "B 3 H W"]:
-    brightness, contrast, saturation, turn = params.factors.astype(np.float64).T
-    angle = 2 * np.pi * turn
-    twist = np.zeros((len(params), 3, 3))
-    twist[:, 0, 0] = 1
-    twist[:, 1, 1] = twist[:, 2, 2] = saturation * np.cos(angle)
-    twist[:, 1, 2] = saturation * np.sin(angle)
-    twist[:, 2, 1] = -twist[:, 1, 2]
-    gain = (brightness * contrast)[:, None, None]
-    matrix = gain * (np.linalg.inv(_RGB_TO_YIQ) @ twist @ _RGB_TO_YIQ)
-    offset = brightness * (1 - contrast) * _MID_GREY
-
-    def apply(rows: Tensor, index: Int64[np.ndarray, " n"]) -> Tensor:
-        m = torch.from_numpy(matrix[index].astype(np.float32)).to(x.device)
-        b = torch.from_numpy(offset[index].astype(np.float32)).to(x.device)
-        out = torch.baddbmm(b[:, None, None], m, rows.flatten(2)).view_as(rows)
-        return out.clamp_(0, 255).round_()
-
-    return _on_rows(x, params.jitter, apply, np.arange(len(params)))
+def _jitter_fast(
+    x: Float[Tensor, "B 3 H W"], params: ViewParams, columns: Float32[Tensor, "B 10"]
+) -> None:
+    """In place: one 3x3 matrix and an offset for each sample."""
+    matrix = columns[:, :9].reshape(-1, 3, 3)
+    twisted = torch.baddbmm(columns[:, 9:, None], matrix, x.flatten(2))
+    x.copy_(twisted.view_as(x)).clamp_(0, 255).round_()

@@ -14,15 +14,20 @@ import numpy.typing as npt
 
 from cmae.pipeline.index import (
     COLUMNS,
+    Columns,
     ShardIndex,
     StaleIndexError,
     build_index,
     index_path,
     is_decodable,
     load_index,
+    presized_counts,
     read_columns,
+    read_keys,
     save_index,
 )
+from cmae.pipeline.jpeg import JpegKind
+from cmae.pipeline.presize import sum_counts
 from cmae.pipeline.threads import no_progress, run_threads
 
 
@@ -69,6 +74,14 @@ def _load_if_fresh(tar_path: str) -> ShardIndex | None:
         return None
 
 
+class LeftOut(NamedTuple):
+    """A record that no epoch takes; `kind` is why."""
+
+    shard: int
+    position: int
+    kind: JpegKind
+
+
 @dataclass(frozen=True, eq=False)
 class DatasetIndex:
     """The decodable images of many shards as one sequence of n samples, 42 bytes each.
@@ -84,8 +97,10 @@ class DatasetIndex:
     """(shards,) Valid samples in each."""
     digest: str
     """16 hex digits over sizes, offsets, CRCs and kinds of all shards in order; not over their paths."""
-    num_bad: int
-    """Records left out because their image cannot be decoded."""
+    left_out: tuple[LeftOut, ...]
+    """Records that are in no epoch because their image cannot be decoded."""
+    presized: dict[str, int]
+    """Images re-encoded by `cmae shards write --max-size`, by setting; empty where all are original files."""
     position: npt.NDArray[np.int32]
     """(n,) Record number in its shard."""
     offset: npt.NDArray[np.int64]
@@ -96,9 +111,16 @@ class DatasetIndex:
     orientation: npt.NDArray[np.uint8]
     crc32: npt.NDArray[np.uint32]
     label: npt.NDArray[np.int64]
+    index_files: tuple[str, ...]
+    """Index file of every shard."""
 
     def __len__(self) -> int:
         return len(self.offset)
+
+    @property
+    def num_bad(self) -> int:
+        """How many records are left out."""
+        return len(self.left_out)
 
     @classmethod
     def load(cls, shard_paths: Sequence[str | Path], *, workers: int | None = None) -> DatasetIndex:
@@ -115,6 +137,17 @@ class DatasetIndex:
         shards = run_threads(
             lambda path: read_columns(path, without=["keys"]), paths, workers=workers
         )
+        return cls.join(paths, shards, index_files=[index_path(path) for path in paths])
+
+    @classmethod
+    def join(
+        cls, paths: Sequence[str], shards: Sequence[Columns], *, index_files: Sequence[Path]
+    ) -> DatasetIndex:
+        """Join the columns of shards, whose tars may lie anywhere, and their index files on a disk.
+
+        Raises:
+            ValueError: No valid sample in them.
+        """
         digest = hashlib.sha256()
         for shard in shards:
             for name in ("tar_size", "offset", "crc32", "kind"):
@@ -127,18 +160,24 @@ class DatasetIndex:
             for name in COLUMNS
             if name != "keys"
         }
-        num_records = sum(len(shard["kind"]) for shard in shards)
+        left_out = tuple(
+            LeftOut(number, int(row), JpegKind(shard["kind"][row]))
+            for number, shard in enumerate(shards)
+            for row in np.flatnonzero(~is_decodable(shard["kind"]))
+        )
         sizes = np.asarray([len(rows) for rows in valid], np.int64)
         if not sizes.sum():
             raise ValueError(
-                f"none of the {num_records} records in {len(paths)} shards is a JPEG that can be decoded"
+                f"none of the {len(left_out)} records in {len(paths)} shards is a JPEG that can be decoded"
             )
         return cls(
-            paths=paths,
+            paths=tuple(paths),
             shard_sizes=sizes,
             digest=digest.hexdigest()[:16],
-            num_bad=num_records - int(sizes.sum()),
+            left_out=left_out,
+            presized=sum_counts(presized_counts(shard) for shard in shards),
             position=np.concatenate(valid),
+            index_files=tuple(map(str, index_files)),
             **columns,
         )
 
@@ -156,10 +195,17 @@ class DatasetIndex:
         return np.asarray(shard << 32 | position, np.int64)
 
     def key(self, shard: int, position: int) -> str:
-        """WebDataset key of a record; the keys of a shard are read from its index when first asked for."""
-        return str(_shard_keys(self.paths[shard])[position])
+        """WebDataset key of a record; '' when the index file is gone.
+
+        The keys of a shard are read when first asked for, and then the tar may be damaged or gone: that is
+        often why somebody asks.
+        """
+        try:
+            return str(_shard_keys(self.index_files[shard])[position])
+        except (OSError, IndexError):
+            return ""
 
 
 @lru_cache(maxsize=16)
-def _shard_keys(tar_path: str) -> npt.NDArray[np.str_]:
-    return load_index(tar_path).keys
+def _shard_keys(index_file: str) -> npt.NDArray[np.str_]:
+    return read_keys(index_file)

@@ -52,6 +52,9 @@ class ViewMaker(Protocol):
     def collect(self, job: Any) -> Views:
         """Wait for a batch."""
 
+    def cancel(self) -> None:
+        """Drop work that has not begun; `collect` fails for it, in whatever thread."""
+
     def close(self) -> None:
         """Release threads and memory."""
 
@@ -139,9 +142,10 @@ class Feed:
         """Stop and join the thread, then release the workers. May be called again."""
         atexit.unregister(self.close)
         self._stop.set()
+        self._source.close()  # first: the thread may be waiting for a read that takes minutes
+        self._maker.cancel()  # or for a large batch
         self._thread.join()
         self._maker.close()
-        self._source.close()
 
     def _run(self, state: LoaderState) -> None:
         # Small work beside the decoding threads: a parallel region would only wait for their cores.

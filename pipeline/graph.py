@@ -224,7 +224,11 @@ class GraphViews:
             if job.error is not None:
                 raise job.error
 
+    def cancel(self) -> None:
+        """Nothing: a batch that DALI has begun is finished."""
+
     def close(self) -> None:
         """Let the batches in flight finish: DALI must not be torn down while it reads their bytes."""
         while self._in_flight:
             self._receive(self._in_flight.popleft())
+        vars(self).pop("_pipeline", None)  # its threads and buffers go with it

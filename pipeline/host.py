@@ -10,19 +10,19 @@ import math
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import nvidia.nvimgcodec as nvimgcodec
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Int32, Int64, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
 from cmae.pipeline.buffers import BufferPool
-from cmae.pipeline.color import apply_color
+from cmae.pipeline.color_host import HostColor
 from cmae.pipeline.counters import KindTable, Stage, State
 from cmae.pipeline.views import ViewConfig, ViewParams
 
@@ -58,6 +58,7 @@ class HostViews:
         self._buffers = BufferPool()
         self.stage = Stage("views", threads=num_threads)
         self.kinds = KindTable()
+        self._is_cancelled = False
 
     def submit(
         self,
@@ -86,7 +87,9 @@ class HostViews:
             )
             for i in range(0, batch_size, stride)
         ]
-        return _Job(online, target, futures)
+        return _Job(
+            torch.from_numpy(online), None if target is None else torch.from_numpy(target), futures
+        )
 
     def collect(self, job: _Job) -> Views:
         """Wait for a batch."""
@@ -95,18 +98,23 @@ class HostViews:
             bad |= future.result()
         return Views(job.online, job.target, bad)
 
+    def cancel(self) -> None:
+        """Drop work that has not begun; batches under way end at their next sample."""
+        self._is_cancelled = True
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
     def close(self) -> None:
         """Stop the threads; work that has not begun is dropped."""
         self._pool.shutdown(cancel_futures=True)
 
-    def _empty_batch(self, batch_size: int) -> UInt8[Tensor, "B S S 3"]:
+    def _empty_batch(self, batch_size: int) -> UInt8[np.ndarray, "B S S 3"]:
         shape = (batch_size, self._views.img_size, self._views.img_size, 3)
-        return torch.from_numpy(self._buffers.take(math.prod(shape)).reshape(shape))
+        return self._buffers.take(math.prod(shape)).reshape(shape)
 
     def _start_worker(self) -> None:
         # One thread a sample: a parallel region inside would only fight the other samples for cores.
         torch.set_num_threads(1)
-        self._local.decoder = WindowDecoder()  # a decoder must not be shared between threads
+        self._local.worker = _Worker(self._views)
 
     def _run(
         self, samples: range, cells: Int64[np.ndarray, " B"] | None, *work: Any
@@ -129,19 +137,16 @@ class HostViews:
         times: list[float],
         encoded: Sequence[UInt8[np.ndarray, " n"]],
         params: ViewParams,
-        online: Tensor,
-        target: Tensor | None,
+        online: UInt8[np.ndarray, "B S S 3"],
+        target: UInt8[np.ndarray, "B S S 3"] | None,
     ) -> dict[int, str]:
         bad = {}
         for i in samples:
-            row = params.rows(slice(i, i + 1))
-            made = make_views(self._local.decoder, encoded[i], row, self._views)
-            if made is None:
+            if self._is_cancelled:
+                raise CancelledError
+            out = None if target is None else target[i]
+            if not self._local.worker.make(encoded[i], params, row=i, online=online[i], target=out):
                 bad[i] = UNDECODABLE
-            else:
-                for batch, view in zip((online, target), made, strict=True):
-                    if batch is not None and view is not None:
-                        batch[i] = view
             times.append(time.perf_counter())
         return bad
 
@@ -174,26 +179,55 @@ class WindowDecoder:
         return None if image is None else torch.from_numpy(np.asarray(image))
 
 
-def make_views(
-    decoder: WindowDecoder, encoded: UInt8[np.ndarray, " n"], params: ViewParams, views: ViewConfig
-) -> tuple[UInt8[Tensor, "S S 3"], UInt8[Tensor, "S S 3"] | None] | None:
-    """Both views of one sample from its one row of parameters; None when it cannot be decoded."""
-    window = decoder.decode(encoded, params.crop[0])
-    if window is None:
-        return None
-    master = _resize(window, views.master_size, flip=bool(params.flip[0]))
-    online = _cut(master, params.online_offset[0], views.img_size)
-    if not views.has_target:
-        return online, None
-    if views.has_own_target_crop:
-        window = decoder.decode(encoded, params.target_crop[0])
+class _Worker:
+    """What one thread needs to make views: a decoder must not be shared, nor working memory."""
+
+    def __init__(self, views: ViewConfig) -> None:
+        self._views = views
+        self._decoder = WindowDecoder()
+        self._color = HostColor(views.img_size) if views.has_color else None
+
+    def make(
+        self,
+        encoded: UInt8[np.ndarray, " n"],
+        params: ViewParams,
+        *,
+        row: int,
+        online: UInt8[np.ndarray, "S S 3"],
+        target: UInt8[np.ndarray, "S S 3"] | None,
+    ) -> bool:
+        """Write both views of one sample; False when it cannot be decoded."""
+        views = self._views
+        master = self._window(encoded, params.crop[row], views.master_size, params.flip[row])
+        if master is None:
+            return False
+        online[...] = _cut(master, params.online_offset[row], views.img_size)
+        if target is None:
+            return True
+        if views.has_own_target_crop:
+            flip = params.target_flip[row]
+            cut = self._window(encoded, params.target_crop[row], views.img_size, flip)
+            if cut is None:
+                return False
+        else:
+            cut = _cut(master, params.target_offset[row], views.img_size)
+        if self._color is None:
+            target[...] = cut
+        else:
+            self._color.apply(cut, params, row=row, mode=views.color, out=target)
+        return True
+
+    def _window(
+        self, encoded: UInt8[np.ndarray, " n"], crop: Int32[np.ndarray, " 4"], size: int, flip: bool
+    ) -> UInt8[np.ndarray, "s s 3"] | None:
+        window = self._decoder.decode(encoded, crop)
         if window is None:
             return None
-        target = _resize(window, views.img_size, flip=bool(params.target_flip[0]))
-    else:
-        target = _cut(master, params.target_offset[0], views.img_size)
-    target = apply_color(target[None], params, mode=views.color)[0]
-    return online, target
+        channels_last = window[None].permute(0, 3, 1, 2)
+        resized = F.interpolate(channels_last, size=(size, size), mode="bicubic", antialias=True)
+        square = resized[0].permute(1, 2, 0)
+        pixels: UInt8[np.ndarray, "s s 3"] = (square.flip(1) if flip else square).numpy()
+        return pixels
 
 
 def find_undecodable(
@@ -209,13 +243,8 @@ def find_undecodable(
     }
 
 
-def _resize(window: UInt8[Tensor, "h w 3"], size: int, *, flip: bool) -> UInt8[Tensor, "s s 3"]:
-    channels_last = window[None].permute(0, 3, 1, 2)
-    resized = F.interpolate(channels_last, size=(size, size), mode="bicubic", antialias=True)
-    master = resized[0].permute(1, 2, 0)
-    return master.flip(1) if flip else master
-
-
-def _cut(master: UInt8[Tensor, "m m 3"], offset: np.ndarray, size: int) -> UInt8[Tensor, "s s 3"]:
-    top, left = map(int, offset)
+def _cut(
+    master: UInt8[np.ndarray, "m m 3"], offset: Int32[np.ndarray, " 2"], size: int
+) -> UInt8[np.ndarray, "s s 3"]:
+    top, left = offset
     return master[top : top + size, left : left + size]

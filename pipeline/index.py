@@ -12,9 +12,9 @@ import os
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -22,12 +22,16 @@ import numpy as np
 import numpy.typing as npt
 
 from cmae.pipeline.jpeg import MAX_PIXELS, BadImageError, JpegInfo, JpegKind, inspect_jpeg
+from cmae.pipeline.presize import presize_mark, summarise_marks
 from cmae.pipeline.tar import KEY_AND_EXTENSION, TarError, TarRecord, iter_records, iter_tar
 
 FORMAT_VERSION = 1
+PRESIZED_FORMAT_VERSION = 2
+"""Of the index of a shard with pre-resized images, whose label an older reader would not pass on."""
 INDEX_SUFFIX = ".index.npz"
 
-_DIGEST_BYTES = 64 * 1024
+DIGEST_BYTES = 64 * 1024
+"""Length of each end of a tar that its digest covers."""
 
 Columns = dict[str, npt.NDArray[Any]]
 
@@ -76,6 +80,8 @@ class ShardIndex:
     """Bytes of the tar."""
     tar_digest: str
     """See `tar_digest`."""
+    presized: dict[str, int] = field(default_factory=dict)
+    """Images that `cmae shards write --max-size` has re-encoded, by setting; see `summarise_marks`."""
 
     def __len__(self) -> int:
         return len(self.offset)
@@ -86,14 +92,27 @@ class ShardIndex:
         return is_decodable(self.kind)
 
     @classmethod
-    def from_rows(cls, rows: Iterable[IndexRow], *, tar_path: str | Path) -> ShardIndex:
-        """Turn rows into columns; size and digest are read from the finished tar."""
+    def from_rows(
+        cls, rows: Iterable[IndexRow], *, tar_path: str | Path, marks: Iterable[str] = ()
+    ) -> ShardIndex:
+        """Turn rows into columns; size and digest are read from the finished tar.
+
+        Args:
+            rows: of the records, in tar order.
+            tar_path: of the finished tar.
+            marks: `presize_mark` of the images.
+        """
         columns = list(zip(*rows, strict=True)) or [()] * len(COLUMNS)
         arrays = {
             name: np.asarray(values, dtype)
             for (name, dtype), values in zip(COLUMNS.items(), columns, strict=True)
         }
-        return cls(**arrays, tar_size=os.path.getsize(tar_path), tar_digest=tar_digest(tar_path))
+        return cls(
+            **arrays,
+            tar_size=os.path.getsize(tar_path),
+            tar_digest=tar_digest(tar_path),
+            presized=summarise_marks(marks),
+        )
 
 
 def is_decodable(kind: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
@@ -129,11 +148,14 @@ def tar_digest(tar_path: str | Path) -> str:
     """
     with open(tar_path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        digest = hashlib.sha256(size.to_bytes(8, "little"))
-        digest.update(file.read(_DIGEST_BYTES))
-        file.seek(max(size - _DIGEST_BYTES, 0))
-        digest.update(file.read(_DIGEST_BYTES))
-    return digest.hexdigest()
+        head = file.read(DIGEST_BYTES)
+        file.seek(max(size - DIGEST_BYTES, 0))
+        return digest_of_ends(size, head, file.read(DIGEST_BYTES))
+
+
+def digest_of_ends(size: int, head: bytes, tail: bytes) -> str:
+    """See `tar_digest`; `head` and `tail` are the first and last DIGEST_BYTES, or all there is."""
+    return hashlib.sha256(size.to_bytes(8, "little") + head + tail).hexdigest()
 
 
 def index_row(record: TarRecord, info: JpegInfo | None) -> IndexRow:
@@ -153,6 +175,11 @@ def index_row(record: TarRecord, info: JpegInfo | None) -> IndexRow:
     )
 
 
+def index_record(record: TarRecord, *, max_pixels: int = MAX_PIXELS) -> IndexRow:
+    """The index entry of a record, whose image may be bad."""
+    return index_row(record, _inspect(record.image, max_pixels))
+
+
 def build_index(tar_path: str | Path, *, max_pixels: int = MAX_PIXELS) -> ShardIndex:
     """Read a whole shard and index it; a record whose image is bad is kept with kind BAD.
 
@@ -160,14 +187,14 @@ def build_index(tar_path: str | Path, *, max_pixels: int = MAX_PIXELS) -> ShardI
         TarError: The tar is damaged (see `iter_tar`) or no record holds a `.jpg` or `.jpeg`.
         FileNotFoundError: There is no such file.
     """
+    rows, marks = [], []
     with open(tar_path, "rb", buffering=1 << 20) as file:
-        rows = [
-            index_row(record, _inspect(record.image, max_pixels))
-            for record in iter_records(file, name=str(tar_path))
-        ]
+        for record in iter_records(file, name=str(tar_path)):
+            rows.append(index_record(record, max_pixels=max_pixels))
+            marks.append(presize_mark(record.image))
     if not rows:
         raise TarError(_no_images(tar_path))
-    return ShardIndex.from_rows(rows, tar_path=tar_path)
+    return ShardIndex.from_rows(rows, tar_path=tar_path, marks=marks)
 
 
 def _inspect(image: bytes, max_pixels: int) -> JpegInfo | None:
@@ -207,13 +234,18 @@ def save_index(index: ShardIndex, path: str | Path) -> None:
     Raises:
         PermissionError: The folder cannot be written; says what to do instead.
     """
-    columns = {field.name: getattr(index, field.name) for field in fields(index)}
+    columns = {name: getattr(index, name) for name in (*COLUMNS, "tar_size", "tar_digest")}
+    version = FORMAT_VERSION
+    if index.presized:
+        version = PRESIZED_FORMAT_VERSION
+        columns["presized_settings"] = np.asarray(list(index.presized), np.str_)
+        columns["presized_counts"] = np.asarray(list(index.presized.values()), np.int64)
     columns["keys"] = np.char.encode(
         index.keys, "utf-8", "surrogateescape"
     )  # a quarter of numpy's UCS-4
     try:
         with atomic_write(path) as file:
-            np.savez(file, allow_pickle=False, format_version=FORMAT_VERSION, **columns)
+            np.savez(file, allow_pickle=False, format_version=version, **columns)
     except PermissionError as error:
         raise PermissionError(
             f"cannot write {path}: {error.strerror}. If the shards lie in a read-only folder, link them into "
@@ -228,38 +260,105 @@ def load_index(tar_path: str | Path) -> ShardIndex:
         FileNotFoundError: There is no index (or no tar).
         StaleIndexError: Made for other contents, by another format version, or unreadable.
     """
-    columns = read_columns(tar_path, without=())
-    keys = np.char.decode(columns.pop("keys").astype(np.bytes_), "utf-8", "surrogateescape")
+    return _from_columns(read_columns(tar_path, without=()))
+
+
+def load_index_unchecked(tar_path: str | Path) -> ShardIndex | None:
+    """The index of a shard as it is, whether or not the tar has changed since; None where there is none."""
+    try:
+        columns = _read_archive(index_path(tar_path), without=())
+        if columns.pop("format_version") not in (FORMAT_VERSION, PRESIZED_FORMAT_VERSION):
+            return None
+        return _from_columns(columns)
+    except (OSError, KeyError):
+        return None
+
+
+def load_index_file(path: Path) -> ShardIndex:
+    """Load an index that was checked before; its tar need not be there.
+
+    Raises:
+        StaleIndexError: By another format version, or unreadable.
+    """
+    return _from_columns(read_index_file(path, without=(), tar=str(path), size=None, digest=None))
+
+
+def read_keys(index_file: str | Path) -> npt.NDArray[np.str_]:
+    """(n,) WebDataset keys in tar order, from an index alone: the tar may be changed or gone.
+
+    Raises:
+        OSError: There is no index, or it cannot be read.
+    """
+    return _decode_keys(_read_archive(Path(index_file), without=())["keys"])
+
+
+def _from_columns(columns: Columns) -> ShardIndex:
+    keys = _decode_keys(columns.pop("keys"))
     size, digest = int(columns.pop("tar_size").item()), str(columns.pop("tar_digest"))
-    return ShardIndex(keys=keys, **columns, tar_size=size, tar_digest=digest)
+    presized = presized_counts(columns)
+    arrays = {name: columns[name] for name in COLUMNS if name != "keys"}
+    return ShardIndex(keys=keys, **arrays, tar_size=size, tar_digest=digest, presized=presized)
 
 
-def read_columns(tar_path: str | Path, *, without: Sequence[str]) -> Columns:
+def presized_counts(columns: Columns) -> dict[str, int]:
+    """Pre-resized images by setting, from the arrays of an index file of either version."""
+    if "presized_settings" not in columns:
+        return {}
+    settings, counts = columns["presized_settings"].tolist(), columns["presized_counts"].tolist()
+    return dict(zip(settings, counts, strict=True))
+
+
+def _decode_keys(stored: npt.NDArray[Any]) -> npt.NDArray[np.str_]:
+    return np.char.decode(stored.astype(np.bytes_), "utf-8", "surrogateescape")
+
+
+def read_columns(tar_path: str | Path, *, without: Collection[str]) -> Columns:
     """Arrays of a fresh index file by name, `format_version` checked and removed."""
     path = index_path(tar_path)
-    repair = f"make it again with `cmae shards index {tar_path}`"
     size, digest = os.path.getsize(tar_path), tar_digest(tar_path)
     if not path.exists():
         raise FileNotFoundError(
             f"{tar_path} has no index {path.name}: make it with `cmae shards index {tar_path}`"
         )
+    return read_index_file(path, without=without, tar=str(tar_path), size=size, digest=digest)
+
+
+def read_index_file(
+    path: Path, *, without: Collection[str], tar: str, size: int | None, digest: str | None
+) -> Columns:
+    """Arrays of an index file that belongs to the tar of this size and digest (None: not compared).
+
+    Raises:
+        StaleIndexError: It belongs to another tar, or is unreadable.
+    """
+    repair = f"make it again with `cmae shards index {tar}`"
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            version = int(archive["format_version"])
-            columns: Columns = {
-                name: archive[name] for name in archive.files if name not in without
-            }
-    except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError) as error:
+        columns = _read_archive(path, without)
+    except OSError as error:
         raise StaleIndexError(f"{path} is damaged or no index; {repair}") from error
-    if version != FORMAT_VERSION:
+    version = columns.pop("format_version")
+    if version not in (FORMAT_VERSION, PRESIZED_FORMAT_VERSION):
         raise StaleIndexError(
-            f"{path} has format {version}, this version reads {FORMAT_VERSION}; {repair}"
+            f"{path} has format {version}, this version reads {FORMAT_VERSION} and "
+            f"{PRESIZED_FORMAT_VERSION}; {repair}"
         )
-    if columns["tar_size"] != size:
+    if size is not None and columns["tar_size"] != size:
         raise StaleIndexError(
             f"{path} was made for {columns['tar_size']} bytes, the tar has {size}; {repair}"
         )
-    if columns["tar_digest"] != digest:
+    if digest is not None and columns["tar_digest"] != digest:
         raise StaleIndexError(f"{path} was made for other contents of the same size; {repair}")
-    del columns["format_version"]
     return columns
+
+
+def _read_archive(path: Path, without: Collection[str]) -> Columns:
+    """Arrays of an index file.
+
+    Raises:
+        OSError: It is not there, not readable, or no index.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files if name not in without}
+    except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError) as error:
+        raise OSError(f"{path} is damaged or no index") from error

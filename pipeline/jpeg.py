@@ -19,6 +19,7 @@ _MARKERS_WITHOUT_LENGTH = frozenset({0x01, *range(0xD0, 0xD9)})  # TEM, RST0-7, 
 _EOI, _SOS, _APP1 = 0xD9, 0xDA, 0xE1
 _END_OF_IMAGE = b"\xff\xd9"
 _ORIENTATION_TAG = 0x0112
+_ZERO_BLOCK = 4096  # bytes: the page of memory, and the block of most file systems
 
 _SIGNATURES = (
     (0, b"\x89PNG", "PNG"),
@@ -118,6 +119,17 @@ def inspect_jpeg(data: bytes | memoryview, *, max_pixels: int = MAX_PIXELS) -> J
         # In compressed data 0xFF is always followed by a stuffed 0, so this pair can only be the end.
         raise BadImageError(f"truncated: no end-of-image marker in {len(data)} bytes")
     return JpegInfo(height, width, kind, orientation)
+
+
+def find_zero_block(data: bytes | memoryview) -> int | None:
+    """First of 4096 zero bytes in the compressed pixels: a block of the disk or the network that got lost.
+
+    Decoders accept them and draw grey. Only a blank picture of a megapixel, coded with tables of its own,
+    could hold as many on purpose. The file must have passed `inspect_jpeg`.
+    """
+    frame = _find_frame(data)[1]
+    found = bytes(data[frame:]).find(bytes(_ZERO_BLOCK))
+    return None if found < 0 else frame + found
 
 
 def _find_frame(data: bytes | memoryview) -> tuple[int, int, int]:

@@ -17,14 +17,19 @@ from cmae.pipeline.counters import LoaderSnapshot, State
 from cmae.pipeline.dataset_index import DatasetIndex
 from cmae.pipeline.feed import DrawMask, Feed, ViewMaker
 from cmae.pipeline.graph import GraphViews
-from cmae.pipeline.health import Health
+from cmae.pipeline.health import BEFORE_FIRST_EPOCH, BadLimit, BadSample, Health
 from cmae.pipeline.host import HostViews
 from cmae.pipeline.index import index_path
 from cmae.pipeline.plan import EpochPlan
+from cmae.pipeline.presize import presized_line
+from cmae.pipeline.remote import Remote, RemoteConfig
+from cmae.pipeline.remote_dataset import Reading, choose_reading, order_of_use
 from cmae.pipeline.sources import IndexedSource, Source, StreamSource
-from cmae.pipeline.urls import expand_shards, is_local
+from cmae.pipeline.survey import stated_presized
+from cmae.pipeline.urls import expand_shards, is_local, is_remote
 from cmae.pipeline.views import ViewConfig
 
+_DEFAULT_REMOTE = RemoteConfig()
 Wrap = Callable[[Source, ViewMaker], tuple[Source, ViewMaker]]
 
 
@@ -39,12 +44,22 @@ class Loader:
     """Samples in the data set; None for a stream."""
     steps_per_epoch: int | None
     """Optimiser steps in an epoch, equal on every rank; None for a stream."""
+    presized: str
+    """Says which of the images are not the original files (`cmae shards write --max-size`); '' if all are."""
 
     def __init__(
-        self, source: Source, maker: ViewMaker, *, feed: Feed, health: Health, state: LoaderState
+        self,
+        source: Source,
+        maker: ViewMaker,
+        *,
+        feed: Feed,
+        health: Health,
+        state: LoaderState,
+        presized: str = "",
     ) -> None:
         self.num_samples = source.num_samples
         self.steps_per_epoch = source.steps_per_epoch
+        self.presized = presized
         self._source = source
         self._maker = maker
         self._feed = feed
@@ -148,13 +163,18 @@ def build_loader(
     prefetch: int = 2,
     state: LoaderState | None = None,
     shuffle: bool = True,
+    shuffle_block: int = 1,
+    shuffle_window: int = 16384,
     source: Literal["auto", "indexed", "stream"] = "auto",
     backend: Literal["auto", "dali", "host"] = "auto",
     hw_decoder_load: float = 0.65,
+    num_readers: int = 4,
     ledger: Path | None = None,
-    max_bad_fraction: float = 0.01,
+    max_bad_fraction: float | None = 0.01,
     probation: int = 1000,
     check_crc: bool = True,
+    last_batch: Literal["drop", "pad"] = "drop",
+    remote: RemoteConfig = _DEFAULT_REMOTE,
     wrap: Wrap | None = None,
 ) -> Loader:
     """Open shards and start reading.
@@ -173,13 +193,21 @@ def build_loader(
         prefetch: ready batches kept ahead.
         state: where to continue; None = the beginning.
         shuffle: draw a new order in every epoch.
+        shuffle_block: samples that stay near each other in that order, see `EpochPlan`; 1 is uniform.
+        shuffle_window: samples among which blocks are mixed.
         source: 'indexed' needs a sidecar index for every shard, 'stream' none; 'auto' looks.
         backend: 'dali' or 'host' make the views; 'auto' is DALI on CUDA and the faster host way on a CPU.
         hw_decoder_load: share of the JPEGs for the GPU's decoder unit; the best value differs by machine.
+        num_readers: batches that are read at the same time; an indexed source has that many threads.
         ledger: JSON lines file for bad records.
-        max_bad_fraction: raise DataError above this fraction of bad records.
+        max_bad_fraction: raise DataError above this fraction of bad records on this rank. None = the caller
+            adds `Loader.bad_samples` over all ranks and decides.
         probation: samples before that fraction is looked at.
         check_crc: compare files with the CRC32 in the index.
+        last_batch: leave the samples out that do not fill an epoch's last global batch, or 'pad' it with the
+            epoch's first ones (`EpochPlan.padding`). A stream can only drop: each rank leaves out what does
+            not fill its own last batch.
+        remote: how shards behind URLs are read.
         wrap: gets the source and the view maker and returns what the loader uses instead (the profiler puts
             its switches there).
 
@@ -187,19 +215,45 @@ def build_loader(
         ValueError: A size, the state or the shard list does not fit; the message names the repair.
         FileNotFoundError: source='indexed' and a shard has no index.
         StaleIndexError: An index was made for another tar.
+        RemoteError: A remote shard or its store does not answer.
     """
     device = torch.device(device)
     _check_sizes(batch_size, global_batch_size, rank=rank, world_size=world_size, prefetch=prefetch)
-    paths = expand_shards(shards)
-    health = Health(ledger=ledger, max_bad_fraction=max_bad_fraction, probation=probation)
+    if num_readers < 1:
+        raise ValueError(f"num_readers={num_readers} must be at least 1; 4 is the default")
+    paths = expand_shards(shards, storage_options=remote.storage_options)
+    first_epoch = 0 if state is None else state.epoch
+    limit = None if max_bad_fraction is None else BadLimit(max_bad_fraction, probation)
+    health = Health(ledger=ledger, limit=limit, rank=rank, first_epoch=first_epoch)
     place = {"rank": rank, "world_size": world_size, "batch_size": batch_size}
     opened: Source
-    if _is_indexed(source, paths):
-        index = DatasetIndex.load(paths)
-        plan = EpochPlan(len(index), global_batch_size, seed=seed, shuffle=shuffle)
-        opened = IndexedSource(index, plan=plan, check_crc=check_crc, **place)
+    index, reading = _find_index(source, paths, remote)
+    if index is not None:
+        plan = EpochPlan(
+            len(index),
+            global_batch_size,
+            seed=seed,
+            shuffle=shuffle,
+            block_size=shuffle_block,
+            window_size=shuffle_window,
+            last_batch=last_batch,
+        )
+        _check_grid(state, global_batch_size, stride=world_size * batch_size)
+        if rank == 0:
+            health.note_left_out(_left_out(index))
+        files = reading.open_files(order_of_use(index, plan, state)) if reading else None
+        opened = IndexedSource(
+            index, plan=plan, check_crc=check_crc, num_readers=num_readers, remote=files, **place
+        )
+        presized = presized_line(index.presized, len(index))
+    elif last_batch == "pad":
+        raise ValueError(
+            "last_batch='pad' needs to know the samples of an epoch beforehand, and a stream does not: make "
+            "indexes with `cmae shards index`, or set last_batch=drop"
+        )
     else:
-        opened = StreamSource(paths, seed=seed, shuffle=shuffle, **place)
+        opened = StreamSource(paths, seed=seed, shuffle=shuffle, remote=Remote(remote), **place)
+        presized = stated_presized(paths)
     if state is None:
         state = LoaderState(seed, epoch=0, next_sample=0, digest=opened.digest)
     _check_state(state, seed=seed, digest=opened.digest)
@@ -227,7 +281,20 @@ def build_loader(
         state=state,
         prefetch=prefetch,
     )
-    return Loader(opened, maker, feed=feed, health=health, state=state)
+    return Loader(opened, maker, feed=feed, health=health, state=state, presized=presized)
+
+
+def _left_out(index: DatasetIndex) -> list[BadSample]:
+    return [
+        BadSample(
+            index.paths[shard],
+            index.key(shard, position),
+            position,
+            f"left out by the index: {kind.name.lower()} JPEG (`cmae shards verify` says more)",
+            BEFORE_FIRST_EPOCH,
+        )
+        for shard, position, kind in index.left_out
+    ]
 
 
 def _pick_backend(
@@ -242,12 +309,20 @@ def _pick_backend(
     return backend
 
 
-def _is_indexed(source: str, paths: Sequence[str]) -> bool:
+def _find_index(
+    source: str, paths: Sequence[str], remote: RemoteConfig
+) -> tuple[DatasetIndex | None, Reading | None]:
+    """The index, and how its shards are read where they are remote; None and None for a stream."""
     if source not in ("auto", "indexed", "stream"):
         raise ValueError(f"source={source!r} must be auto, indexed or stream")
-    if source != "auto":
-        return source == "indexed"
-    return all(is_local(path) and index_path(path).exists() for path in paths)
+    if source == "stream":
+        return None, None
+    if all(map(is_remote, paths)):
+        reading = choose_reading(paths, Remote(remote), needs_index=source == "indexed")
+        return (None, None) if reading is None else (reading.index, reading)
+    if source == "indexed" or all(is_local(path) and index_path(path).exists() for path in paths):
+        return DatasetIndex.load(paths), None
+    return None, None
 
 
 def _check_sizes(
@@ -262,6 +337,18 @@ def _check_sizes(
         raise ValueError(
             f"global_batch_size={global_batch_size} must be a multiple of world_size * batch_size = "
             f"{world_size} * {batch_size}: an optimiser step is a whole number of batches of every rank"
+        )
+
+
+def _check_grid(state: LoaderState | None, global_batch_size: int, *, stride: int) -> None:
+    """Refuse to continue inside a global batch at a place where no batch of these sizes begins."""
+    inside = 0 if state is None else state.next_sample % global_batch_size
+    if state is not None and inside % stride:
+        raise ValueError(
+            f"the state to continue from has next_sample={state.next_sample}, which is {inside} samples into "
+            f"a global batch of {global_batch_size}; {stride} = world_size * batch_size samples at a time "
+            "do not reach its end from there. Take a state from between two optimiser steps (checkpoints "
+            "hold such), the global_batch_size of the run before, or a smaller batch_size"
         )
 
 

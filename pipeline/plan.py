@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Int64
@@ -19,9 +20,12 @@ class EpochPlan:
     """A permutation of the data set for every epoch, cut into global batches.
 
     Blocks of `block_size` consecutive samples are permuted, then samples are shuffled inside windows
-    of `window_size`: neighbours in a window come from many places in the data set, yet a window touches only
-    window_size / block_size places on disk. A data set no larger than a window is shuffled fully.
-    The last num_samples % global_batch_size positions of an epoch are left out, other samples each time.
+    of `window_size`. With blocks of 1 the shuffle is uniform. Larger ones let a window touch only
+    window_size / block_size places of the data set, for readers to whom places are dear; the price is in
+    docs/design/0014-shuffle.md. A data set no larger than a window is shuffled fully whatever the block.
+    With last_batch='drop' the last num_samples % global_batch_size positions of an epoch are left out, other
+    samples each time. With 'pad' every sample is used, and the epoch's first samples fill the last global
+    batch up: `padding` names them. They come again with the views and masks of their first turn.
 
     Nothing here depends on rank or world size: rank r of W takes positions
     next_sample + r * B ... + B, and the position moves on by W * B.
@@ -34,13 +38,16 @@ class EpochPlan:
     global_batch_size: int
     seed: int = 0
     shuffle: bool = True
-    block_size: int = 64
+    block_size: int = 1
     window_size: int = 16384
+    last_batch: Literal["drop", "pad"] = "drop"
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "global_batch_size", "block_size", "window_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.last_batch not in ("drop", "pad"):
+            raise ValueError(f"last_batch={self.last_batch!r} must be drop or pad")
         if self.global_batch_size > self.num_samples:
             raise ValueError(
                 f"global_batch_size={self.global_batch_size} is larger than the data set of "
@@ -51,12 +58,17 @@ class EpochPlan:
     @property
     def steps_per_epoch(self) -> int:
         """Optimiser steps in an epoch; equal on every rank by construction."""
-        return self.num_samples // self.global_batch_size
+        spare = self.global_batch_size - 1 if self.last_batch == "pad" else 0
+        return (self.num_samples + spare) // self.global_batch_size
 
     @property
     def samples_per_epoch(self) -> int:
-        """Samples used in an epoch: whole global batches only."""
+        """Places in an epoch: whole global batches only."""
         return self.steps_per_epoch * self.global_batch_size
+
+    def padding(self, epoch: int) -> Int64[np.ndarray, " n"]:
+        """Samples that an epoch takes a second time to fill its last global batch; empty with 'drop'."""
+        return self.order(epoch)[: max(0, self.samples_per_epoch - self.num_samples)]
 
     def order(self, epoch: int) -> Int64[np.ndarray, " N"]:
         """Permuted sample numbers of an epoch (read only: the last two are cached)."""
@@ -69,7 +81,8 @@ class EpochPlan:
         if next_sample + world_size * batch_size > self.samples_per_epoch:
             return None
         start = next_sample + rank * batch_size
-        return self.order(epoch)[start : start + batch_size]
+        places = np.arange(start, start + batch_size)
+        return np.take(self.order(epoch), places, mode="wrap")  # past the end only with 'pad'
 
 
 @lru_cache(maxsize=2)  # this epoch and the next: at ten million samples each takes 80 MB

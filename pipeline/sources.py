@@ -8,10 +8,12 @@ through whole shards and continues at the start of one.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import heapq
 import logging
 import os
+import subprocess
 import threading
 import time
 import zlib
@@ -20,10 +22,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
-import webdataset as wds
+import psutil
 from jaxtyping import Int32, Int64, UInt8
 
 from cmae.pipeline.batch import LoaderState
@@ -31,14 +33,18 @@ from cmae.pipeline.buffers import BufferPool
 from cmae.pipeline.counters import Stage, State
 from cmae.pipeline.dataset_index import DatasetIndex
 from cmae.pipeline.health import BadSample, DataError
+from cmae.pipeline.index import COLUMNS, read_columns
 from cmae.pipeline.jpeg import BadImageError, JpegKind, inspect_jpeg
 from cmae.pipeline.plan import EpochPlan
 from cmae.pipeline.randomness import hash_words
+from cmae.pipeline.remote import Remote, RemoteConfig
+from cmae.pipeline.remote_dataset import RemoteFiles, open_shard
+from cmae.pipeline.stores import redact
 from cmae.pipeline.tar import TarError, iter_records
 
 logger = logging.getLogger(__name__)
 
-_MAX_BAD_RUN = 100
+_MAX_BAD_RUN = 100  # bad records or lost shards in a row, after which no substitute is looked for
 _STREAM_LANE = 1 << 21  # away from the lanes of views and plan
 
 
@@ -68,6 +74,8 @@ class RawBatch:
     """The position after this batch."""
     bad: list[BadSample]
     """Records that could not be used, met on the way to this batch."""
+    num_own: int
+    """Slots from this one on are padding: the epoch had these samples before (last_batch='pad')."""
 
     @property
     def encoded(self) -> list[UInt8[np.ndarray, " n"]]:
@@ -111,7 +119,7 @@ class Source(Protocol):
         """Note that no decoder takes the records in these slots, and fill the slots with others."""
 
     def close(self) -> None:
-        """Release threads and files."""
+        """Release threads and files; another thread's call of `batches` may fail from now on."""
 
 
 class Extent(NamedTuple):
@@ -137,6 +145,10 @@ class _Row(NamedTuple):
     kind: int
 
 
+class _LostShardError(BadImageError):
+    """No record of the shard can be read now: it was deleted, or its disk is gone."""
+
+
 class IndexedSource:
     """Reads the samples that the epoch plan names, by offset, in a few threads ahead of their use.
 
@@ -147,6 +159,7 @@ class IndexedSource:
         plan: which samples an epoch takes, in which order.
         check_crc: compare every file with the CRC32 in the index (about 0.1 ms for 110 KB).
         num_readers: batches that are read at the same time.
+        remote: reads the shards that are not local; closed with the source.
     """
 
     def __init__(
@@ -159,6 +172,7 @@ class IndexedSource:
         batch_size: int,
         check_crc: bool = True,
         num_readers: int = 4,
+        remote: RemoteFiles | None = None,
     ) -> None:
         self.digest = index.digest
         self.num_samples: int | None = plan.num_samples
@@ -166,7 +180,8 @@ class IndexedSource:
         # Their input is the plan, which is always there: a reader without work waits for room.
         self.stage = Stage("read", threads=num_readers, first_state=State.BLOCKED)
         self._index = index
-        self._files = _OpenFiles(index.paths)
+        self._remote = remote
+        self._files = remote or _OpenFiles(index.paths)
         self._buffers = BufferPool()
         self._plan = plan
         self._rank, self._world_size, self._batch_size = rank, world_size, batch_size
@@ -187,7 +202,8 @@ class IndexedSource:
         """Fill each slot with the next good record of the data set."""
         for slot, reason in bad.items():
             record = raw.records[slot]
-            if record.sample_id == raw.sample_index[slot]:  # a bad substitute has a turn of its own
+            # A bad substitute has a turn of its own, and a sample that pads had one.
+            if record.sample_id == raw.sample_index[slot] and slot < raw.num_own:
                 raw.bad.append(self._bad_sample(record.position, reason, raw.epoch))
             raw.records[slot] = self._next_good(record.position + 1)
 
@@ -205,21 +221,26 @@ class IndexedSource:
         extents: list[Extent] = []
         places = self._places(state)
         for _ in range(num_batches):
-            positions, _, state = next(places)
+            positions, _, state, _ = next(places)
             rows = self._rows(positions)
             extents += [Extent(self._index.paths[row.shard], row.offset, row.size) for row in rows]
         return extents, state
 
     def close(self) -> None:
-        """Stop the reading threads."""
+        """Stop the reading threads and close the files."""
+        if self._remote is not None:
+            self._remote.close()  # first: reads under way end at once, and not at their deadline
         self._pool.shutdown(cancel_futures=True)
+        if isinstance(self._files, _OpenFiles):
+            self._files.close()
 
     def _places(
         self, state: LoaderState
-    ) -> Iterator[tuple[Int64[np.ndarray, " B"], int, LoaderState]]:
-        """Positions, epoch and the state after, for this rank's micro-batches one after another."""
+    ) -> Iterator[tuple[Int64[np.ndarray, " B"], int, LoaderState, int]]:
+        """Positions, epoch, state after and number of own slots of this rank's micro-batches in turn."""
         epoch, start = state.epoch, state.next_sample
         stride = self._world_size * self._batch_size
+        self._pool.submit(self._plan.order, epoch + 1)  # ready before it is needed
         while True:
             positions = self._plan.positions(
                 epoch,
@@ -230,40 +251,59 @@ class IndexedSource:
             )
             if positions is None:
                 epoch, start = epoch + 1, 0
-                self._pool.submit(self._plan.order, epoch + 1)  # ready before it is needed
+                self._pool.submit(self._plan.order, epoch + 1)
                 continue
+            num_own = self._plan.num_samples - (start + self._rank * self._batch_size)
             start += stride
             ends = start + stride > self._plan.samples_per_epoch
             place = (epoch + 1, 0) if ends else (epoch, start)
-            yield positions, epoch, LoaderState(self._plan.seed, *place, self.digest)
+            after = LoaderState(self._plan.seed, *place, self.digest)
+            yield positions, epoch, after, max(0, min(num_own, self._batch_size))
 
-    def _read(self, positions: Int64[np.ndarray, " B"], epoch: int, state: LoaderState) -> RawBatch:
+    def _read(
+        self, positions: Int64[np.ndarray, " B"], epoch: int, state: LoaderState, num_own: int
+    ) -> RawBatch:
         self.stage.switch(State.BUSY)
         records, bad, times = [], [], [time.perf_counter()]
         ends = np.cumsum(self._index.size[positions]).tolist()
         buffer = self._buffers.take(ends[-1])
-        for row, end in zip(self._rows(positions), ends, strict=True):
+        rows = list(self._rows(positions))
+        if self._remote is not None:
+            self._remote.fetch([(row.shard, row.offset, row.size) for row in rows])
+        for slot, (row, end) in enumerate(zip(rows, ends, strict=True)):
             data = buffer[end - row.size : end]
             try:
                 records.append(self._record(row, data))
             except BadImageError as error:
-                bad.append(self._bad_sample(row.position, str(error), epoch))
+                if not isinstance(error, _LostShardError):
+                    self._files.check_unchanged(row.shard)
+                if slot < num_own:
+                    bad.append(self._bad_sample(row.position, str(error), epoch))
                 records.append(self._next_good(row.position + 1))
             times.append(time.perf_counter())
         sample_index = self._index.sample_index(positions)
         self.stage.add(items=len(records), num_bytes=ends[-1], latencies_s=np.diff(times))
         self.stage.switch(State.BLOCKED)
-        return RawBatch(records, sample_index, epoch, state, bad)
+        return RawBatch(records, sample_index, epoch, state, bad, num_own)
 
     def _next_good(self, position: int) -> Record:
-        following = np.arange(position, position + _MAX_BAD_RUN) % self._plan.num_samples
-        for row in self._rows(following):
-            with contextlib.suppress(BadImageError):  # noted when its own turn comes
+        """The next record in data set order that passes its checks; the bad ones have turns of their own.
+
+        A shard that cannot be read is passed over as a whole.
+        """
+        first, reason = position % self._plan.num_samples, ""
+        for _ in range(_MAX_BAD_RUN):
+            (row,) = self._rows(np.array([position % self._plan.num_samples]))
+            try:
                 return self._record(row, np.empty(row.size, dtype=np.uint8))
-        shard, _ = self._index.locate(following[0])
+            except _LostShardError as error:
+                position, reason = int(self._index.shard_sizes[: row.shard + 1].sum()), str(error)
+            except BadImageError as error:
+                position, reason = row.position + 1, str(error)
+        shard, _ = self._index.locate(first)
         raise DataError(
-            f"{_MAX_BAD_RUN} bad records in a row from {self._index.paths[shard]} on; check the shard "
-            "with `cmae shards verify`"
+            f"{_MAX_BAD_RUN} bad records or shards in a row from {self._index.paths[shard]} on ({reason}): "
+            "check them with `cmae shards verify`"
         )
 
     def _rows(self, positions: Int64[np.ndarray, " n"]) -> Iterator[_Row]:
@@ -277,7 +317,10 @@ class IndexedSource:
 
     def _record(self, row: _Row, data: UInt8[np.ndarray, " n"]) -> Record:
         """Fill `data` with the sample's bytes and check them."""
-        num_read = self._files.read_into(data, row.shard, offset=row.offset)
+        try:
+            num_read = self._files.read_into(data, row.shard, offset=row.offset)
+        except OSError as error:
+            raise _LostShardError(f"the shard cannot be read: {error.strerror or error}") from error
         if num_read < row.size:
             raise BadImageError(f"the shard ends inside the file: {num_read} of {row.size} bytes")
         if not self._check_crc:
@@ -303,31 +346,122 @@ class IndexedSource:
 
 
 class _OpenFiles:
-    """Reads at offsets of many files, of which only the most recently used stay open."""
+    """Reads at offsets of many files, of which only the most recently used stay open.
 
-    def __init__(self, paths: Sequence[str], *, max_open: int = 64) -> None:
+    Network file systems lose files for a moment: such reads are tried again on a new handle.
+    """
+
+    def __init__(
+        self, paths: Sequence[str], *, max_open: int = 64, first_delay_s: float = 0.2
+    ) -> None:
         self.paths = list(paths)
         self._max_open = max_open
+        self._first_delay_s = first_delay_s
         self._files: OrderedDict[int, Any] = OrderedDict()
+        self._seen: dict[int, _Identity] = {}
         self._lock = threading.Lock()
 
     def read_into(self, data: UInt8[np.ndarray, " n"], number: int, *, offset: int) -> int:
-        """Fill `data` from a file; returns how much there was."""
+        """Fill `data` from a file; returns how much there was.
+
+        Raises:
+            DataError: The file is another one than when it was first opened.
+            OSError: It cannot be read, six times in a row where trying again can help.
+        """
+        for attempt in range(_NUM_TRIES):
+            try:
+                return self._read(data, number, offset)
+            except OSError as error:
+                if error.errno not in _PASSING_ERRORS:
+                    raise
+                path = self.paths[number]
+                if attempt == _NUM_TRIES - 1:
+                    raise OSError(
+                        error.errno, f"{error.strerror}, {_NUM_TRIES} times in a row", path
+                    ) from error
+                logger.warning("%s: %s; opening it again", path, error.strerror)
+                with self._lock:
+                    self._files.pop(number, None)
+                time.sleep(self._first_delay_s * 2**attempt)
+        raise AssertionError("unreachable")
+
+    def close(self) -> None:
+        """Close all files."""
+        with self._lock:
+            while self._files:
+                self._files.popitem()[1].close()
+
+    def check_unchanged(self, number: int) -> None:
+        """Compare the file under this name with the one that was opened first.
+
+        Raises:
+            DataError: It is another one, and its index no longer belongs to it.
+        """
+        with contextlib.suppress(
+            FileNotFoundError
+        ):  # deleted, and still open: nothing to compare with
+            self._compare(number, _Identity.of(os.stat(self.paths[number])))
+
+    def _read(self, data: UInt8[np.ndarray, " n"], number: int, offset: int) -> int:
         with self._lock:
             file = self._files.pop(number, None)
             if file is None:
                 file = Path(self.paths[number]).open("rb", buffering=0)  # noqa: SIM115  # kept open
+                self._compare(number, _Identity.of(os.fstat(file.fileno())))
             self._files[number] = file
             if len(self._files) > self._max_open:
                 # Only forgotten: it closes when the last reader in another thread lets go of it.
                 self._files.popitem(last=False)
         num_read = 0
-        # Network file systems may return less than was asked for.
-        while more := os.preadv(file.fileno(), [data.data[num_read:]], offset + num_read):
-            num_read += more
-            if num_read == data.size:
-                break
+        try:
+            # Network file systems may return less than was asked for.
+            while more := os.preadv(file.fileno(), [data.data[num_read:]], offset + num_read):
+                num_read += more
+                if num_read == data.size:
+                    break
+        except OSError:  # a stale handle stays stale: the next read opens the file again
+            with self._lock:
+                self._files.pop(number, None)
+            raise
         return num_read
+
+    def _compare(self, number: int, now: _Identity) -> None:
+        before = self._seen.setdefault(number, now)
+        if now == before:
+            return
+        path = self.paths[number]
+        try:
+            read_columns(path, without=COLUMNS.keys())  # a copy of the same contents is welcome
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"{path} was replaced during the run: {before} when it was opened first, {now} now, and "
+                f"{error}. Start the run again when the shards no longer change"
+            ) from error
+        logger.warning(
+            "%s was replaced by a file of the same contents: %s, now %s", path, before, now
+        )
+        self._seen[number] = now
+
+
+_NUM_TRIES = 6
+_PASSING_ERRORS = (errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.EAGAIN, errno.EREMOTEIO)
+"""A server that restarts or fails over gives these for some seconds."""
+
+
+class _Identity(NamedTuple):
+    """What tells one file from another of the same name."""
+
+    size: int
+    modified_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> _Identity:
+        return cls(status.st_size, status.st_mtime_ns, status.st_ino)
+
+    def __str__(self) -> str:
+        modified = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.modified_ns / 1e9))
+        return f"{self.size} bytes of {modified}, inode {self.inode}"
 
 
 class StreamSource:
@@ -353,25 +487,32 @@ class StreamSource:
         batch_size: int,
         shuffle: bool = True,
         shuffle_window: int = 1024,
+        remote: Remote | None = None,
     ) -> None:
         if len(urls) < world_size:
             raise ValueError(
                 f"shards lists {len(urls)} for world_size={world_size} ranks: a stream deals whole shards. "
                 "Write more shards, or an index with `cmae shards index`"
             )
-        self.digest = hashlib.sha256("\n".join(urls).encode()).hexdigest()[:16]
+        names = "\n".join(
+            map(redact, urls)
+        )  # a signature that was renewed does not make other data
+        self.digest = hashlib.sha256(names.encode()).hexdigest()[:16]
         # Reading happens in the thread that asks for batches, and between them it is elsewhere.
         self.stage = Stage("read", threads=1, first_state=State.BLOCKED)
         self._urls = list(urls)
+        self._remote = remote or Remote(RemoteConfig())
         self._seed = seed
         self._rank, self._world_size, self._batch_size = rank, world_size, batch_size
         self._bad: list[BadSample] = []  # since the last batch
+        self._is_closed = False
+        self._stream: IO[bytes] | None = None  # the shard being read
         self._shuffle = shuffle
         self._window = shuffle_window if shuffle else 1
         if rank == 0:
             logger.warning(
                 "streaming %d shards: resume is by shard, so a run that is continued sees samples of the "
-                "shard it was reading again; `cmae shards index` makes it exact for local tars",
+                "shard it was reading again; `cmae shards index` makes it exact",
                 len(urls),
             )
 
@@ -395,7 +536,7 @@ class StreamSource:
         size = len(raw.records)
         for slot, reason in bad.items():
             record = raw.records[slot]
-            url = self._urls[record.sample_id >> 32]
+            url = redact(self._urls[record.sample_id >> 32])
             raw.bad.append(BadSample(url, record.key, record.position, reason, raw.epoch))
         if len(bad) == size:
             raise DataError(f"none of the {size} samples of a batch can be decoded: {bad[0]}")
@@ -404,7 +545,12 @@ class StreamSource:
             raw.records[slot] = raw.records[good]
 
     def close(self) -> None:
-        """Nothing to release: the shard being read closes with its generator."""
+        """End a read under way, remote or from a pipe; the shard closes with its generator."""
+        self._is_closed = True
+        self._remote.close()
+        process: subprocess.Popen[bytes] | None = getattr(self._stream, "proc", None)
+        if process is not None:
+            _end_with_children(process.pid)
 
     def _epoch(self, epoch: int, done: int) -> Iterator[RawBatch]:
         mine = self._shard_order(epoch)[done:][self._rank :: self._world_size]
@@ -420,7 +566,7 @@ class StreamSource:
                 num_bytes = sum(record.data.size for record in batch)
                 self.stage.add(items=len(batch), num_bytes=num_bytes)
                 self.stage.switch(State.BLOCKED)
-                yield RawBatch(batch, ids, epoch, state, self._bad)
+                yield RawBatch(batch, ids, epoch, state, self._bad, len(batch))
                 self.stage.switch(State.BUSY)
                 batch, self._bad = [], []
 
@@ -448,11 +594,16 @@ class StreamSource:
 
     def _shard(self, number: int, epoch: int) -> Iterator[Record]:
         """Good records of one shard."""
-        url = self._urls[number]
+        url, name = self._urls[number], redact(self._urls[number])
         position = -1
         try:
-            with contextlib.closing(wds.gopen(url)) as stream:
-                for position, found in enumerate(iter_records(stream, name=url)):
+            if self._is_closed:
+                return
+            with contextlib.closing(open_shard(url, self._remote)) as stream:
+                self._stream = stream
+                if self._is_closed:  # by another thread, which may not have seen this stream
+                    self.close()
+                for position, found in enumerate(iter_records(stream, name=name)):
                     try:
                         height, width, kind, _ = inspect_jpeg(found.image)
                         if not kind.decodable:
@@ -460,7 +611,7 @@ class StreamSource:
                                 f"a JPEG of kind {kind.name}, which no decoder takes"
                             )
                     except BadImageError as error:
-                        self._bad.append(BadSample(url, found.key, position, str(error), epoch))
+                        self._bad.append(BadSample(name, found.key, position, str(error), epoch))
                         continue
                     data, sample_id = (
                         np.frombuffer(found.image, np.uint8),
@@ -480,4 +631,13 @@ class StreamSource:
             TarError,
             OSError,
         ) as error:  # the rest of the shard is lost, the other shards are not
-            self._bad.append(BadSample(url, "", position + 1, str(error), epoch))
+            self._bad.append(BadSample(name, "", position + 1, str(error), epoch))
+
+
+def _end_with_children(pid: int) -> None:
+    """Terminate the command of a pipe: its shell, and what the shell started, which holds the pipe open."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        shell = psutil.Process(pid)
+        for process in (*shell.children(recursive=True), shell):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()

@@ -15,8 +15,10 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from cmae.pipeline.dataset_index import DatasetIndex
 from cmae.pipeline.jpeg import JpegKind
-from cmae.pipeline.shards import CLASSES_FILE
+from cmae.pipeline.presize import presized_line, sum_counts
+from cmae.pipeline.shards import CLASSES_FILE, DATASET_FILE
 from cmae.pipeline.tar import NO_LABEL
+from cmae.pipeline.urls import is_local
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class ShardStatistics:
     """Smallest and largest."""
     image_bytes: int
     """Sum over all images."""
+    presized: dict[str, int]
+    """Images re-encoded by `cmae shards write --max-size`, by setting."""
     percentiles: tuple[int, ...]
     """Which percentiles the next four give."""
     bytes_at: tuple[int, ...]
@@ -65,6 +69,7 @@ def shard_statistics(shards: Sequence[str | Path]) -> ShardStatistics:
         num_bad=index.num_bad,
         samples_per_shard=(int(index.shard_sizes.min()), int(index.shard_sizes.max())),
         image_bytes=int(index.size.sum()),
+        presized=index.presized,
         percentiles=at,
         bytes_at=tuple(map(int, np.percentile(index.size, at))),
         megapixels_at=tuple(float(x) for x in np.percentile(pixels / 1e6, at)),
@@ -81,6 +86,21 @@ def load_classes(folder: str | Path) -> list[str] | None:
     """Class names beside the shards, by label; None where there is no `classes.json`."""
     path = Path(folder) / CLASSES_FILE
     return [str(name) for name in json.loads(path.read_text())] if path.exists() else None
+
+
+def stated_presized(shards: Sequence[str]) -> str:
+    """What `dataset.json` beside local tars says of pre-resized images; '' where there is no such file.
+
+    For tars that are read without an index. The counts are those of the whole folder.
+    """
+    folders = {Path(shard).parent for shard in shards if is_local(shard)}
+    summaries = [
+        json.loads(path.read_text())
+        for folder in sorted(folders)
+        if (path := folder / DATASET_FILE).exists()
+    ]
+    counts = sum_counts(summary.get("presized", {}) for summary in summaries)
+    return presized_line(counts, sum(summary.get("num_samples", 0) for summary in summaries))
 
 
 def contact_sheet(

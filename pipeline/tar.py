@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import IO, NamedTuple
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg"})
@@ -34,6 +34,13 @@ class TarMember(NamedTuple):
     name: str
     offset: int
     data: bytes
+
+
+class TarGroup(NamedTuple):
+    """Consecutive members with one WebDataset key, by lower-case extension."""
+
+    key: str
+    members: dict[str, TarMember]
 
 
 class TarRecord(NamedTuple):
@@ -107,27 +114,45 @@ def iter_records(stream: IO[bytes], *, name: str) -> Iterator[TarRecord]:
     Raises:
         TarError: See `iter_tar`.
     """
+    for group in group_members(iter_tar(stream, name=name)):
+        record = record_of(group)
+        if record is not None:
+            yield record
+
+
+def group_members(members: Iterable[TarMember]) -> Iterator[TarGroup]:
+    """Put consecutive members of a key together; an extension that comes again begins a new group."""
     key: str | None = None
+    group: dict[str, TarMember] = {}
+    try:
+        for member in members:
+            match = KEY_AND_EXTENSION.match(member.name)
+            if match is None or _WEBDATASET_META.match(member.name):
+                continue
+            extension = match[2].lower()
+            if match[1] != key or extension in group:
+                if key is not None:
+                    yield TarGroup(key, group)
+                key, group = match[1], {}
+            group[extension] = member
+    except TarError:
+        if key is not None:  # what lies before a damage is good
+            yield TarGroup(key, group)
+        raise
+    if key is not None:
+        yield TarGroup(key, group)
+
+
+def record_of(group: TarGroup) -> TarRecord | None:
+    """The sample that a group holds; None without an image."""
     image: TarMember | None = None
     label = NO_LABEL
-    seen: set[str] = set()
-    for member in iter_tar(stream, name=name):
-        match = KEY_AND_EXTENSION.match(member.name)
-        if match is None or _WEBDATASET_META.match(member.name):
-            continue
-        extension = match[2].lower()
-        if match[1] != key or extension in seen:
-            if key is not None and image is not None:
-                yield TarRecord(key, image.offset, image.data, label)
-            key, image, label = match[1], None, NO_LABEL
-            seen.clear()
-        seen.add(extension)
-        if extension in IMAGE_EXTENSIONS and image is None:
-            image = member
+    for extension, member in group.members.items():
+        if extension in IMAGE_EXTENSIONS:
+            image = image or member
         elif extension in ("cls", "json") and label == NO_LABEL:
             label = _parse_label(extension, member.data)
-    if key is not None and image is not None:
-        yield TarRecord(key, image.offset, image.data, label)
+    return None if image is None else TarRecord(group.key, image.offset, image.data, label)
 
 
 def _parse_header(block: bytes, name: str, position: int) -> tuple[str, int, int]:
@@ -152,6 +177,15 @@ def _parse_header(block: bytes, name: str, position: int) -> tuple[str, int, int
             f"{name}: {full.decode(errors='replace')} is a GNU sparse file; write the tar without --sparse"
         )
     return full.decode(errors="surrogateescape"), size, block[156]
+
+
+def is_header(block: bytes) -> bool:
+    """Whether these 512 bytes are a tar header with the right checksum."""
+    try:
+        _parse_header(block, "", 0)
+    except TarError:
+        return False
+    return len(block) == TAR_BLOCK
 
 
 def _not_a_header(block: bytes, name: str, position: int) -> str:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from cmae.pipeline.remote import Remote, RemoteConfig
+from cmae.pipeline.stores import open_filesystem, redact, split_scheme
 
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+:")  # two letters at least: C:\ is a path
 _RANGE = re.compile(r"^(\d+)\.\.(\d+)$")
 _BRACES = re.compile(r"\{(\d+\.\.\d+|[^{}]*,[^{}]*)\}")
 _TAR_NAME = re.compile(r"\.(tar(\.\w+)?|tgz)$")
 _GLOB_CHARACTERS = re.compile(r"[*?\[]")
+_LIST_DEADLINE_S = 60.0
 
 
 def is_local(url: str) -> bool:
@@ -20,23 +25,36 @@ def is_local(url: str) -> bool:
     return _SCHEME.match(url) is None
 
 
-def expand_shards(pattern: str | Path | Sequence[str | Path]) -> list[str]:
+def is_remote(url: str) -> bool:
+    """Whether fsspec reads it: neither a local file nor a `pipe:`."""
+    return not is_local(url) and not url.startswith("pipe:")
+
+
+def expand_shards(
+    pattern: str | Path | Sequence[str | Path], *, storage_options: Mapping[str, Any] | None = None
+) -> list[str]:
     """List the shards that a pattern names.
 
-    Braces `{000000..000004}` and `{train,val}` expand first, in any string. What is left is a URL
-    (`pipe:`, `http:`, `s3:` and so on: kept as it is), a folder (its `*.tar`, sorted), a glob (the tar
-    files it matches, sorted; `**` crosses folders), or a file, which must exist. `file:` URLs become paths.
+    Braces `{000000..000004}` and `{train,val}` expand first, in any string. What is left is a file, which
+    must exist, a folder (its `*.tar`, sorted), or a glob (the tar files it matches, sorted; `**` crosses
+    folders). Folders and globs may lie in a store, and behind http where the server lists its folders; there
+    a folder ends in `/`. A URL of one shard and a `pipe:` are kept; `file:` URLs become paths.
     The order is that of the patterns, and it is part of the data order: sample ids count shards from 0.
+
+    Args:
+        pattern: one, or a list.
+        storage_options: given to fsspec's file system, for stores.
 
     Raises:
         ValueError: A pattern matches nothing, a named file is missing, or a shard is listed twice.
+        RemoteError: A store cannot be listed.
     """
     patterns = [pattern] if isinstance(pattern, str | Path) else list(pattern)
     if not patterns:
         raise ValueError("shards is an empty list: name at least one tar file, folder or pattern")
     shards: list[str] = []
     for one in map(str, patterns):
-        shards += _expand_one(one)
+        shards += _expand_one(one, storage_options or {})
     repeated = (
         {shard for shard in shards if shards.count(shard) > 1}
         if len(set(shards)) < len(shards)
@@ -50,14 +68,14 @@ def expand_shards(pattern: str | Path | Sequence[str | Path]) -> list[str]:
     return shards
 
 
-def _expand_one(pattern: str) -> list[str]:
+def _expand_one(pattern: str, storage_options: Mapping[str, Any]) -> list[str]:
     shards: list[str] = []
     missing: list[str] = []
     for url in _expand_braces(pattern):
         if url.startswith("file:"):
             url = re.sub("^file:(//)?", "", url)
         if not is_local(url):
-            shards.append(url)
+            shards += _expand_url(url, storage_options)
             continue
         found = _expand_path(os.path.expanduser(url))
         shards += found
@@ -65,6 +83,28 @@ def _expand_one(pattern: str) -> list[str]:
             missing.append(url)
     if missing:
         raise ValueError(_nothing_found(pattern, missing, num_found=len(shards)))
+    return shards
+
+
+def _expand_url(url: str, storage_options: Mapping[str, Any]) -> list[str]:
+    """List a folder or glob in a store; any other URL stands for itself."""
+    is_http = split_scheme(url) in ("http", "https")
+    address = url.partition("?")[0] if is_http else url  # there a question mark begins the query
+    is_folder = address.endswith("/") or not (is_http or _TAR_NAME.search(address))
+    if not is_remote(url) or not (is_folder or _GLOB_CHARACTERS.search(address)):
+        return [url]
+    wanted = f"{address.rstrip('/')}/*.tar" if is_folder else address
+    remote = Remote(RemoteConfig(storage_options=storage_options, deadline_s=_LIST_DEADLINE_S))
+    filesystem = open_filesystem(url, storage_options)
+    found = remote.run(
+        remote.retried(lambda: filesystem._glob(wanted), url=url, what="listing the shards")
+    )
+    shards = sorted(filesystem.unstrip_protocol(name) for name in found if _TAR_NAME.search(name))
+    if not shards:
+        raise ValueError(
+            f"shards={redact(url)!r} matches no tar file there: {redact(wanted)} is empty. Correct the URL, "
+            "or name the shards with braces such as train-{000000..000099}.tar"
+        )
     return shards
 
 

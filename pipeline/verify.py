@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import threading
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,20 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from cmae.pipeline.index import ShardIndex, StaleIndexError, build_index, load_index
-from cmae.pipeline.jpeg import BadImageError, JpegInfo
+from cmae.pipeline.index import (
+    ShardIndex,
+    StaleIndexError,
+    build_index,
+    index_record,
+    load_index,
+    load_index_unchecked,
+)
+from cmae.pipeline.jpeg import BadImageError, JpegInfo, JpegKind, find_zero_block
+from cmae.pipeline.presize import presized_line, sum_counts
+from cmae.pipeline.salvage import Damage, salvage_groups
 from cmae.pipeline.shards import CLASSES_FILE, inspect_decodable
 from cmae.pipeline.survey import load_classes
-from cmae.pipeline.tar import NO_LABEL, TAR_BLOCK, TarError
+from cmae.pipeline.tar import NO_LABEL, TAR_BLOCK, TarError, TarRecord, record_of
 from cmae.pipeline.threads import no_progress, run_threads
 
 
@@ -60,8 +70,9 @@ def verify_shards(
     """Read every byte of every shard and compare it with its index.
 
     Checked: the tar's structure up to its end marker; that an index is there and belongs to it; every CRC32,
-    offset, size and header; images that cannot be decoded; keys that occur twice; labels that are missing
-    for some of the samples, or beyond `classes.json`.
+    offset, size and header; images that cannot be decoded, or lost a block; keys that occur twice; labels
+    that are missing for some of the samples, or beyond `classes.json`. What can be recovered from a damaged
+    tar is checked like the rest.
 
     Args:
         shards: Local tar files.
@@ -85,6 +96,9 @@ def verify_shards(
             for path, check in zip(paths, checks, strict=True)
             if (missing := int((check.labels == NO_LABEL).sum()))
         ]
+    notes += _unusual([check.records for check in checks if check.records is not None])
+    if line := presized_line(sum_counts(check.presized for check in checks), len(labels)):
+        notes.append(line)
     return VerifyReport(
         num_shards=len(paths),
         num_samples=len(labels),
@@ -94,10 +108,39 @@ def verify_shards(
     )
 
 
+def _unusual(indices: Sequence[ShardIndex]) -> Iterator[str]:
+    """Images that are used, but not as somebody might expect."""
+
+    def count(rare: Callable[[ShardIndex], npt.NDArray[np.bool_]]) -> int:
+        return sum(int((rare(index) & index.valid).sum()) for index in indices)
+
+    facts = {
+        "grayscale image(s): decoded to RGB": count(lambda one: one.kind == JpegKind.GRAYSCALE),
+        "CMYK image(s): decoded to RGB": count(lambda one: one.kind == JpegKind.CMYK),
+        "image(s) with an EXIF turn: used as stored": count(lambda one: one.orientation != 1),
+        "image(s) with a side below 16 px": count(
+            lambda one: np.minimum(one.height, one.width) < 16
+        ),
+    }
+    return (f"{number} {what}" for what, number in facts.items() if number)
+
+
 class _ShardCheck(NamedTuple):
     problems: list[Problem]
-    keys: npt.NDArray[np.str_]
-    labels: npt.NDArray[np.int64]
+    records: ShardIndex | None
+    """Of the records that were found; None when the tar could not be read at all."""
+
+    @property
+    def keys(self) -> npt.NDArray[np.str_]:
+        return np.empty(0, np.str_) if self.records is None else self.records.keys
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64]:
+        return np.empty(0, np.int64) if self.records is None else self.records.label
+
+    @property
+    def presized(self) -> dict[str, int]:
+        return {} if self.records is None else self.records.presized
 
 
 def _verify_shard(path: str, decode: Decode) -> _ShardCheck:
@@ -109,24 +152,40 @@ def _verify_shard(path: str, decode: Decode) -> _ShardCheck:
         found.append((None, str(error)))
     try:
         now = build_index(path)
-    except (TarError, OSError) as error:
+    except TarError as error:
         message = str(error).removeprefix(f"{path}: ")
-        return _ShardCheck(
-            [Problem(path, None, message)], np.empty(0, np.str_), np.empty(0, np.int64)
-        )
-    if not _has_end_marker(path):
+        now = _salvage(path)
         found.append(
-            (None, "no end marker (1024 zero bytes): the tar may have been cut between two members")
+            (None, f"{message}; {len(now)} record(s) can be recovered (`cmae shards repair`)")
         )
+    except OSError as error:
+        return _ShardCheck([Problem(path, None, str(error))], None)
+    else:
+        if not _has_end_marker(path):
+            found.append(
+                (
+                    None,
+                    "no end marker (1024 zero bytes): the tar may have been cut between two members",
+                )
+            )
     if stored is not None:
         found += _differences(stored, now)
+    elif (before := load_index_unchecked(path)) is not None:
+        found += _changed_since(before, now)
     found += _unusable(path, now, decode)
     num_classes = len(load_classes(Path(path).parent) or ())
     if num_classes and (too_large := int((now.label >= num_classes).sum())):
         found.append(
             (None, f"{too_large} label(s) are beyond the {num_classes} names in {CLASSES_FILE}")
         )
-    return _ShardCheck([Problem(path, key, what) for key, what in found], now.keys, now.label)
+    return _ShardCheck([Problem(path, key, what) for key, what in found], now)
+
+
+def _salvage(path: str) -> ShardIndex:
+    """Index of the records that are left in a damaged tar."""
+    groups = (group for group in salvage_groups(path) if not isinstance(group, Damage))
+    records = (record for record in map(record_of, groups) if record is not None)
+    return ShardIndex.from_rows(map(index_record, records), tar_path=path)
 
 
 def _has_end_marker(path: str) -> bool:
@@ -143,6 +202,11 @@ def _differences(stored: ShardIndex, now: ShardIndex) -> Iterator[tuple[str | No
             f"the index lists {len(stored)} samples elsewhere than the {len(now)} in the tar; index it again",
         )
         return
+    if stored.presized != now.presized:
+        yield (
+            None,
+            f"pre-resized images are {now.presized or 'none'}, the index says {stored.presized or 'none'}",
+        )
     changed = stored.crc32 != now.crc32
     for row in np.flatnonzero(changed):
         yield (
@@ -157,16 +221,70 @@ def _differences(stored: ShardIndex, now: ShardIndex) -> Iterator[tuple[str | No
             )
 
 
+def _changed_since(before: ShardIndex, now: ShardIndex) -> Iterator[tuple[str | None, str]]:
+    """Records that lie where a stale index says, at the size that it says, and have other bytes."""
+    _, old, new = np.intersect1d(before.offset, now.offset, return_indices=True)
+    same_place = (before.keys[old] == now.keys[new]) & (before.size[old] == now.size[new])
+    for i in np.flatnonzero(same_place & (before.crc32[old] != now.crc32[new])):
+        crc, crc_before = now.crc32[new[i]], before.crc32[old[i]]
+        yield (
+            str(now.keys[new[i]]),
+            f"damaged: CRC32 {crc:08x}, the index of the tar before it changed says {crc_before:08x}",
+        )
+
+
+class IndexedBytes:
+    """What an index, stale or not, still says about records that lie where it says."""
+
+    def __init__(self, index: ShardIndex | None) -> None:
+        self._index = index
+        self._rows = {} if index is None else {int(at): i for i, at in enumerate(index.offset)}
+
+    def check(self, record: TarRecord) -> None:
+        """Compare a record with its CRC32.
+
+        Raises:
+            BadImageError: Its bytes are not those that were indexed.
+        """
+        row = self._row(record)
+        if self._index is None or row is None:
+            return
+        if zlib.crc32(record.image) != self._index.crc32[row]:
+            raise BadImageError("the CRC32 differs from the index: bits of the file have changed")
+
+    def label(self, record: TarRecord) -> int:
+        """The label that the record had when it was indexed."""
+        row = self._row(record)
+        return NO_LABEL if self._index is None or row is None else int(self._index.label[row])
+
+    def _row(self, record: TarRecord) -> int | None:
+        row = self._rows.get(record.offset)
+        if self._index is None or row is None:
+            return None
+        is_same = self._index.keys[row] == record.key and self._index.size[row] == len(record.image)
+        return row if is_same else None
+
+
+def check_image(image: bytes, decode: Decode) -> None:
+    """Look at an image as closely as `verify_shards` does.
+
+    Raises:
+        BadImageError: It cannot be used, or a block of zeros lies in its compressed pixels.
+    """
+    info = inspect_decodable(image)
+    if (start := find_zero_block(image)) is not None:
+        raise BadImageError(
+            f"4096 zero bytes from byte {start} on: a block was lost or overwritten"
+        )
+    if decode != "none":
+        _decode_fully(image, info, decode)
+
+
 def _unusable(path: str, index: ShardIndex, decode: Decode) -> Iterator[tuple[str | None, str]]:
     with open(path, "rb") as file:
-        for row, valid in enumerate(index.valid):
-            if valid and decode == "none":
-                continue
-            data = _read_image(file, index, row)
+        for row in range(len(index)):
             try:
-                info = inspect_decodable(data)
-                if decode != "none":
-                    _decode_fully(data, info, decode)
+                check_image(_read_image(file, index, row), decode)
             except BadImageError as error:
                 yield str(index.keys[row]), str(error)
 

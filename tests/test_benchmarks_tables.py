@@ -34,7 +34,9 @@ def test_results_say_where_and_how_they_were_measured() -> None:
         assert {"device", "driver", "versions", "git"} <= result["machine"].keys(), path.name
 
 
-@pytest.mark.parametrize("script", ["bench_loader", "bench_step", "gpu_suite", "tables"])
+@pytest.mark.parametrize(
+    "script", ["bench_loader", "bench_presized", "bench_step", "gpu_suite", "tables"]
+)
 def test_every_script_explains_itself(script: str) -> None:
     done = subprocess.run(
         [sys.executable, f"benchmarks/{script}.py", "--help"],

@@ -15,7 +15,7 @@ from pipeline_data import jpeg, photo, toy_mask, write_tar
 
 from cmae.pipeline import DataError, Loader, ViewConfig, build_loader
 from cmae.pipeline.dataset_index import build_indices
-from cmae.pipeline.health import BadSample, Health
+from cmae.pipeline.health import BadLimit, BadSample, Health
 from cmae.pipeline.index import index_path, load_index
 
 VIEWS = ViewConfig(img_size=32, master_size=40, target_shift=8)
@@ -231,7 +231,7 @@ def test_a_stale_index_is_refused(tmp_path):
 
 
 def test_rate_is_looked_at_only_after_the_probation():
-    health = Health(ledger=None, max_bad_fraction=0.01, probation=100)
+    health = Health(ledger=None, limit=BadLimit(0.01, probation=100))
     bad = BadSample("x.tar", "k", 0, "broken", 0)
     health.add(99)
     for _ in range(5):
@@ -243,7 +243,7 @@ def test_rate_is_looked_at_only_after_the_probation():
 
 
 def test_rate_below_the_limit_is_no_error():
-    health = Health(ledger=None, max_bad_fraction=0.01, probation=100)
+    health = Health(ledger=None, limit=BadLimit(0.01, probation=100))
     health.add(1000)
     for _ in range(10):
         health.add(0, [BadSample("x.tar", "k", 0, "broken", 0)])

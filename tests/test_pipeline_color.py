@@ -8,9 +8,12 @@ import torch
 from nvidia.dali import fn
 from nvidia.dali.pipeline import pipeline_def
 from pipeline_data import photo
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchvision.transforms import functional as tv
 
 from cmae.pipeline.color import apply_color, color_chain
+from cmae.pipeline.color_host import HostColor
 from cmae.pipeline.reference import reference_color
 from cmae.pipeline.views import ViewConfig, ViewParams, draw_view_params
 
@@ -76,6 +79,49 @@ def test_blur_alone_is_torchvisions_with_23_taps():
     assert error.mean() < 0.05
 
 
+@pytest.mark.parametrize("size", [1, 2, 9, 16, 29, 30, 47])
+def test_blur_of_any_size_is_torchvisions(size):
+    """Blocks, borders, and images too small for either; torchvision cannot reflect 11 px of a small one."""
+    sigma = 1.9
+    radius = min(6, size - 1)
+    pixels = torch.from_numpy(photo(size, size, seed=size))
+    given = params(
+        jitter=np.zeros(N, bool),
+        grayscale=np.zeros(N, bool),
+        blur_sigma=np.full(N, sigma, np.float32),
+    )
+    planes = pixels.permute(2, 0, 1)
+    expected = tv.gaussian_blur(planes, [2 * radius + 1] * 2, [sigma] * 2).permute(1, 2, 0)
+    made = apply_color(pixels[None], given.rows(slice(0, 1)), mode="exact")[0]
+    assert (made.int() - expected.int()).abs().max() <= 1
+    assert (made != expected).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("turn", [-0.5, -0.3, 0.0, 0.1, 0.5])
+def test_hue_of_every_colour_is_torchvisions(turn):
+    """All colours on a grid of 17 levels: every order of the channels, every tie."""
+    level = torch.arange(17) * 255 // 16
+    grid = torch.cartesian_prod(level, level, level).to(torch.uint8)  # (4913, 3)
+    square = torch.zeros(71 * 71, 3, dtype=torch.uint8)
+    square[: len(grid)] = grid
+    square = square.view(71, 71, 3)
+    made = apply_color(square[None], only(3, turn, turn).rows(slice(0, 1)), mode="exact")[0]
+    expected = tv.adjust_hue(square.permute(2, 0, 1), float(np.float32(turn))).permute(1, 2, 0)
+    error = (made.int() - expected.int()).abs()
+    assert error.max() <= 1
+    assert error.float().mean() < 0.002  # exact thirds and halves round either way
+
+
+def test_memory_of_one_image_does_not_leak_into_the_next():
+    pixels, drawn = images(), params()
+    shared = HostColor(pixels.shape[1])
+    for row in [*range(N), *reversed(range(N))]:
+        kept, fresh = (np.zeros_like(pixels[0].numpy()) for _ in range(2))
+        shared.apply(pixels[row].numpy(), drawn, row=row, mode="exact", out=kept)
+        HostColor(56).apply(pixels[row].numpy(), drawn, row=row, mode="exact", out=fresh)
+        assert (kept == fresh).all()
+
+
 def test_order_of_the_jitter_matters_and_is_followed():
     first = params(order=np.zeros(N, np.uint8))
     last = params(order=np.full(N, 23, np.uint8))
@@ -98,7 +144,64 @@ def test_operations_that_touch_all_samples_leave_later_ones_to_each():
     sigma = np.where(np.arange(N) % 2, 1.5, 0).astype(np.float32)
     given = params(jitter=off, grayscale=every, blur_sigma=sigma)
     together = color_chain(pixels, given, mode="exact")
-    assert torch.equal(together, apply_color(pixels, given, mode="exact"))
+    one_by_one = [given.rows(slice(i, i + 1)) for i in range(N)]
+    alone = [color_chain(pixels[i : i + 1], one, mode="exact") for i, one in enumerate(one_by_one)]
+    assert torch.equal(together, torch.cat(alone))
+    assert (together.int() - apply_color(pixels, given, mode="exact").int()).abs().max() <= 1
+
+
+def test_jitter_is_the_same_to_the_bit_on_the_host_and_on_batches():
+    pixels, drawn = images(), params(blur_sigma=np.zeros(N, np.float32))
+    assert len(np.unique(drawn.order)) > 8
+    assert 0 < drawn.jitter.sum() < N
+    assert 0 < drawn.grayscale.sum() < N
+    together = color_chain(pixels, drawn, mode="exact")
+    assert torch.equal(together, apply_color(pixels, drawn, mode="exact"))
+
+
+NO_KERNEL = {"empty", "empty_like", "permute", "select", "slice", "split", "split_with_sizes"}
+NO_KERNEL |= {"_unsafe_view", "unbind", "unsqueeze", "view"}
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that would start a kernel on a device, and copies to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels, self.uploads = 0, 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        inputs = [a for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
+        outputs = [a for a in tree_leaves(out) if isinstance(a, torch.Tensor)]
+        if any(a.is_meta for a in outputs):
+            self.uploads += any(a.device.type == "cpu" and a.ndim for a in inputs)
+            self.kernels += operation.__name__.split(".")[0] not in NO_KERNEL
+        return out
+
+
+def count_launches(batch_size: int, *, mode: str) -> Launches:
+    drawn = draw_view_params(
+        ViewConfig(),
+        seed=0,
+        epoch=0,
+        sample_index=np.arange(batch_size),
+        height=np.full(batch_size, 300),
+        width=np.full(batch_size, 400),
+    )
+    pixels = torch.empty(batch_size, 56, 56, 3, dtype=torch.uint8, device="meta")
+    with Launches() as launches:
+        made = color_chain(pixels, drawn, mode=mode)
+    assert made.shape == pixels.shape
+    return launches
+
+
+@pytest.mark.parametrize(("mode", "limit"), [("exact", 150), ("fast", 60)])
+def test_a_batch_of_any_size_takes_few_launches_one_upload_and_no_wait(mode, limit):
+    """On tensors without data a read by the host would raise."""
+    small, large = (count_launches(size, mode=mode) for size in (64, 512))
+    assert small.kernels == large.kernels <= limit
+    assert small.uploads == large.uploads == 1
 
 
 @pytest.mark.parametrize("mode", ["exact", "fast"])

@@ -16,7 +16,7 @@ import pytest
 import torch
 from pipeline_data import toy_mask, write_photo_shards
 
-from cmae.pipeline import Batch, EpochPlan, Loader, LoaderState, ViewConfig, build_loader
+from cmae.pipeline import Batch, DataError, EpochPlan, Loader, LoaderState, ViewConfig, build_loader
 from cmae.pipeline.dataset_index import DatasetIndex, build_indices
 from cmae.pipeline.reference import reference_views
 from cmae.pipeline.sources import IndexedSource
@@ -261,7 +261,7 @@ def test_a_shard_that_vanishes_is_named(tmp_path):
     index = DatasetIndex.load([path])
     source = IndexedSource(index, plan=EpochPlan(16, 4), rank=0, world_size=1, batch_size=4)
     path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"part-000\.tar"):
+    with pytest.raises(DataError, match=r"part-000\.tar .*No such file"):
         next(source.batches(LoaderState(0, 0, 0, index.digest)))
     source.close()
 

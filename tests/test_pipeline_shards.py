@@ -37,7 +37,7 @@ def test_keys_are_unique_and_survive_webdataset(tmp_path: Path) -> None:
 def test_webdataset_reads_back_every_byte_and_label(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "train"
     report = write(images, out)
-    assert report == WriteReport(5, 0, NUM_IMAGES, 0, sum(p.stat().st_size for p in tars(out)))
+    assert report == WriteReport(5, 0, NUM_IMAGES, 0, sum(p.stat().st_size for p in tars(out)), {})
     assert [path.name for path in tars(out)] == [f"train-{i:06d}.tar" for i in range(5)]
     classes = json.loads((out / "classes.json").read_text())
     expected = {

@@ -10,6 +10,7 @@ from PIL import Image
 
 from cmae.pipeline.index import index_path, load_index
 from cmae.train import shards_cli
+from cmae.train.cli import main
 
 
 @pytest.fixture
@@ -66,6 +67,25 @@ def test_a_shard_that_cannot_be_indexed_is_reported(
     assert "not a tar file" in captured.err
 
 
+def test_repair_writes_clean_shards_and_says_what_changed(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, clean = tmp_path / "train", tmp_path / "clean"
+    shards_cli.write(images, out, samples_per_shard=6)
+    first = out / "train-000000.tar"
+    whole = bytearray(first.read_bytes())
+    whole[int(load_index(first).offset[2]) - 500] ^= 1  # the header before the image
+    first.write_bytes(whole)
+    assert shards_cli.verify(str(out)) == 1
+    assert "5 record(s) can be recovered" in capsys.readouterr().err
+    assert main(["shards", "repair", str(out), str(clean), "--workers", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "11 samples in 2 shards" in printed
+    assert "1 dropped, 1 damaged stretches passed over" in printed
+    assert str(clean / "repaired.jsonl") in printed
+    assert shards_cli.verify(str(clean)) == 0
+
+
 def test_ctrl_c_says_how_to_continue(
     images: Path,
     tmp_path: Path,
@@ -106,5 +126,11 @@ def test_paths_that_the_shell_expanded_become_one_argument() -> None:
         "--workers",
         "2",
     ]
-    for unchanged in (["verify", "a.tar"], ["write", "a", "b"], ["index", "--help"], []):
+    for unchanged in (
+        ["verify", "a.tar"],
+        ["write", "a", "b"],
+        ["repair", "a", "b"],
+        ["index", "--help"],
+        [],
+    ):
         assert shards_cli.join_shards(unchanged) == unchanged

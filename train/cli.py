@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -11,7 +12,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from jsonargparse import ActionConfigFile, ArgumentParser, auto_cli, set_parsing_settings
+from jsonargparse import (
+    ActionConfigFile,
+    ArgumentParser,
+    Namespace,
+    auto_cli,
+    set_parsing_settings,
+)
 
 if TYPE_CHECKING:
     from cmae.train.config import Config
@@ -59,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         # An OSError names its file; the others say all only when this project raised them itself.
         if isinstance(error, OSError) or _is_ours(error):
-            print(f"cmae {name}: error: {error}", file=sys.stderr)
+            if not _is_said_by_another_rank(error):
+                print(f"cmae {name}: error: {error}", file=sys.stderr)
             return 1
         raise
     except KeyboardInterrupt:
@@ -96,6 +104,11 @@ def _is_ours(error: BaseException) -> bool:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("cmae.")
+
+
+def _is_said_by_another_rank(error: BaseException) -> bool:
+    """Whether every rank of the run got this very error; then the first one's line is enough."""
+    return getattr(error, "is_on_every_rank", False) and os.environ.get("RANK", "0") != "0"
 
 
 def recipe_names() -> list[str]:
@@ -158,12 +171,20 @@ def read_config(parser: Parser, arguments: Sequence[str]) -> Config:
     Raises:
         ValueError: a value is out of range, or values do not fit each other.
     """
-    return _to_config(_read_sections(parser, arguments))
+    return build_config(parser, parser.parse_args(find_recipes(arguments)))
 
 
-def _read_sections(parser: Parser, arguments: Sequence[str]) -> Any:
+def build_config(parser: Parser, parsed: Namespace) -> Config:
+    """The configuration in parsed arguments; a command's own options are passed over.
+
+    Raises:
+        ValueError: a value is out of range, or values do not fit each other.
+    """
+    return _to_config(_build_sections(parser, parsed))
+
+
+def _build_sections(parser: Parser, parsed: Namespace) -> Any:
     """Every section as its dataclass, by name."""
-    parsed = parser.parse_args(find_recipes(arguments))
     try:
         return parser.instantiate(parsed)
     except ValueError as error:
@@ -199,6 +220,21 @@ def _pretrain(arguments: Sequence[str]) -> int:
     return pretrain(config).exit_code
 
 
+def _tune(arguments: Sequence[str]) -> int:
+    parser = build_config_parser(
+        "cmae tune",
+        "Find the loader's threads, readers, queue depth and decoder split for this machine and these "
+        "shards, in under three minutes. Takes what `cmae pretrain` takes; settings given here are not "
+        "searched. Example: cmae tune --recipe cmae_vit_b --data.shards '/data/imagenet/train-*.tar'",
+    )
+    from cmae.train.tune import TuneOptions, tune
+
+    parser.add_class_arguments(TuneOptions)
+    parsed = parser.parse_args(find_recipes(arguments))
+    options = {field.name: parsed[field.name] for field in fields(TuneOptions)}
+    return tune(build_config(parser, parsed), TuneOptions(**options))
+
+
 def _profile(arguments: Sequence[str]) -> int:
     from cmae.train.profiling.commands import profile_tools
     from cmae.train.profiling.config import ProfileConfig
@@ -214,7 +250,7 @@ def _profile(arguments: Sequence[str]) -> int:
         "`cmae profile show` and `cmae profile diff`.",
     )
     parser.add_class_arguments(ProfileConfig, "profile")
-    sections = _read_sections(parser, arguments)
+    sections = _build_sections(parser, parser.parse_args(find_recipes(arguments)))
     from cmae.train.profiling.command import run
 
     return run(_to_config(sections), sections["profile"])
@@ -234,6 +270,7 @@ def _shards(arguments: Sequence[str]) -> int:
         "write": shards_cli.write,
         "index": shards_cli.index,
         "verify": shards_cli.verify,
+        "repair": shards_cli.repair,
         "inspect": shards_cli.inspect,
     }
     code: int = auto_cli(
@@ -243,6 +280,37 @@ def _shards(arguments: Sequence[str]) -> int:
         parser_class=Parser,
     )
     return code
+
+
+def _bench(arguments: Sequence[str]) -> int:
+    rest = [argument for argument in arguments if argument != "--model"]
+    if len(rest) == len(arguments) and not {"-h", "--help"} & set(rest):
+        raise ValueError("`cmae bench` has one kind of answer so far: add --model")
+    parser = build_config_parser(
+        "cmae bench --model",
+        "Count what a recipe's training step computes, moves and keeps, and what a GPU makes of it at best. "
+        "Example: cmae bench --model --recipe cmae_vit_b --gpu h200 --batch_size 256",
+    )
+    parser.add_argument("--gpu", default="h100", help="a GPU by name, or 'measured': this one")
+    parser.add_argument("--batch_size", type=int, help="images in one pass on one GPU")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=Path("benchmarks/results"),
+        help="folder with files of benchmarks/bench_step.py",
+    )
+    config = read_config(parser, rest)
+    chosen = parser.parse_args(find_recipes(rest))
+    from cmae.train.bench import bench_model
+
+    return bench_model(
+        config,
+        chosen.gpu,
+        batch_size=chosen.batch_size,
+        results=chosen.results,
+        as_json=chosen.json,
+    )
 
 
 def _reconstruct(arguments: Sequence[str]) -> int:
@@ -302,8 +370,10 @@ def _top(arguments: Sequence[str]) -> int:
 COMMANDS: dict[str, tuple[str, Command]] = {
     "demo": ("pretrain a micro CMAE on real photographs, in minutes, on any machine", _demo),
     "doctor": ("check this machine and say what to fix", _doctor),
-    "shards": ("write, index, verify and inspect WebDataset shards", _shards),
+    "shards": ("write, index, verify, repair and inspect WebDataset shards", _shards),
     "pretrain": ("pretrain from shards; continues by itself", _pretrain),
+    "bench": ("--model: what a recipe's step costs on a GPU, at best", _bench),
+    "tune": ("find the loader's fastest settings for this machine and shards", _tune),
     "top": ("watch a running job: ranks, loader stages, stragglers", _top),
     "profile": ("measure where a step's time goes, and what would help", _profile),
     "reconstruct": ("picture of original, masked and reconstruction", _reconstruct),

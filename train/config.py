@@ -5,12 +5,14 @@ change the results themselves. The attribute docstrings are the text of `cmae pr
 """
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from cmae.model import ModelConfig
 from cmae.pipeline import ViewConfig
+from cmae.pipeline.stores import REDACTED, redact_options
+from cmae.train.distributed import COLLECTIVE_TIMEOUT_S
 
 
 @dataclass(frozen=True)
@@ -58,24 +60,57 @@ class SpeedConfig:
     """Images per rank in one forward pass. null: the whole share of the global batch at once.
     BatchNorm in the heads sees one micro-batch of every rank."""
     num_threads: int | None = None
-    """CPU threads that decode, for each rank. null: the node's cores, shared out to its ranks."""
+    """CPU threads that decode, for each rank. null: tuned, or the node's cores, shared out to its ranks."""
     torch_threads: int | None = None
     """CPU threads inside one torch operator. null: torch's own choice. Small models are faster with 1, and
     threads that share their cores with other work wait for each other."""
     view_backend: Literal["auto", "dali", "host"] = "auto"
     """What decodes and crops: DALI, or torch's own CPU operators on threads, which are faster without a
     GPU. 'auto' takes DALI on a GPU. The pixels agree within rounding."""
-    prefetch: int = 2
-    """Batches that are ready ahead of the training step."""
+    prefetch: int | None = None
+    """Batches that are ready ahead of the training step. null: tuned, or 2."""
+    num_readers: int | None = None
+    """Batches that are read at the same time, with an index. null: tuned, or 4."""
+    hw_decoder_load: float | None = None
+    """Share of the JPEGs for the GPU's decoder unit, between 0 and 1. null: tuned, or 0.65."""
+    tuned: Literal["auto", "off"] = "auto"
+    """'auto' fills in the null settings of the loader from what `cmae tune` stored for this machine and
+    these shards; 'off' does not look."""
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    """What gathers patches and computes losses. 'auto': Triton kernels on a GPU, torch elsewhere. 'triton'
+    stops where a kernel cannot run."""
     compile: Literal["none", "blocks", "model"] = "none"
     """torch.compile: not at all, each transformer block, or each branch as a whole."""
+    cuda_graphs: bool = False
+    """Record the target pass and the forward and backward pass once and replay them: no launch costs. One
+    GPU only."""
+    sdpa: Literal["torch", "auto", "flash", "cudnn", "efficient", "math"] = "torch"
+    """Attention kernel: torch's own choice, the fastest one by measurement of each shape at the start (a
+    GPU only), or one for all shapes."""
+    target_shadow: bool = False
+    """Keep a 16-bit copy of the target's matrices beside them, so that autocast does not cast them in every
+    step. Same results; 2 bytes more for each of their weights."""
+    overlap_keys: bool = True
+    """Gather the target keys of all ranks while the online encoder runs. Same results. With
+    compile=model they are waited for first."""
+    ddp_bucket_mb: int = 25
+    """Gradients are averaged over ranks in buckets of this size, MB, while the backward pass runs."""
+    ddp_static_graph: bool = False
+    """Tell DDP that every step uses the same parameters; not together with several micro-batches."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that are not positive."""
-        for name in ("micro_batch_size", "num_threads", "torch_threads"):
+        for name in ("micro_batch_size", "num_threads", "torch_threads", "prefetch", "num_readers"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"speed.{name}", value, ">= 1, or null")
-        _require(self.prefetch >= 1, "speed.prefetch", self.prefetch, ">= 1")
+        load = self.hw_decoder_load
+        _require(
+            load is None or 0 <= load <= 1,
+            "speed.hw_decoder_load",
+            load,
+            "between 0 and 1, or null",
+        )
+        _require(self.ddp_bucket_mb >= 1, "speed.ddp_bucket_mb", self.ddp_bucket_mb, ">= 1")
 
 
 @dataclass(frozen=True)
@@ -83,22 +118,60 @@ class DataConfig:
     """Which images, and which views of them."""
 
     shards: str | list[str] = ""
-    """WebDataset tars: a folder, a glob, braces such as 'x-{000000..000099}.tar', URLs or 'pipe:'
-    commands, or a list of these."""
+    """WebDataset tars: a folder, a glob, braces such as 'x-{000000..000099}.tar', all of these also behind
+    http(s), s3 and gs URLs, or 'pipe:' commands, or a list of these."""
     source: Literal["auto", "indexed", "stream"] = "auto"
     """'indexed' reads by the sidecar index: exact resume, global shuffle. 'stream' reads tars front
     to back: resume by shard. 'auto' takes the index when every shard has one."""
     shuffle: bool = True
     """Draw a new order of the samples in every epoch."""
+    shuffle_block: int = 1
+    """Consecutive samples that stay near each other in that order. 1 shuffles uniformly, at no cost where any
+    sample can be read at once. For remote shards and a cache smaller than the data set: the samples of a
+    shard, so that only shuffle_window / shuffle_block shards are in use at a time. No effect on a stream."""
+    shuffle_window: int = 16384
+    """Samples among which blocks are mixed; without effect when shuffle_block is 1."""
+    last_batch: Literal["drop", "pad"] = "drop"
+    """Samples at an epoch's end that do not fill a global batch: 'drop' leaves them out, others in each
+    epoch; 'pad' takes them, and fills up with the epoch's first samples, which then come twice. A stream
+    can only drop: each rank leaves out what does not fill its own last batch."""
     max_bad_fraction: float = 0.01
-    """Stop when more than this fraction of the samples cannot be read or decoded."""
+    """Stop all ranks, with a checkpoint, when more than this fraction of all samples since step 0 could not
+    be read or decoded. Not looked at in the first 1000 samples."""
+    remote: Literal["auto", "cache", "range", "stream"] = "auto"
+    """How shards behind URLs are read. 'cache' copies them to `cache_dir` in the background and reads by
+    byte range what is not there yet; 'range' keeps nothing on the disk; 'stream' reads front to back.
+    'auto': 'cache' when `cache_dir` is set, else 'range'; 'stream' where there is no index."""
+    cache_dir: Path | None = None
+    """Folder on a disk of each node for copies of remote shards; runs and ranks share it."""
+    cache_quota_gib: float | None = None
+    """Largest size of the shards in `cache_dir`. null: nine tenths of the free disk."""
+    remote_deadline_s: float = 300.0
+    """Longest time to read one batch from a store, retries included; below the ranks' timeout of 600 s."""
+    storage_options: dict[str, Any] = field(default_factory=dict, repr=False)
+    """Options of fsspec's file system, such as {endpoint_url: ..., anon: true}. Keys and tokens are better
+    given by the environment; here they are replaced by *** in all files of the run."""
     views: ViewConfig = field(default_factory=ViewConfig)
     """Crops and colour operations."""
 
     def __post_init__(self) -> None:
-        """Refuse fractions outside [0, 1]."""
+        """Refuse what is out of range, and secrets that were replaced by stars."""
         value = self.max_bad_fraction
         _require(0 <= value <= 1, "data.max_bad_fraction", value, "between 0 and 1")
+        quota, deadline = self.cache_quota_gib, self.remote_deadline_s
+        _require(quota is None or quota > 0, "data.cache_quota_gib", quota, "> 0, or null")
+        allowed = f"> 0 and < {COLLECTIVE_TIMEOUT_S:g}, the timeout of collectives"
+        _require(0 < deadline < COLLECTIVE_TIMEOUT_S, "data.remote_deadline_s", deadline, allowed)
+        if self.remote == "cache" and self.cache_dir is None:
+            raise ValueError(
+                "data.remote is 'cache' and data.cache_dir is null; name a folder on a disk of this node"
+            )
+        for name in ("shards", "storage_options"):
+            if REDACTED in str(getattr(self, name)):
+                raise ValueError(
+                    f"data.{name} holds {REDACTED}, which stands for a secret in the files of a run; give it "
+                    f"again with --data.{name}, or by the environment"
+                )
 
 
 @dataclass(frozen=True)
@@ -130,6 +203,12 @@ class OptimConfig:
     """Largest gradient norm. null: no clipping."""
     precision: Literal["fp16", "bf16", "fp32"] = "fp16"
     """fp16 scales the loss and skips steps that overflow; on a CPU use bf16 or fp32."""
+    residual: Literal["fp32", "16bit"] = "fp32"
+    """Number format of the residual streams: float32 as autocast has it, or that of `precision`, which
+    halves their traffic and memory and rounds every sum."""
+    target_fp8: bool = False
+    """Multiply the target encoder's linear layers in fp8 (e4m3, scales found on the fly). On a GPU it needs
+    compute capability 8.9; on a CPU fp8 is emulated, slowly."""
     impl: Literal["torch_fused", "apex"] = "torch_fused"
     """AdamW of torch (fused), or FusedAdam of NVIDIA's apex when it is installed."""
     gradient_compression: Literal["none", "fp16", "bf16"] = "none"
@@ -154,6 +233,14 @@ class OptimConfig:
         }
         for name, (ok, allowed) in checks.items():
             _require(ok, f"optim.{name}", getattr(self, name), allowed)
+        for name, off in (("residual", "fp32"), ("target_fp8", False)):
+            value = getattr(self, name)
+            _require(
+                self.precision != "fp32" or value == off,
+                f"optim.{name}",
+                value,
+                f"{off} with optim.precision fp32, or optim.precision fp16 or bf16",
+            )
 
 
 @dataclass(frozen=True)
@@ -195,9 +282,17 @@ class Config:
                 "model.contrastive_loss=none"
             )
 
+    @property
+    def loader_views(self) -> ViewConfig:
+        """The views that are made: without a contrastive loss nobody looks at the target view."""
+        views = self.data.views
+        return views if self.model.has_contrast else replace(views, num_views=1)
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings, lists and dicts, as stored in checkpoints and result files."""
+        """Plain numbers, strings, lists and dicts, as stored in checkpoints and result files; no secrets."""
         plain: dict[str, Any] = _plain(asdict(self))
+        for name in ("shards", "storage_options"):
+            plain["data"][name] = redact_options(plain["data"][name])
         return plain
 
 

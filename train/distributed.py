@@ -1,9 +1,9 @@
-"""One process or many: the process group, and the three collectives that the loop needs."""
+"""One process or many: the process group, and the collectives that the loop needs."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,6 +13,9 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
+
+COLLECTIVE_TIMEOUT_S = 600.0
+"""How long a rank waits for the others; what a rank may wait for by itself must end earlier."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ def threads_per_rank() -> int:
 
 
 @contextmanager
-def join_ranks(device: str = "auto", *, timeout_s: float = 600.0) -> Iterator[Ranks]:
+def join_ranks(device: str = "auto", *, timeout_s: float = COLLECTIVE_TIMEOUT_S) -> Iterator[Ranks]:
     """Join the process group that torchrun announces; without one, run alone and without a group.
 
     Args:
@@ -84,13 +87,43 @@ def _choose_device(device: str, local_rank: int) -> torch.device:
     return chosen
 
 
-def gather_rows(rows: Float[Tensor, "B D"], ranks: Ranks) -> Float[Tensor, "W*B D"]:
-    """Rows of all ranks, in rank order, without gradient."""
-    if ranks.world_size == 1:
-        return rows
-    gathered = [torch.empty_like(rows) for _ in range(ranks.world_size)]
-    dist.all_gather(gathered, rows.contiguous())
-    return torch.cat(gathered)
+class RowGatherer:
+    """Rows of all ranks in one tensor, gathered while the caller goes on; without gradient.
+
+    Args:
+        ranks: who takes part; every rank must call `add` equally often, with equal shapes.
+        overlap: start the collective and return; False waits for it in `add`.
+    """
+
+    def __init__(self, ranks: Ranks, *, overlap: bool = True) -> None:
+        self._ranks = ranks
+        self._overlap = overlap
+        self._gathered: list[Tensor] = []
+        self._under_way: list[tuple[dist.Work, Tensor]] = []
+
+    def add(self, rows: Float[Tensor, "B D"]) -> None:
+        """Start to gather this rank's rows."""
+        if self._ranks.world_size == 1:
+            self._gathered.append(rows)
+            return
+        rows = rows.contiguous()
+        gathered = rows.new_empty(self._ranks.world_size * len(rows), rows.shape[1])
+        work = dist.all_gather_into_tensor(gathered, rows, async_op=self._overlap)
+        if work is not None:
+            self._under_way.append((work, rows))  # NCCL still reads `rows`
+        self._gathered.append(gathered)
+
+    def wait(self) -> Float[Tensor, "G D"]:
+        """All rows: call after call of `add`, in rank order within a call.
+
+        On a GPU the stream waits, not the host.
+        """
+        for work, _ in self._under_way:
+            work.wait()
+        self._under_way.clear()
+        if len(self._gathered) > 1:
+            self._gathered = [torch.cat(self._gathered)]
+        return self._gathered[0]
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -130,6 +163,26 @@ def largest(number: int, ranks: Ranks) -> int:
     agreed = torch.tensor(number, device=ranks.device)
     dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
     return int(agreed.item())
+
+
+def gather_numbers(numbers: Sequence[int], ranks: Ranks) -> list[list[int]]:
+    """A few numbers of every rank, in rank order, on every rank."""
+    if ranks.world_size == 1:
+        return [list(numbers)]
+    own = torch.tensor(numbers, dtype=torch.int64, device=ranks.device)
+    rows = [torch.empty_like(own) for _ in range(ranks.world_size)]
+    dist.all_gather(rows, own)
+    gathered: list[list[int]] = torch.stack(rows).tolist()
+    return gathered
+
+
+def gather_values(value: Any, ranks: Ranks) -> list[Any]:
+    """Every rank's value, in rank order, on every rank; anything that pickles."""
+    if ranks.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(values, value)
+    return values
 
 
 def from_first(value: Any, ranks: Ranks) -> Any:

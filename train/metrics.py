@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from torch import Tensor
 
 from cmae.model import Losses
+from cmae.pipeline import FillProgress
 from cmae.train.distributed import Ranks, mean_over_ranks
 
 
@@ -148,6 +150,8 @@ class Display:
         self._total = total_steps
         self._bar: Progress | None = None
         self._task = TaskID(0)
+        self._fill_task: TaskID | None = None
+        self._fill_lines = _FillLines()
         self._started = (time.perf_counter(), start_step)
         if live and self.console.is_terminal:
             self._bar = _build_bar(self.console)
@@ -185,6 +189,23 @@ class Display:
             eta = self._eta(step)
             self.console.print(f"step {step}/{self._total}  {text}  ETA {eta}", soft_wrap=True)
 
+    def fill(self, progress: FillProgress) -> None:
+        """Show how far the copying of remote shards is: in a bar of its own, or as a line now and then."""
+        if self._bar is None:
+            if self._fill_lines.is_due(progress):
+                self.say(describe_fill(progress))
+            return
+        if self._fill_task is None:
+            self._fill_task = self._bar.add_task("", total=progress.num_total, text="", eta="-")
+        done = progress.num_done == progress.num_total
+        self._bar.update(
+            self._fill_task,
+            completed=progress.num_done,
+            text=describe_fill(progress),
+            eta="-",
+            visible=not done,
+        )
+
     def say(self, message: str) -> None:
         """Print a message above the bar."""
         self.console.print(message, soft_wrap=True)
@@ -194,8 +215,61 @@ class Display:
         if step <= first:
             return "-"
         seconds = (time.perf_counter() - started) / (step - first) * (self._total - step)
-        hours, rest = divmod(round(seconds), 3600)
-        return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+        return _clock(seconds)
+
+
+class _FillLines:
+    """Picks the reports that are worth a line: one every few seconds, and the last."""
+
+    _EVERY_S = 5.0
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def is_due(self, progress: FillProgress) -> bool:
+        if time.monotonic() < self._last + self._EVERY_S and progress.num_done < progress.num_total:
+            return False
+        self._last = time.monotonic()
+        return True
+
+
+class ColdStart:
+    """Takes the loader's reports on remote shards, which begin before there is a display.
+
+    Args:
+        speak: print lines until `show` is set; the first rank's task.
+    """
+
+    def __init__(self, *, speak: bool) -> None:
+        self.show: Callable[[FillProgress], None] | None = None
+        """Where reports go as soon as the display is there."""
+        self._speak = speak
+        self._lines = _FillLines()
+
+    def __call__(self, progress: FillProgress) -> None:
+        """Show a report."""
+        if self.show is not None:
+            self.show(progress)
+        elif self._speak and self._lines.is_due(progress):
+            Console(stderr=True, highlight=False).print(describe_fill(progress), soft_wrap=True)
+
+
+def describe_fill(progress: FillProgress) -> str:
+    """`shards 12/640  1.3/71.2 GB  212 MB/s  ETA 0:05:30`."""
+    parts = [f"{progress.what} {progress.num_done}/{progress.num_total}"]
+    if progress.bytes_total:
+        parts += [
+            f"{progress.bytes_done / 1e9:.1f}/{progress.bytes_total / 1e9:.1f} GB",
+            f"{progress.bytes_per_s / 1e6:.0f} MB/s",
+        ]
+    if progress.eta_s is not None:
+        parts.append(f"ETA {_clock(progress.eta_s)}")
+    return "  ".join(parts)
+
+
+def _clock(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
 
 
 def describe(record: dict[str, float]) -> str:

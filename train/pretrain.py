@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 import torch
 
+from cmae.kernels.backend import use_backend
 from cmae.model import build_model, draw_mask, momentum_at
-from cmae.pipeline import Loader, LoaderState, build_loader
+from cmae.pipeline import FillProgress, Loader, LoaderState, RemoteConfig, build_loader
+from cmae.pipeline.health import BadLimit
 from cmae.pipeline.loader import Wrap
 from cmae.train.checkpoint import (
     Checkpointer,
@@ -23,15 +26,25 @@ from cmae.train.checkpoint import (
     load_checkpoint,
 )
 from cmae.train.config import BatchSplit, Config
-from cmae.train.distributed import Ranks, from_first, join_ranks, largest, threads_per_rank
+from cmae.train.data_gate import DataGate
+from cmae.train.distributed import Ranks, from_first, join_ranks, largest
+from cmae.train.metrics import ColdStart
 from cmae.train.optim import build_schedule
 from cmae.train.recorder import Recorder
-from cmae.train.step import TrainStep, check_precision
+from cmae.train.step import TrainStep, check_step
+from cmae.train.tuned import LoaderSettings, loader_settings
 from cmae.train.weights import load_initial_weights
+
+LEDGER_FILE = "bad_samples.jsonl"
 
 
 class TrainingError(RuntimeError):
-    """The run cannot go on; what it had reached is in its last checkpoint."""
+    """The run cannot go on; what it had reached is in its last checkpoint.
+
+    Every rank raises it at the same step, so one of them has to print it.
+    """
+
+    is_on_every_rank = True
 
 
 @dataclass(frozen=True)
@@ -56,11 +69,12 @@ def pretrain(config: Config) -> Outcome:
 
     Raises:
         ValueError: settings that do not fit each other, the data or the machine.
-        TrainingError: the loss is no longer finite.
+        TrainingError: the loss is no longer finite, or too much of the data is bad.
     """
     with ExitStack() as stack:
         ranks = stack.enter_context(join_ranks(config.speed.device))
-        check_precision(config.optim.precision, ranks.device)
+        check_step(config.optim, config.speed, ranks)
+        stack.enter_context(use_backend(config.speed.kernels))
         if config.speed.torch_threads is not None:
             torch.set_num_threads(config.speed.torch_threads)
         split = BatchSplit.of(
@@ -68,7 +82,13 @@ def pretrain(config: Config) -> Outcome:
         )
         found = _agree_on_checkpoint(config, ranks)
         resumed = _load_complete(found, config) if found else None
-        loader = stack.enter_context(open_loader(config, split, ranks, resumed))
+        settings, tuned_note = loader_settings(config, ranks.device)
+        cold_start = ColdStart(speak=ranks.is_first)
+        loader = stack.enter_context(
+            open_loader(
+                config, split, ranks, settings=settings, resumed=resumed, progress=cold_start
+            )
+        )
         total_steps = _total_steps(config, loader)
         step = resumed["step"] if resumed else 0
         recorder = stack.enter_context(
@@ -76,15 +96,21 @@ def pretrain(config: Config) -> Outcome:
         )
         changes = changed_settings(resumed["config"], config.to_dict()) if resumed else []
         recorder.opening(found, changes)
+        cold_start.show = recorder.fill
+        if tuned_note:
+            recorder.say(tuned_note)
         model = build_model(config.model, seed=config.seed)
         if config.init_from is not None and not resumed:
             recorder.say(load_initial_weights(model, config.init_from))
-        train_step = TrainStep(model.to(ranks.device), config.optim, config.speed, ranks)
+        train_step = TrainStep(
+            model.to(ranks.device), config.optim, config.speed, ranks, say=recorder.say
+        )
         if resumed:
             train_step.load_state_dict(resumed)
-        del resumed  # a second copy of all weights
         stop = stack.enter_context(StopSignals())
-        run = _Run(config, ranks, split, loader, train_step, recorder, stop)
+        gate = _open_gate(config, ranks, loader, stop, resumed)
+        del resumed  # a second copy of all weights
+        run = _Run(config, ranks, split, loader, gate, train_step, recorder)
         return _loop(run, step, total_steps=total_steps)
 
 
@@ -96,21 +122,23 @@ class _Run:
     ranks: Ranks
     split: BatchSplit
     loader: Loader
+    gate: DataGate
     train_step: TrainStep
     recorder: Recorder
-    stop: StopSignals
 
 
 def _loop(run: _Run, step: int, *, total_steps: int) -> Outcome:
-    config, ranks, loader, recorder = run.config, run.ranks, run.loader, run.recorder
+    config, gate, loader, recorder = run.config, run.gate, run.loader, run.recorder
     last_step = min(total_steps, config.run.stop_at_step or total_steps)
     schedule = build_schedule(
         config.optim, total_steps=total_steps, steps_per_epoch=loader.steps_per_epoch
     )
-    checkpoints = _open_checkpoints(config) if ranks.is_first else None
-    skipped, signal_number, path = 0, 0, None
-    while step < last_step and not signal_number:
-        batches = [next(loader) for _ in range(run.split.accumulation)]
+    checkpoints = _open_checkpoints(config) if run.ranks.is_first else None
+    skipped, saved, path = 0, step, None
+    while step < last_step:
+        batches = gate.next_batches(run.split.accumulation)
+        if batches is None:  # on every rank alike
+            break
         momentum = momentum_at(config.model, step, total_steps)
         losses, taken = run.train_step(batches, lr=schedule(step), momentum=momentum)
         if not taken:  # nothing has moved: not the weights, not the schedule, not the counter
@@ -123,18 +151,32 @@ def _loop(run: _Run, step: int, *, total_steps: int) -> Outcome:
         step += 1
         recorder.step(step, batches, losses)
         if step % config.run.log_every == 0 or step == last_step:
-            recorder.record(step, lr=schedule(step - 1), epoch=batches[-1].epoch)
+            recorder.record(
+                step,
+                lr=schedule(step - 1),
+                epoch=batches[-1].epoch,
+                bad_samples=gate.bad_samples,
+            )
         if config.run.picture_every and step % config.run.picture_every == 0:
             recorder.picture(step, run.train_step.model, batches[0])
-        signal_number = largest(run.stop.number, ranks)  # every rank stops at the same step
-        is_due = step % config.run.checkpoint_every == 0 or step == last_step or signal_number
-        if is_due and checkpoints is not None:
-            state = {**run.train_step.state_dict(), "loader": loader.state.to_dict()}
-            path = checkpoints.save(step, {**state, "config": config.to_dict()})
+        if checkpoints is not None and (
+            step % config.run.checkpoint_every == 0 or step == last_step
+        ):
+            path, saved = checkpoints.save(step, _state_of(run)), step
     if checkpoints is not None:
+        if saved < step:
+            path = checkpoints.save(step, _state_of(run))
         checkpoints.wait()
-    recorder.closing(step, path, stopped=bool(signal_number))
-    return Outcome(step, total_steps, path, signal_number or None)
+    if gate.failure is not None:
+        raise TrainingError(f"stopped at step {step} on all ranks: {gate.failure}")
+    recorder.closing(step, path, stopped=bool(gate.signal))
+    return Outcome(step, total_steps, path, gate.signal or None)
+
+
+def _state_of(run: _Run) -> dict[str, Any]:
+    """All that a checkpoint holds."""
+    state = {**run.train_step.state_dict(), **run.gate.state_dict()}
+    return {**state, "config": run.config.to_dict()}
 
 
 def _open_checkpoints(config: Config) -> Checkpointer:
@@ -174,26 +216,36 @@ def open_loader(
     config: Config,
     split: BatchSplit,
     ranks: Ranks,
-    resumed: dict[str, Any] | None = None,
     *,
+    settings: LoaderSettings | None = None,
+    resumed: dict[str, Any] | None = None,
+    progress: Callable[[FillProgress], None] | None = None,
     wrap: Wrap | None = None,
 ) -> Loader:
-    """The loader of this rank's micro-batches, from where a checkpoint left it; `wrap` as in `build_loader`.
+    """This rank's loader, at the beginning or where a checkpoint left it.
+
+    Args:
+        config: of the run.
+        split: of the global batch.
+        ranks: this process among all.
+        settings: threads and queues; None = those of the config, tuned ones where it leaves them open.
+        resumed: a complete checkpoint.
+        progress: hears of remote shards that are being copied.
+        wrap: as in `build_loader`.
 
     Raises:
         ValueError: no shards, or settings that do not fit them.
     """
+    settings = settings or loader_settings(config, ranks.device)[0]
     data = config.data
     if not data.shards:
         raise ValueError(
             "data.shards is empty; name WebDataset tars, for instance "
             "--data.shards '/data/imagenet/train-*.tar' (`cmae shards write` makes them)"
         )
-    # Without a contrastive loss nobody looks at the target view: do not make it.
-    views = data.views if config.model.has_contrast else replace(data.views, num_views=1)
     return build_loader(
         data.shards,
-        views,
+        config.loader_views,
         batch_size=split.micro_batch_size,
         global_batch_size=config.optim.global_batch_size,
         rank=ranks.rank,
@@ -203,15 +255,46 @@ def open_loader(
         draw_mask=lambda sample_index, epoch: draw_mask(
             config.model, sample_index, seed=config.seed, epoch=epoch
         ),
-        num_threads=config.speed.num_threads or threads_per_rank(),
-        prefetch=config.speed.prefetch,
+        num_threads=settings.num_threads,
+        prefetch=settings.prefetch,
+        num_readers=settings.num_readers,
+        hw_decoder_load=settings.hw_decoder_load,
         state=LoaderState.from_dict(resumed["loader"]) if resumed else None,
         shuffle=data.shuffle,
+        shuffle_block=data.shuffle_block,
+        shuffle_window=data.shuffle_window,
         source=data.source,
         backend=config.speed.view_backend,
-        ledger=config.run.out / "bad_samples.jsonl",
-        max_bad_fraction=data.max_bad_fraction,
+        ledger=config.run.out / LEDGER_FILE,
+        max_bad_fraction=None,  # the gate judges the counts of all ranks
+        last_batch=data.last_batch,
+        remote=RemoteConfig(
+            mode=data.remote,
+            cache_dir=data.cache_dir,
+            cache_quota_gib=data.cache_quota_gib,
+            deadline_s=data.remote_deadline_s,
+            storage_options=data.storage_options,
+            progress=progress,
+        ),
         wrap=wrap,
+    )
+
+
+def _open_gate(
+    config: Config,
+    ranks: Ranks,
+    loader: Loader,
+    stop: StopSignals,
+    resumed: dict[str, Any] | None,
+) -> DataGate:
+    return DataGate(
+        loader,
+        ranks,
+        limit=BadLimit(config.data.max_bad_fraction),
+        ledger=config.run.out / LEDGER_FILE,
+        global_batch_size=config.optim.global_batch_size,
+        stop_signal=lambda: stop.number,
+        counts=resumed["data_health"] if resumed else None,
     )
 
 

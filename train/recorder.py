@@ -15,7 +15,7 @@ from rich.markup import escape
 from torch import Tensor
 
 from cmae.model import CMAE
-from cmae.pipeline import Batch, Loader
+from cmae.pipeline import Batch, FillProgress, Loader
 from cmae.train.config import Config
 from cmae.train.distributed import Ranks
 from cmae.train.live import LivePublisher
@@ -33,7 +33,7 @@ class Recorder:
         ranks: this process among all.
         start_step: step that the run begins after.
         total_steps: length of the schedule.
-        loader: asked for its waiting time and its bad samples.
+        loader: asked for its waiting time.
     """
 
     def __init__(
@@ -97,6 +97,8 @@ class Recorder:
             f"global batch {config.optim.global_batch_size} on {self._ranks.world_size} x "
             f"{self._ranks.device.type}, {config.optim.precision}"
         )
+        if loader.presized:
+            self._display.say(f"[yellow]not the original files:[/] {loader.presized}")
         if resumed_from is not None:
             self._display.say(f"continuing {resumed_from}")
         for note in notes:
@@ -106,6 +108,11 @@ class Recorder:
         """Print a message, on the first rank."""
         if self._ranks.is_first:
             self._display.say(message)
+
+    def fill(self, progress: FillProgress) -> None:
+        """Show how far the copying of remote shards is, on the first rank. From any thread."""
+        if self._ranks.is_first:
+            self._display.fill(progress)
 
     def step(self, step: int, batches: Sequence[Batch], losses: Tensor) -> None:
         """Note a step that was taken."""
@@ -117,7 +124,7 @@ class Recorder:
         if step == self._start_step + 1:
             first_batch_picture(batches[0], self._config.run.out / "first_batch.png")
 
-    def record(self, step: int, *, lr: float, epoch: int) -> None:
+    def record(self, step: int, *, lr: float, epoch: int, bad_samples: int) -> None:
         """Average over the ranks since the last record, write and show. A collective."""
         record = self._window.read(
             images_per_step=self._config.optim.global_batch_size,
@@ -127,11 +134,11 @@ class Recorder:
         self._live.loss = record["total"]
         if not self._ranks.is_first:
             return
-        record |= {"lr": lr, "epoch": epoch, "bad_samples": self._loader.bad_samples}
+        record |= {"lr": lr, "epoch": epoch, "bad_samples": bad_samples}
         self._log.write(step, record)
         self._display.show(step, record)
-        if self._loader.bad_samples > self._seen_bad:
-            self._seen_bad = self._loader.bad_samples
+        if bad_samples > self._seen_bad:
+            self._seen_bad = bad_samples
             self._display.say(
                 f"[yellow]{self._seen_bad} bad samples replaced so far[/]; "
                 f"see {self._config.run.out / 'bad_samples.jsonl'}"
@@ -166,7 +173,8 @@ class Recorder:
         if self._ranks.is_first:
             folder = self._config.run.out / "pictures"
             folder.mkdir(exist_ok=True)
-            with torch.no_grad():
+            # A compiled block would be compiled again for the few images of a picture.
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
                 reconstruction_picture(model, batch, folder / f"step-{step:08d}.png")
 
     def closing(self, step: int, checkpoint: Path | None, *, stopped: bool) -> None:
@@ -176,10 +184,10 @@ class Recorder:
         out = self._config.run.out
         if self._log.path.stat().st_size:
             loss_plot(self._log.path, out / "loss.png")
-        if checkpoint is None:
-            self._display.say(f"nothing to do: {out} is already at step {step}")
-        elif stopped:
+        if stopped:
             self._display.say(f"stopped at step {step}; run the same command again to continue")
+        elif checkpoint is None:
+            self._display.say(f"nothing to do: {out} is already at step {step}")
         else:
             self._display.say(f"done: step {step}, {checkpoint}")
 

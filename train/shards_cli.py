@@ -1,4 +1,4 @@
-"""`cmae shards write | index | verify | inspect`: functions that print a summary and return an exit code."""
+"""`cmae shards write | index | verify | repair | inspect`: functions that print, and return an exit code."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -22,11 +24,18 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from cmae.pipeline.cache import ShardCache
 from cmae.pipeline.dataset_index import build_indices
 from cmae.pipeline.image_list import ImageSource, read_image_list, scan_image_folder
+from cmae.pipeline.presize import presized_line
+from cmae.pipeline.remote import Remote, RemoteConfig, RemoteFile
+from cmae.pipeline.remote_dataset import build_remote_indices, copy_shard, open_cache
+from cmae.pipeline.repair import REPAIRED_FILE, RepairPolicy, repair_shards
 from cmae.pipeline.shards import SKIPPED_FILE, write_shards
+from cmae.pipeline.stores import redact
 from cmae.pipeline.survey import ShardStatistics, contact_sheet, load_classes, shard_statistics
-from cmae.pipeline.urls import expand_shards, is_local
+from cmae.pipeline.threads import run_threads
+from cmae.pipeline.urls import expand_shards, is_local, is_remote
 from cmae.pipeline.verify import Decode, verify_shards
 
 _MAX_LINES = 20
@@ -46,11 +55,14 @@ def write(
     seed: int = 0,
     shuffle: bool = True,
     strict: bool = False,
+    max_size: int | None = None,
+    quality: int = 95,
     workers: int | None = None,
 ) -> int:
     """Copy a folder of JPEGs, one subfolder a class, into shards with their indices.
 
-    The bytes are copied, never encoded again. Stop it at any time: the same command continues.
+    The bytes are copied as they are; only --max_size has large images encoded again, and labels them.
+    Stop it at any time: the same command continues.
 
     Args:
         images: Folder with one subfolder for each class; or with images only, for a set without labels.
@@ -61,6 +73,8 @@ def write(
         seed: Of the shuffle.
         shuffle: Mix the classes over all shards, so that a few shards are a fair sample.
         strict: Stop at the first file that is no JPEG we can decode, instead of listing it in skipped.jsonl.
+        max_size: Downscale images whose shorter side exceeds this many pixels; null copies every file.
+        quality: JPEG quality, 1..100, of the images that are downscaled.
         workers: Threads; null means one for each CPU core, at most 16.
     """
     start = time.perf_counter()
@@ -75,6 +89,8 @@ def write(
                 seed=seed,
                 shuffle=shuffle,
                 strict=strict,
+                max_size=max_size,
+                quality=quality,
                 workers=workers,
                 progress=advance,
             )
@@ -89,6 +105,8 @@ def write(
         f"{_count(report.num_samples, 'image')}{classes} in {_count(report.num_shards, 'shard')}, "
         f"{_gib(report.num_bytes)}, {seconds:.1f} s: {out}"
     )
+    if report.presized:
+        print(presized_line(report.presized, report.num_samples))
     if report.num_already_written:
         print(f"{_count(report.num_already_written, 'shard')} written before")
     if source.num_ignored:
@@ -100,18 +118,35 @@ def write(
     return 0
 
 
-def index(shards: str | list[str], *, rebuild: bool = False, workers: int | None = None) -> int:
+def index(
+    shards: str | list[str],
+    *,
+    rebuild: bool = False,
+    workers: int | None = None,
+    cache_dir: Path | None = None,
+    storage_options: dict[str, Any] | None = None,
+) -> int:
     """Index WebDataset tars made elsewhere, so that they can be read at random; the tars stay as they are.
+
+    The index of a remote shard is written to `cache_dir`, where `cmae pretrain` looks for it with the same
+    data.cache_dir; the shard is copied there too, as far as the disk has room.
 
     Args:
         shards: Tar file, folder, quoted glob, braces such as train-{000000..000099}.tar, or several of them.
         rebuild: Also make indices again that are fresh.
         workers: Threads; null means one for each CPU core, at most 16.
+        cache_dir: Folder for remote shards and their indices; s3, gs and http(s) URLs need it.
+        storage_options: Of fsspec's file system, such as {anon: true}, for URLs.
     """
     start = time.perf_counter()
-    paths = _local_shards(shards)
+    paths = expand_shards(shards, storage_options=storage_options)
     with _progress("indexing shards", len(paths)) as advance:
-        results = build_indices(paths, rebuild=rebuild, workers=workers, progress=advance)
+        if remote := _remote_cache(paths, cache_dir, storage_options):
+            results = build_remote_indices(
+                *remote, rebuild=rebuild, workers=workers, progress=advance
+            )
+        else:
+            results = build_indices(paths, rebuild=rebuild, workers=workers, progress=advance)
     failed = [result for result in results if result.error is not None]
     built = sum(result.built for result in results)
     bad = sum(result.num_bad for result in results)
@@ -130,16 +165,27 @@ def index(shards: str | list[str], *, rebuild: bool = False, workers: int | None
     return 1 if failed else 0
 
 
-def verify(shards: str | list[str], *, decode: Decode = "none", workers: int | None = None) -> int:
+def verify(
+    shards: str | list[str],
+    *,
+    decode: Decode = "none",
+    workers: int | None = None,
+    cache_dir: Path | None = None,
+    storage_options: dict[str, Any] | None = None,
+) -> int:
     """Read every byte of the shards and compare it with their indices; exit code 1 if anything is wrong.
+
+    Remote shards are copied to `cache_dir` and the copies are checked.
 
     Args:
         shards: Tar file, folder, quoted glob, braces such as train-{000000..000099}.tar, or several of them.
         decode: Also decode every image, with Pillow (pil) or nvImageCodec (nvimgcodec), on the CPU.
         workers: Threads; null means one for each CPU core, at most 16.
+        cache_dir: Folder for copies of remote shards, with room for all of them.
+        storage_options: Of fsspec's file system, such as {anon: true}, for URLs.
     """
     start = time.perf_counter()
-    paths = _local_shards(shards)
+    paths = _local_copies(shards, cache_dir, storage_options)
     with _progress("verifying shards", len(paths)) as advance:
         report = verify_shards(paths, decode=decode, workers=workers, progress=advance)
     _say_lines(
@@ -158,18 +204,75 @@ def verify(shards: str | list[str], *, decode: Decode = "none", workers: int | N
     return 0 if report.ok else 1
 
 
+def repair(
+    shards: str | list[str],
+    out: Path,
+    *,
+    duplicates: Literal["rename", "drop"] = "rename",
+    unlabelled: Literal["drop", "keep"] = "drop",
+    reencode: bool = False,
+    decode: Decode = "none",
+    workers: int | None = None,
+) -> int:
+    """Write clean copies of shards: good records keep their bytes, the others are left out and listed.
+
+    Damaged tars are read on from the next whole header. Stop it at any time: the same command continues.
+
+    Args:
+        shards: Tar file, folder, quoted glob, braces such as train-{000000..000099}.tar, or a list of them.
+        out: Folder of its own for the clean shards, which keep their names; repaired.jsonl says what changed.
+        duplicates: A key that occurs again with another image gets a new name (rename) or is dropped.
+        unlabelled: Records without a label, where others have one, are dropped or kept.
+        reencode: Make JPEGs of PNG, WebP and other images that Pillow reads, instead of dropping them.
+        decode: Also decode every image, with Pillow (pil) or nvImageCodec (nvimgcodec), and drop what fails.
+        workers: Threads; null means one for each CPU core, at most 16.
+    """
+    start = time.perf_counter()
+    paths = _local_copies(shards, None, None)
+    policy = RepairPolicy(duplicates, unlabelled, reencode, decode)
+    try:
+        with _progress("repairing shards", 2 * len(paths)) as advance:
+            report = repair_shards(paths, out, policy, workers=workers, progress=advance)
+    except KeyboardInterrupt:
+        _say(f"interrupted; finished shards stay in {out}: run the same command again to continue")
+        return _INTERRUPTED
+    print(
+        f"{_count(report.num_samples, 'sample')} in {_count(report.num_shards, 'shard')}, "
+        f"{time.perf_counter() - start:.1f} s: {out}"
+    )
+    changes = {
+        "dropped": report.num_dropped,
+        "renamed": report.num_renamed,
+        "encoded again": report.num_reencoded,
+        "damaged stretches passed over": report.num_damages,
+    }
+    told = [f"{number} {what}" for what, number in changes.items() if number]
+    print(f"{', '.join(told)}: see {out / REPAIRED_FILE}" if told else "nothing had to be changed")
+    return 0
+
+
 def inspect(
-    shards: str | list[str], *, sheet: Path | None = None, num_images: int = 40, columns: int = 8
+    shards: str | list[str],
+    *,
+    sheet: Path | None = None,
+    num_images: int = 40,
+    columns: int = 8,
+    cache_dir: Path | None = None,
+    storage_options: dict[str, Any] | None = None,
 ) -> int:
     """Print what the shards hold, from their indices, and draw a contact sheet.
+
+    Remote shards are copied to `cache_dir` first.
 
     Args:
         shards: Tar file, folder, quoted glob, braces such as train-{000000..000099}.tar, or several of them.
         sheet: Also draw images spread evenly over the shards to this .png file.
         num_images: Images on the sheet.
         columns: Images in a row of the sheet.
+        cache_dir: Folder for copies of remote shards, with room for all of them.
+        storage_options: Of fsspec's file system, such as {anon: true}, for URLs.
     """
-    paths = _local_shards(shards)
+    paths = _local_copies(shards, cache_dir, storage_options)
     statistics = shard_statistics(paths)
     console = Console()
     console.print(_count_table(statistics, load_classes(Path(paths[0]).parent)))
@@ -184,7 +287,7 @@ def join_shards(arguments: Sequence[str]) -> list[str]:
     """Make one list of the paths that a shell expanded from an unquoted glob: `index a.tar b.tar` works."""
     command, paths = list(arguments[:1]), []
     rest = list(arguments[1:])
-    while command != ["write"] and rest and not rest[0].startswith("-"):
+    while command not in (["write"], ["repair"]) and rest and not rest[0].startswith("-"):
         paths.append(rest.pop(0))
     return command + ([json.dumps(paths)] if len(paths) > 1 else paths) + rest
 
@@ -196,14 +299,42 @@ def _read_source(images: Path, list_file: Path | None) -> ImageSource:
         return scan_image_folder(images)
 
 
-def _local_shards(shards: str | list[str]) -> list[str]:
-    paths = expand_shards(shards)
-    remote = [path for path in paths if not is_local(path)]
-    if remote:
-        raise ValueError(
-            f"shards={remote[0]!r} is not a local file: copy the shards to a disk first"
+def _local_copies(
+    shards: str | list[str], cache_dir: Path | None, storage_options: dict[str, Any] | None
+) -> list[str]:
+    """Paths of local shards; of remote ones, those of their copies in the cache."""
+    paths = expand_shards(shards, storage_options=storage_options)
+    remote = _remote_cache(paths, cache_dir, storage_options)
+    if remote is None:
+        return paths
+    files, cache = remote
+    with _progress("copying shards", len(files)) as advance:
+        copies = run_threads(
+            partial(copy_shard, cache=cache, keep=files), files, workers=4, progress=advance
         )
-    return paths
+    return [str(copy) for copy in copies]
+
+
+def _remote_cache(
+    paths: list[str], cache_dir: Path | None, storage_options: dict[str, Any] | None
+) -> tuple[list[RemoteFile], ShardCache] | None:
+    """Remote shards and the cache for them; None where all shards are local."""
+    strange = [path for path in paths if not is_local(path)]
+    if not strange:
+        return None
+    if len(strange) < len(paths) or not all(map(is_remote, strange)):
+        raise ValueError(
+            f"shards={redact(strange[0])!r} is a pipe, or stands among local files: copy the shards to a "
+            "disk first, or give local and remote ones apart"
+        )
+    if cache_dir is None:
+        raise ValueError(
+            f"shards={redact(strange[0])!r} is not a local file: name a folder on a disk with --cache_dir, "
+            "where the shards are copied, or copy the shards to a disk first"
+        )
+    config = RemoteConfig(cache_dir=cache_dir, storage_options=storage_options or {})
+    remote = Remote(config)
+    return [remote.file(path) for path in paths], open_cache(config)
 
 
 @contextmanager
@@ -250,6 +381,8 @@ def _count_table(facts: ShardStatistics, classes: list[str] | None) -> Table:
         table.add_row("left out", f"[red]{facts.num_bad} images cannot be decoded")
     mean = facts.image_bytes / facts.num_samples
     table.add_row("image bytes", f"{_gib(facts.image_bytes)}, {mean / 1e3:.1f} kB an image")
+    if facts.presized:
+        table.add_row("pre-resized", presized_line(facts.presized, facts.num_samples))
     table.add_row("kinds", ", ".join(f"{count} {kind}" for kind, count in facts.kinds.items()))
     turned = [f"{count} stored as {o}" for o, count in facts.orientations.items() if o != 1]
     table.add_row("EXIF orientation", ", ".join(turned) or "all upright")

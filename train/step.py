@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from inspect import signature
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import Block
 from torch import Tensor
+from torch import _dynamo as dynamo
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from cmae.model import CMAE, Losses
+from cmae.model.blocks import Block
 from cmae.model.heads import SyncedBatchNorm1d, set_all_reduce
+from cmae.model.shadow import TargetShadow, set_residual_dtype
 from cmae.pipeline import Batch
+from cmae.train.attention import pin_attention
 from cmae.train.config import OptimConfig, SpeedConfig
-from cmae.train.distributed import Ranks, gather_rows, sum_over_ranks
+from cmae.train.distributed import Ranks, RowGatherer, sum_over_ranks
+from cmae.train.graphs import GraphedPasses
 from cmae.train.optim import build_optimizer
+
+logger = logging.getLogger(__name__)
 
 # The heads' running statistics are the same on every rank already. torch 2.14 renamed the switch.
 _NO_BUFFER_SYNC: dict[str, Any] = {
@@ -26,6 +33,7 @@ _NO_BUFFER_SYNC: dict[str, Any] = {
     if "forward_sync_buffers" in signature(DistributedDataParallel.__init__).parameters
     else "broadcast_buffers": False
 }
+_RECOMPILE_LIMIT = 32
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -34,20 +42,47 @@ class TrainStep:
 
     The scaler also guards bf16 and fp32, with a scale of 1: a gradient that is not finite skips the step on
     every rank, since the gradients are already averaged over ranks when it looks at them.
+
+    Args:
+        model: on the device of `ranks`.
+        optim: precision, optimiser and what else changes results.
+        speed: how the step is computed.
+        ranks: this process among all.
+        say: gets a line for each choice that was made by measurement.
+
+    Raises:
+        ValueError: settings that do not fit each other or the device.
     """
 
-    def __init__(self, model: CMAE, optim: OptimConfig, speed: SpeedConfig, ranks: Ranks) -> None:
-        check_precision(optim.precision, ranks.device)
+    def __init__(
+        self,
+        model: CMAE,
+        optim: OptimConfig,
+        speed: SpeedConfig,
+        ranks: Ranks,
+        *,
+        say: Callable[[str], None] = logger.info,
+    ) -> None:
+        check_step(optim, speed, ranks)
         self.model = model
         self.ranks = ranks
+        self.speed = speed
         self.clip_grad = optim.clip_grad
         self.dtype = _DTYPES[optim.precision]
         self.optimizer = build_optimizer(model, optim)
         self.precision = optim.precision
         self.scaler = _build_scaler(optim.precision, ranks.device)
-        self._scale = self.scaler.get_scale()
-        _compile(model, speed.compile)
-        self.network = _replicate(model, optim, ranks)
+        self.shadow = _build_shadow(model, optim, speed, self.dtype)
+        _set_residual(model, self.shadow, self.dtype if optim.residual == "16bit" else None)
+        _compile(model, self.shadow, speed.compile)
+        self.network = _replicate(model, optim, speed, ranks)
+        self.graphs: GraphedPasses | None = None
+        if speed.cuda_graphs:
+            self.graphs = GraphedPasses(
+                model, target_pass=self._target_keys, online_pass=self._losses
+            )
+        self._say = say
+        self._is_pinned = False
 
     def __call__(
         self, batches: Sequence[Batch], *, lr: float, momentum: float
@@ -64,21 +99,34 @@ class TrainStep:
             whether the step was taken. A skipped step leaves the weights, both branches, as they were.
         """
         losses = self.backward(batches)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        if self.clip_grad is not None:
-            self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        scale = self.scaler.get_scale()  # the step's one host synchronisation
-        taken, self._scale = scale >= self._scale, scale
+        taken = self.update(lr)
         if not taken:
             self._recover()
         elif self.model.config.has_contrast:
-            self.model.update_target(momentum)
+            self.move_target(momentum)
         return losses, taken
+
+    def update(self, lr: float) -> bool:
+        """Let the optimiser take the gradients, unless one is not finite; says whether it did."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.scaler.unscale_(self.optimizer)
+        # The optimiser and this process learn of a bad gradient apart: the former on the device, the latter
+        # by a copy that is asked for now and awaited when the optimiser's work is queued behind it.
+        skipped = HostFlag(self.scaler._found_inf_per_device(self.optimizer).values())
+        if self.clip_grad is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.graphs is None:
+            self.optimizer.zero_grad(set_to_none=True)
+        return not skipped.wait()  # the step's one host synchronisation
+
+    def move_target(self, momentum: float) -> None:
+        """Moving average of the target, and its shadow."""
+        self.model.update_target(momentum)
+        if self.shadow is not None:
+            self.shadow.refresh()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on, but the data."""
@@ -95,7 +143,8 @@ class TrainStep:
         self.optimizer.load_state_dict(state["optimizer"])
         if state["precision"] == self.precision:
             self.scaler.load_state_dict(state["scaler"])
-            self._scale = self.scaler.get_scale()
+        if self.shadow is not None:
+            self.shadow.refresh()
 
     def _recover(self) -> None:
         """After a skipped step: a fixed scale back to 1, and no NaN in the heads' running statistics.
@@ -104,7 +153,6 @@ class TrainStep:
         """
         if self.precision != "fp16":
             self.scaler.update(new_scale=1.0)
-            self._scale = 1.0
         for module in self.model.modules():
             statistics = getattr(module, "running_var", None)
             if statistics is not None and not torch.isfinite(statistics).all():
@@ -115,38 +163,95 @@ class TrainStep:
         """Add the (scaled) gradients of the global batch's mean loss; returns the mean losses.
 
         The bank of keys is that of the whole global batch, however it is cut into micro-batches.
+
+        Raises:
+            ValueError: several micro-batches with speed.ddp_static_graph.
         """
-        keys = self._global_keys(batches)
+        self._prepare(batches)
+        bank = self.start_keys(batches)
         rank, world_size = self.ranks.rank, self.ranks.world_size
         means = torch.zeros(len(Losses._fields), device=self.ranks.device)
         for index, batch in enumerate(batches):
             is_last = index == len(batches) - 1
             offset = (index * world_size + rank) * batch.online.shape[0]
             with self._reduce_gradients(is_last):
-                with self._autocast():
-                    losses = self.network(
-                        batch.online,
-                        batch.target,
-                        batch.ids_keep,
-                        ids_mask=batch.ids_mask,
-                        keys=keys,
-                        label_offset=offset,
-                    )
-                self.scaler.scale(losses.total / len(batches)).backward()
-            means += torch.stack([value.detach().float() for value in losses]) / len(batches)
+                losses = self._online_pass(batch, bank, offset, divisor=len(batches))
+            means += losses / len(batches)
         return means
 
-    def _global_keys(self, batches: Sequence[Batch]) -> Tensor | None:
-        """Target keys of all micro-batches and ranks, in the order of the global batch."""
+    def start_keys(self, batches: Sequence[Batch]) -> RowGatherer | None:
+        """Target keys of all micro-batches, on their way to all ranks; in the order of the global batch."""
         if not self.model.config.has_contrast:
             return None
-        keys = []
+        bank = RowGatherer(self.ranks, overlap=self.speed.overlap_keys)
         for batch in batches:
             assert batch.target is not None  # Config asks for two views
-            with self._autocast():
-                own = self.model.target_keys(batch.target, batch.ids_keep)
-            keys.append(gather_rows(own, self.ranks))
-        return torch.cat(keys)
+            compute = self._target_keys if self.graphs is None else self.graphs.keys
+            bank.add(compute(target=batch.target, ids_keep=batch.ids_keep))
+        return bank
+
+    def _target_keys(self, target: Tensor, ids_keep: Tensor) -> Tensor:
+        with self._autocast():
+            return self.model.target_keys(target, ids_keep, shadow=self.shadow)
+
+    def _prepare(self, batches: Sequence[Batch]) -> None:
+        """What must precede the first pass, or every one."""
+        if self.speed.ddp_static_graph and len(batches) > 1:
+            raise ValueError(
+                f"speed.ddp_static_graph is true and a step has {len(batches)} micro-batches; DDP's static "
+                "graph needs gradients averaged in every backward pass: set it to false, or "
+                "speed.micro_batch_size to null"
+            )
+        if not self._is_pinned:
+            pin_attention(
+                self.model,
+                self.speed.sdpa,
+                shadow=self.shadow,
+                batch_size=len(batches[0].online),
+                dtype=self.dtype,
+                device=self.ranks.device,
+                say=self._say,
+            )
+            self._is_pinned = True
+        if self.graphs is not None:
+            self.graphs.zero_gradients()
+
+    def _online_pass(
+        self, batch: Batch, bank: RowGatherer | None, offset: int, *, divisor: int
+    ) -> Tensor:
+        """Losses of one micro-batch; its gradients over `divisor` are added."""
+        inputs = {"online": batch.online, "ids_keep": batch.ids_keep, "ids_mask": batch.ids_mask}
+        keys: Tensor | Callable[[], Tensor] | None = None if bank is None else bank.wait
+        if bank is not None and self._has_fixed_offset:
+            keys, offset = bank.wait().roll(-offset, dims=0), 0
+        if self.graphs is None:
+            return self._losses(**inputs, keys=keys, label_offset=offset, divisor=divisor)
+        if isinstance(keys, Tensor):
+            inputs["keys"] = keys
+        inputs["divisor"] = torch.full((), float(divisor), device=self.ranks.device)
+        return self.graphs.losses(**inputs)
+
+    @property
+    def _has_fixed_offset(self) -> bool:
+        """Whether code is specialised on the label offset: then each micro-batch's own keys come first."""
+        return self.graphs is not None or self.speed.compile == "model"
+
+    def _losses(
+        self,
+        online: Tensor,
+        ids_keep: Tensor,
+        ids_mask: Tensor,
+        *,
+        keys: Tensor | Callable[[], Tensor] | None = None,
+        label_offset: int = 0,
+        divisor: float | Tensor = 1,
+    ) -> Tensor:
+        with self._autocast():
+            losses = self.network(
+                online, None, ids_keep, ids_mask=ids_mask, keys=keys, label_offset=label_offset
+            )
+        self.scaler.scale(losses.total / divisor).backward()
+        return torch.stack([value.detach().float() for value in losses])
 
     def _reduce_gradients(self, is_last: bool) -> Any:
         if is_last or not isinstance(self.network, DistributedDataParallel):
@@ -158,17 +263,55 @@ class TrainStep:
         return torch.autocast(self.ranks.device.type, dtype=self.dtype, enabled=enabled)
 
 
-def check_precision(precision: str, device: torch.device) -> None:
-    """Refuse fp16 on a CPU, which has no fast fp16.
+class HostFlag:
+    """Whether any of some device flags is set, on its way to the host while the device works on."""
+
+    def __init__(self, flags: Iterable[Tensor]) -> None:
+        total = torch.stack([flag.reshape(()) for flag in flags]).sum()
+        self._event: torch.cuda.Event | None = None
+        self._value = total
+        if total.is_cuda:
+            self._value = torch.empty_like(total, device="cpu", pin_memory=True)
+            self._value.copy_(total, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def wait(self) -> bool:
+        """The answer, as soon as what was queued before this flag is done."""
+        if self._event is not None:
+            self._event.synchronize()
+        return bool(self._value.item() > 0)
+
+
+def check_step(optim: OptimConfig, speed: SpeedConfig, ranks: Ranks) -> None:
+    """Refuse settings that the step cannot obey on this machine, before anything is built.
 
     Raises:
-        ValueError: as said.
+        ValueError: as said; names the key and the repair.
     """
-    if precision == "fp16" and device.type == "cpu":
+    device = ranks.device
+    if optim.precision == "fp16" and device.type == "cpu":
         raise ValueError(
             "optim.precision is 'fp16' and the device is a CPU, which has no fast fp16; "
             "set optim.precision to 'bf16' or 'fp32'"
         )
+    if speed.target_shadow and optim.precision == "fp32":
+        raise ValueError(
+            "speed.target_shadow is true, but with optim.precision fp32 there is nothing to cast; set it to "
+            "false, or optim.precision to fp16 or bf16"
+        )
+    if speed.cuda_graphs and (device.type != "cuda" or ranks.world_size > 1):
+        raise ValueError(
+            f"speed.cuda_graphs is true, but this run has {ranks.world_size} rank(s) on "
+            f"{device.type}; it records the step of one GPU alone: set it to false"
+        )
+    if optim.target_fp8 and device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 9):
+            raise ValueError(
+                f"optim.target_fp8 is true, but this GPU has compute capability {capability[0]}."
+                f"{capability[1]}; fp8 products need 8.9 or newer: set it to false"
+            )
 
 
 def _build_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
@@ -178,20 +321,41 @@ def _build_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=never)
 
 
-def _compile(model: CMAE, mode: str) -> None:
+def _build_shadow(
+    model: CMAE, optim: OptimConfig, speed: SpeedConfig, dtype: torch.dtype
+) -> TargetShadow | None:
+    if not model.config.has_contrast or not (speed.target_shadow or optim.target_fp8):
+        return None
+    return TargetShadow(model, dtype=dtype, fp8=optim.target_fp8)
+
+
+def _set_residual(model: CMAE, shadow: TargetShadow | None, dtype: torch.dtype | None) -> None:
+    set_residual_dtype(model, dtype)
+    if shadow is not None:
+        set_residual_dtype(shadow.encoder, dtype)
+
+
+def _compile(model: CMAE, shadow: TargetShadow | None, mode: str) -> None:
+    target = model.target_encoder if shadow is None else shadow.encoder
     if mode == "blocks":
-        for module in model.modules():
-            if isinstance(module, Block):
-                module.compile(fullgraph=True, dynamic=False)
+        # All blocks share one Python frame. Each kind of block, shape and grad mode is one entry in its
+        # cache: CMAE needs seven, torch allows eight.
+        dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
+        for branch in (model, target):
+            for module in () if branch is None else branch.modules():
+                if isinstance(module, Block):
+                    module.compile(fullgraph=True, dynamic=False)
     elif mode == "model":
-        model.compile(fullgraph=True)  # shapes are static, but label_offset differs by micro-batch
-        if model.target_encoder is not None:  # reached through target_keys, not through forward
-            model.target_encoder.mean_tokens = torch.compile(  # type: ignore[method-assign]
-                model.target_encoder.mean_tokens, fullgraph=True
+        model.compile(fullgraph=True, dynamic=False)
+        if target is not None:  # reached through target_keys, not through forward
+            target.mean_tokens = torch.compile(  # type: ignore[method-assign]
+                target.mean_tokens, fullgraph=True, dynamic=False
             )
 
 
-def _replicate(model: CMAE, optim: OptimConfig, ranks: Ranks) -> CMAE | DistributedDataParallel:
+def _replicate(
+    model: CMAE, optim: OptimConfig, speed: SpeedConfig, ranks: Ranks
+) -> CMAE | DistributedDataParallel:
     if ranks.world_size == 1:
         return model
     set_all_reduce(model, sum_over_ranks)
@@ -199,6 +363,8 @@ def _replicate(model: CMAE, optim: OptimConfig, ranks: Ranks) -> CMAE | Distribu
         model,
         device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
+        bucket_cap_mb=speed.ddp_bucket_mb,
+        static_graph=speed.ddp_static_graph,
         **_NO_BUFFER_SYNC,
     )
     hooks = {"fp16": default_hooks.fp16_compress_hook, "bf16": default_hooks.bf16_compress_hook}

@@ -36,7 +36,8 @@ from cmae.train.profiling.storage import StorageCurve, probe_storage
 from cmae.train.profiling.stretch import Reading, merge_snapshots
 from cmae.train.profiling.switches import SwitchedMaker, SwitchedSource
 from cmae.train.profiling.verdict import Facts, draw_curves, judge, rank_actions
-from cmae.train.step import TrainStep, check_precision
+from cmae.train.step import TrainStep, check_step
+from cmae.train.tuned import loader_settings
 
 Say = Callable[[str], None]
 
@@ -58,7 +59,7 @@ def profile(config: Config, options: ProfileConfig, *, say: Say = print) -> Prof
     config = replace(config, run=replace(config.run, out=options.out))
     with ExitStack() as stack:
         ranks = stack.enter_context(join_ranks(config.speed.device))
-        check_precision(config.optim.precision, ranks.device)
+        check_step(config.optim, config.speed, ranks)
         if config.speed.torch_threads is not None:
             torch.set_num_threads(config.speed.torch_threads)
         model = build_model(config.model, seed=config.seed)
@@ -98,7 +99,8 @@ def open_subject(
         switches.append((SwitchedSource(source), SwitchedMaker(maker)))
         return switches[0]
 
-    with open_loader(config, split, ranks, wrap=switched) as loader:
+    settings, _ = loader_settings(config, ranks.device)
+    with open_loader(config, split, ranks, settings=settings, wrap=switched) as loader:
         source, maker = switches[0]
         yield Subject(
             loader=loader,
@@ -108,7 +110,7 @@ def open_subject(
             synthetic=_synthetic(config, split, ranks),
             ranks=ranks,
             start=LoaderState(config.seed, epoch=0, next_sample=0, digest=source.digest),
-            prefetch=config.speed.prefetch,
+            prefetch=settings.prefetch,
             local=local,
             wrap=wrap,
         )

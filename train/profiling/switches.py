@@ -169,6 +169,10 @@ class SwitchedMaker:
             self._views = views
         return views
 
+    def cancel(self) -> None:
+        """Drop the real maker's work that has not begun."""
+        self.inner.cancel()
+
     def close(self) -> None:
         """Close the real maker."""
         self.inner.close()

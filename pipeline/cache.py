@@ -1,0 +1,363 @@
+"""Whole remote shards on a disk of this node, shared by its processes and kept within a quota.
+
+    <folder>/<digest of the URL's folder>/x.tar         a complete, checked shard
+                                          x.index.npz   its index; `.x.index.meta` says of which version
+                                          .x.tar.meta   URL, size and version of the object it is a copy of
+                                          .x.tar.lock   held by the process that fetches it
+                                          .x.tar.partial, .x.tar.parts   a copy in the making
+
+A shard takes its name only when it is complete and checked, so a kill at any instant leaves no wrong file. A
+shard that somebody reads carries a shared lock; only unlocked ones are removed to make room. The kernel
+drops the locks of a process that dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import os
+import shutil
+import threading
+import time
+import zlib
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+from cmae.pipeline.index import INDEX_SUFFIX
+from cmae.pipeline.remote import RemoteError, RemoteFile
+from cmae.pipeline.stores import ObjectInfo, redact
+
+_POLL_S = 0.1
+_PARTS_AHEAD = 8
+
+Check = Callable[[Path], None]
+"""Raises ChecksumError where a complete copy differs from what it must be."""
+
+
+class CacheFullError(RuntimeError):
+    """No room within the quota, or on the disk."""
+
+
+class ChecksumError(ValueError):
+    """A copy differs from the original; says what was found and what was expected."""
+
+
+class ShardCache:
+    """The folder and its quota.
+
+    Args:
+        folder: made if missing; on a local disk, where file locks are cheap and reliable.
+        quota_bytes: of all shards, finished or not. None: nine tenths of what the disk has free, what already
+            lies here included.
+    """
+
+    def __init__(self, folder: str | Path, *, quota_bytes: int | None = None) -> None:
+        self.folder = Path(folder).expanduser()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"cache_dir={self.folder} cannot be made: {error}") from error
+        if quota_bytes is None:
+            quota_bytes = int(0.9 * (shutil.disk_usage(self.folder).free + self.used_bytes()))
+        self.quota_bytes = quota_bytes
+
+    def path(self, url: str) -> Path:
+        """Where the copy of a shard lies, there or not."""
+        address, _, query = redact(url).partition("?")  # a renewed signature is no other shard
+        parent, _, name = address.rstrip("/").rpartition("/")
+        digest = hashlib.sha256(f"{parent}?{query}".encode()).hexdigest()[:12]
+        return self.folder / digest / PurePosixPath(name).name
+
+    def used_bytes(self) -> int:
+        """Size of all shards; one in the making counts in full from its beginning."""
+        return sum(size for _, size, _ in self._entries())
+
+    def open(self, url: str, info: ObjectInfo) -> io.FileIO | None:
+        """The copy, which is not removed while it is open; None if there is none.
+
+        A copy of another version counts as none.
+        """
+        path = self.path(url)
+        try:
+            copy = io.FileIO(path)
+        except FileNotFoundError:
+            return None
+        fcntl.flock(copy, fcntl.LOCK_SH)  # waits at most for a remover that has just looked
+        if os.fstat(copy.fileno()).st_nlink == 0 or not _is_copy_of(path, info):
+            copy.close()
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(
+                copy.fileno()
+            )  # of the copies that nobody reads, the one read longest ago goes first
+        return copy
+
+    def fetch(
+        self,
+        file: RemoteFile,
+        *,
+        check: Check,
+        keep: Collection[Path] = (),
+        wait: bool = True,
+        stop: threading.Event | None = None,
+        progress: Callable[[int], None] = lambda amount: None,
+    ) -> Path | None:
+        """Make sure that the copy is there; of several processes one copies and the others wait.
+
+        Args:
+            file: the shard.
+            check: looks at the complete copy before it takes its name.
+            keep: copies that are not removed for this one.
+            wait: for another process that is copying it; otherwise return None then.
+            stop: ends the copying early, with InterruptedError.
+            progress: called with numbers of bytes as they come.
+
+        Raises:
+            RemoteError: The shard cannot be read, or is not what it must be, twice.
+            CacheFullError: There is no room.
+        """
+        path = self.path(file.url)
+        path.parent.mkdir(exist_ok=True)
+        stop = stop or threading.Event()
+        with self._only_one(path, file, wait=wait, stop=stop) as mine:
+            if not mine:
+                return None
+            if path.exists() and _is_copy_of(path, file.info):
+                return path
+            self._make_room(path, file.size, keep)
+            _copy_checked(file, path, check, stop=stop, progress=progress)
+        return path
+
+    @contextmanager
+    def _only_one(
+        self, path: Path, file: RemoteFile, *, wait: bool, stop: threading.Event
+    ) -> Iterator[bool]:
+        """Hold the lock of a shard; False if another process has it and we do not wait."""
+        handle = os.open(_beside(path, ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            since, seen = time.monotonic(), -1.0
+            while not (mine := _try_lock(handle)) and wait:
+                if stop.wait(_POLL_S):
+                    raise InterruptedError(f"stopped waiting for {path.name}")
+                moved = _modified(_beside(path, ".parts"))
+                if moved != seen:
+                    since, seen = time.monotonic(), moved
+                if time.monotonic() - since > file.remote.config.deadline_s:
+                    raise RemoteError(
+                        f"{file.shown}: another process of this node holds {_beside(path, '.lock')} and has "
+                        f"not come further for {file.remote.config.deadline_s:g} s; end it, and start again"
+                    )
+            yield mine
+        finally:
+            os.close(handle)  # with the lock
+
+    def _make_room(self, path: Path, size: int, keep: Collection[Path]) -> None:
+        """Reserve `size` bytes for a copy, by giving its partial file the final size."""
+        partial = _beside(path, ".partial")
+        with self._lock_all():
+            has = partial.stat().st_size if partial.exists() else 0
+            on_disk = partial.stat().st_blocks * 512 if has else 0
+            entries = sorted(self._entries())
+            used = sum(entry_size for _, entry_size, _ in entries) - has
+            free = shutil.disk_usage(self.folder).free + on_disk
+            for _, entry_size, entry in entries:
+                if used + size <= self.quota_bytes and size <= free:
+                    break
+                if entry not in (path, partial) and entry not in keep and _remove_unused(entry):
+                    used, free = used - entry_size, free + entry_size
+            if used + size > self.quota_bytes or size > free:
+                raise CacheFullError(
+                    f"cache_dir={self.folder} has no room for {path.name} of {size / 2**20:.1f} MiB: "
+                    f"{used / 2**30:.2f} of {self.quota_bytes / 2**30:.2f} GiB are in use and the disk has "
+                    f"{free / 2**30:.2f} GiB free. Raise data.cache_quota_gib, or use data.remote=range"
+                )
+            with open(partial, "ab") as file:
+                file.truncate(size)
+
+    @contextmanager
+    def _lock_all(self) -> Iterator[None]:
+        handle = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)  # held for the time of a directory listing
+            yield
+        finally:
+            os.close(handle)
+
+    def _entries(self) -> Iterator[tuple[float, int, Path]]:
+        """Time of last use, size and path of shards and partial copies; indices are small and stay."""
+        for folder in self.folder.iterdir() if self.folder.is_dir() else ():
+            if not folder.is_dir():
+                continue
+            for entry in folder.iterdir():
+                if INDEX_SUFFIX in entry.name:
+                    continue
+                if entry.name.endswith(".partial") or _beside(entry, ".meta").exists():
+                    with contextlib.suppress(FileNotFoundError):
+                        status = entry.stat()
+                        yield status.st_mtime, status.st_size, entry
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(f".{path.name}{suffix}")
+
+
+def _modified(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _try_lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_copy_of(path: Path, info: ObjectInfo) -> bool:
+    """Whether the file is a copy of this version; without a version the size decides."""
+    try:
+        meta = json.loads(_beside(path, ".meta").read_text())
+        size = path.stat().st_size
+    except (FileNotFoundError, ValueError):
+        return False
+    return (meta.get("version"), size) == (info.version, info.size)
+
+
+def _remove_unused(entry: Path) -> bool:
+    """Remove a shard that nobody reads, or a partial copy that nobody makes."""
+    is_partial = entry.name.endswith(".partial")
+    locked = entry.with_name(entry.name.removesuffix(".partial") + ".lock") if is_partial else entry
+    try:
+        handle = os.open(locked, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        if not _try_lock(handle):
+            return False
+        entry.unlink(missing_ok=True)
+        if is_partial:
+            entry.with_name(entry.name.removesuffix(".partial") + ".parts").unlink(missing_ok=True)
+        else:
+            _beside(entry, ".meta").unlink(missing_ok=True)
+    finally:
+        os.close(handle)
+    return True
+
+
+def _copy_checked(
+    file: RemoteFile,
+    path: Path,
+    check: Check,
+    *,
+    stop: threading.Event,
+    progress: Callable[[int], None],
+) -> None:
+    """Copy, check, and give the copy its name; what fails the check is copied once more from the start."""
+    partial, parts = _beside(path, ".partial"), _beside(path, ".parts")
+    for attempt in (1, 2):
+        _copy(file, partial, parts, stop=stop, progress=progress)
+        try:
+            _check_md5(partial, file)
+            check(partial)
+            file.check_unchanged()
+            break
+        except ChecksumError as error:
+            parts.unlink(missing_ok=True)
+            if attempt == 2:
+                partial.unlink(missing_ok=True)
+                raise RemoteError(
+                    f"{file.shown}: the copy is wrong, twice: {error}. The object in the store is damaged or "
+                    "belongs to another index: upload it again, or index it again with `cmae shards index`"
+                ) from error
+    path.unlink(
+        missing_ok=True
+    )  # of another version: it must not be taken for what `.meta` says next
+    meta = {"url": redact(file.url), "size": file.size, "version": file.info.version}
+    draft = _beside(
+        path, ".meta.new"
+    )  # one name: the lock is ours, and a kill leaves no second file
+    draft.write_text(json.dumps(meta) + "\n")
+    os.replace(draft, _beside(path, ".meta"))
+    os.replace(partial, path)
+    parts.unlink(missing_ok=True)
+
+
+def _copy(
+    file: RemoteFile,
+    partial: Path,
+    parts: Path,
+    *,
+    stop: threading.Event,
+    progress: Callable[[int], None],
+) -> None:
+    """Fill the partial file, going on where an earlier process stopped if the server has ranges."""
+    with open(partial, "r+b") as out:
+        if not file.info.has_ranges:
+            for chunk in file.chunks():
+                _raise_if(stop, partial)
+                out.write(chunk)
+                parts.touch()  # those who wait look at its time
+                progress(len(chunk))
+            if out.tell() != file.size:
+                raise RemoteError(f"{file.shown}: {out.tell()} of {file.size} bytes came")
+        else:
+            done = _read_parts(parts, out.fileno(), file)
+            progress(sum(end - start for start, end in map(file.part_ends, done)))
+            todo = [number for number in range(file.num_parts) if number not in done]
+            with open(parts, "a", buffering=1) as notes:
+                for number, data in file.parts(todo, ahead=_PARTS_AHEAD):
+                    out.seek(file.part_ends(number)[0])
+                    out.write(data)
+                    out.flush()
+                    notes.write(f"{number} {zlib.crc32(data)}\n")
+                    progress(len(data))
+                    _raise_if(stop, partial)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _raise_if(stop: threading.Event, partial: Path) -> None:
+    if stop.is_set():
+        raise InterruptedError(f"stopped copying {partial.name}")
+
+
+def _read_parts(parts: Path, handle: int, file: RemoteFile) -> set[int]:
+    """Parts of this version that an earlier process wrote and that are on the disk as it wrote them."""
+    head = f"{file.info.version}|{file.size}|{file.remote.config.part_bytes}"
+    lines = parts.read_text().splitlines() if parts.exists() else []
+    if not lines or lines[0] != head or not file.info.version:
+        parts.write_text(head + "\n")
+        return set()
+    done: set[int] = set()
+    for line in lines[1:]:
+        number, _, crc = line.partition(" ")
+        if not (number.isdigit() and crc.isdigit()):  # cut off by a kill
+            continue
+        start, end = file.part_ends(int(number))
+        data = os.pread(handle, end - start, start)
+        if zlib.crc32(data) == int(crc):
+            done.add(int(number))
+    with open(parts, "a") as notes:
+        notes.write("\n")  # ends a line that was cut off
+    return done
+
+
+def _check_md5(path: Path, file: RemoteFile) -> None:
+    """Compare with the checksum that the store keeps.
+
+    Raises:
+        ChecksumError: They differ.
+    """
+    if not file.info.md5:
+        return
+    with open(path, "rb") as copy:
+        found = hashlib.file_digest(copy, "md5").hexdigest()
+    if found != file.info.md5:
+        raise ChecksumError(f"MD5 {found}, the store says {file.info.md5}")

@@ -1,0 +1,117 @@
+"""Pre-resized images: a large JPEG is downscaled once, so that no epoch decodes its pixels again.
+
+The new file carries a comment that says so. The label travels with the image through every copy and every
+new index; images that were not touched keep their bytes and have none. The pixels that this costs are in
+docs/design/0016-presized-shards.md.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+from PIL import Image
+
+from cmae.pipeline.jpeg import BadImageError, JpegInfo, JpegKind
+
+_JFIF_BYTES = 20
+"""Start-of-image and JFIF segments, with which every file that Pillow writes begins; the mark follows."""
+_MARK = re.compile(
+    rb"\xff\xfe..cmae presized (\d+x\d+ -> \d+x\d+, max_size \d+, quality \d+)", re.DOTALL
+)
+_ORIENTATION_TAG = 0x0112
+
+
+def check_presize(max_size: int | None, quality: int) -> None:
+    """Refuse settings that no image can be written with.
+
+    Raises:
+        ValueError: Out of range.
+    """
+    if max_size is not None and max_size < 16:
+        raise ValueError(
+            f"max_size={max_size} must be at least 16 pixels, or null to copy the files as they are"
+        )
+    if not 1 <= quality <= 100:
+        raise ValueError(f"quality={quality} must be a JPEG quality in 1..100; 95 is the default")
+
+
+def needs_presize(info: JpegInfo, max_size: int | None) -> bool:
+    """Whether the shorter side exceeds `max_size` pixels.
+
+    CMYK files are left alone: each decoder turns them into RGB in its own way, which resizing would fix.
+    """
+    is_large = max_size is not None and min(info.height, info.width) > max_size
+    return is_large and info.kind != JpegKind.CMYK
+
+
+def presize_jpeg(data: bytes, info: JpegInfo, *, max_size: int, quality: int) -> bytes:
+    """Downscale a JPEG until its shorter side is `max_size` pixels, and encode it again.
+
+    Antialiased Lanczos and full chroma resolution (4:4:4), which cost the fewest pixels of what was tried.
+    Stored rows stay rows: the EXIF orientation is carried over, not applied. So is the ICC profile.
+
+    Raises:
+        BadImageError: Pillow cannot decode it.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise BadImageError(f"Pillow cannot decode it, so it cannot be resized: {error}") from error
+    ratio = max_size / min(image.size)
+    width, height = (round(side * ratio) for side in image.size)
+    mark = (
+        f"cmae presized {info.width}x{info.height} -> {width}x{height}, "
+        f"max_size {max_size}, quality {quality}"
+    )
+    exif = Image.Exif()
+    if info.orientation != 1:
+        exif[_ORIENTATION_TAG] = info.orientation
+    file = io.BytesIO()
+    image.resize((width, height), Image.Resampling.LANCZOS).save(
+        file,
+        "JPEG",
+        quality=quality,
+        subsampling="4:4:4",
+        exif=exif,
+        icc_profile=image.info.get("icc_profile"),
+    )
+    encoded = file.getvalue()
+    # Not Pillow's `comment`: that follows the colour profile, and would have to be looked for.
+    comment = b"\xff\xfe" + (len(mark) + 2).to_bytes(2) + mark.encode()
+    return encoded[:_JFIF_BYTES] + comment + encoded[_JFIF_BYTES:]
+
+
+def presize_mark(data: bytes) -> str:
+    """What `presize_jpeg` did to this file, '640x600 -> 546x512, max_size 512, quality 95'; '' if nothing."""
+    found = _MARK.match(data, _JFIF_BYTES)
+    return found[1].decode() if found else ""
+
+
+def summarise_marks(marks: Iterable[str]) -> dict[str, int]:
+    """Images by setting: {'max_size 512, quality 95': 42}; images without a mark are not counted."""
+    settings = (mark.split(", ", 1)[1] for mark in marks if mark)
+    return dict(sorted(Counter(settings).items()))
+
+
+def sum_counts(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    """Counts of several shards in one."""
+    total: Counter[str] = Counter()
+    for one in counts:
+        total.update(one)
+    return dict(sorted(total.items()))
+
+
+def presized_line(counts: dict[str, int], num_samples: int) -> str:
+    """For people: '42 of 1000 images pre-resized (max_size 512, quality 95)'; '' if there is none."""
+    if not counts:
+        return ""
+    how = "; ".join(counts) if len(counts) == 1 else _each(counts)
+    return f"{sum(counts.values())} of {num_samples} images pre-resized ({how})"
+
+
+def _each(counts: dict[str, int]) -> str:
+    return "; ".join(f"{count} with {setting}" for setting, count in counts.items())

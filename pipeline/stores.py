@@ -1,0 +1,294 @@
+"""Objects behind URLs, through fsspec: one attempt at a time. Retries and deadlines are `remote`'s.
+
+http(s) goes over fsspec's session, request by request, because its file system hides what we need: whether
+the server honoured the range, which version it sent, and how fast the bytes come. Every other scheme (s3, gs
+and whatever fsspec knows) goes through the file system's own reads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import re
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import aiohttp
+import fsspec
+from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
+
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
+_SECRET_WORDS = "key|secret|token|passw|credential|authori|cookie"
+_SECRET_NAME = re.compile(rf"{_SECRET_WORDS}|^auth$|^proxy_auth$", re.IGNORECASE)
+_SECRET_QUERY = re.compile(
+    rf"([?&][^=&#\s]*(?:{_SECRET_WORDS}|sig|auth)[^=&#\s]*=)[^&#\s'\"]+", re.IGNORECASE
+)
+_SECRET_USER = re.compile(r"(://)[^/@\s]+@")
+_GCS_METHODS = ("anon", "cache", "cloud", "browser", "google_default")  # values of gcsfs's `token`
+_MD5 = re.compile(r"[0-9a-f]{32}")
+
+REDACTED = "***"
+"""Stands for a secret wherever settings and URLs are written."""
+
+
+class ObjectInfo(NamedTuple):
+    """What a store says of an object."""
+
+    size: int | None
+    """Bytes; None where the server does not tell."""
+    version: str
+    """ETag, or what the store has instead; changes when the object does. Empty: unknown."""
+    md5: str
+    """Of the contents, in hex; empty where the store does not tell."""
+    has_ranges: bool
+    """Whether parts of the object can be read."""
+
+
+class ObjectChangedError(OSError):
+    """The object is another one now than when the run began."""
+
+
+class NoRangesError(OSError):
+    """The server sends the whole object whatever range is asked for."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How slow a transfer may be before it is given up and begun again.
+
+    Every `stall_s` seconds a connection must bring `min_bytes_per_s` on average.
+    """
+
+    stall_s: float = 20.0
+    min_bytes_per_s: float = 32 * 1024
+
+    def limit_s(self, num_bytes: int) -> float:
+        """Longest time for a transfer whose progress cannot be watched."""
+        return self.stall_s + num_bytes / self.min_bytes_per_s
+
+
+class Store(Protocol):
+    """One object; every call is one attempt."""
+
+    async def stat(self) -> ObjectInfo:
+        """Size, version, checksum."""
+
+    async def read(self, start: int, end: int, *, version: str) -> bytes:
+        """Bytes start..end-1, exactly.
+
+        Raises:
+            ObjectChangedError: The object no longer has this version (where the store tells).
+            OSError, TimeoutError, aiohttp.ClientError: The attempt failed.
+        """
+
+    def stream(self, *, version: str) -> AsyncIterator[bytes]:
+        """All bytes from the first on, for servers without ranges."""
+
+
+def split_scheme(url: str) -> str:
+    """`https://host/x` -> `https`."""
+    return url.split(":", 1)[0].lower()
+
+
+def open_filesystem(url: str, storage_options: Mapping[str, Any] | None = None) -> Any:
+    """The asynchronous fsspec file system of a URL, over fsspec's own event loop.
+
+    Raises:
+        ValueError: fsspec does not know the scheme, its package is not installed, or it refuses an option.
+    """
+    scheme = split_scheme(url)
+    options = {"use_listings_cache": False, **(storage_options or {})}
+    try:
+        if _EXTRAS.get(scheme) == "s3":
+            pool = {"max_pool_connections": 100}  # botocore's 10 would queue the reads
+            options["config_kwargs"] = pool | dict(options.get("config_kwargs", {}))
+        filesystem = fsspec.filesystem(scheme, **options)
+    except ImportError as error:
+        extra = _EXTRAS.get(scheme)
+        repair = f"pip install 'cmae[{extra}]'" if extra else f"install it ({error})"
+        raise ValueError(
+            f"shards={redact(url)!r} needs a package for {scheme}: that is not installed: {repair}"
+        ) from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"shards={redact(url)!r} cannot be opened with data.storage_options of keys "
+            f"{sorted(storage_options or {})}: {redact(str(error))}"
+        ) from error
+    return filesystem if filesystem.async_impl else AsyncFileSystemWrapper(filesystem)
+
+
+def open_store(url: str, *, storage_options: Mapping[str, Any] | None, pace: Pace) -> Store:
+    """The object behind a URL.
+
+    Raises:
+        ValueError: See `open_filesystem`.
+    """
+    filesystem = open_filesystem(url, storage_options)
+    if split_scheme(url) in ("http", "https"):
+        return HttpStore(filesystem, url, pace=pace)
+    return FilesystemStore(filesystem, url, pace=pace)
+
+
+class HttpStore:
+    """An object behind http(s)."""
+
+    def __init__(self, filesystem: Any, url: str, *, pace: Pace) -> None:
+        self._fs = filesystem
+        self._url = url
+        self._pace = pace
+
+    async def stat(self) -> ObjectInfo:
+        """Ask for the first byte: the answer shows size and version, and proves that ranges work."""
+        async with self._get({"Range": "bytes=0-0"}) as response:
+            has_ranges = response.status == 206
+            size = _total_size(response) if has_ranges else response.content_length
+            md5 = response.headers.get("Content-MD5", "") if not has_ranges else ""
+            md5 = _hex(md5) or _digest_md5(response.headers.get("Digest", ""))
+            return ObjectInfo(size, _version(response), md5, has_ranges)
+
+    async def read(self, start: int, end: int, *, version: str) -> bytes:
+        """See `Store.read`."""
+        data = bytearray()
+        async with self._get({"Range": f"bytes={start}-{end - 1}"}) as response:
+            _check_version(response, version)
+            if response.status != 206:
+                raise NoRangesError(
+                    f"the server answered {response.status} instead of 206 to a range"
+                )
+            first = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+            if first is not None and int(first[1]) != start:
+                raise OSError(f"asked for bytes from {start}, the server sent them from {first[1]}")
+            async for chunk in self._watched(response):
+                data += chunk
+        if len(data) != end - start:
+            raise OSError(f"asked for {end - start} bytes, the server sent {len(data)}")
+        return bytes(data)
+
+    async def stream(self, *, version: str) -> AsyncIterator[bytes]:
+        """See `Store.stream`."""
+        async with self._get({}) as response:
+            _check_version(response, version)
+            async for chunk in self._watched(response):
+                yield chunk
+
+    @asynccontextmanager
+    async def _get(self, headers: dict[str, str]) -> AsyncIterator[aiohttp.ClientResponse]:
+        session = await self._fs.set_session()
+        options = dict(self._fs.kwargs)
+        # A body that is compressed on the way has neither the offsets nor the size of the object.
+        headers = {**options.pop("headers", {}), "Accept-Encoding": "identity", **headers}
+        stall = self._pace.stall_s
+        options.setdefault(
+            "timeout", aiohttp.ClientTimeout(total=None, sock_connect=stall, sock_read=stall)
+        )
+        url = self._fs.encode_url(self._url)
+        async with session.get(url, headers=headers, **options) as response:
+            if response.status == 404:
+                raise FileNotFoundError(f"404: {redact(self._url)} is not there")
+            response.raise_for_status()
+            yield response
+
+    async def _watched(self, response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+        """Chunks as they come; raises when they come too slowly (silence is the socket's timeout)."""
+        since, num_bytes = time.monotonic(), 0
+        async for chunk in response.content.iter_any():
+            yield chunk
+            num_bytes += len(chunk)
+            elapsed = time.monotonic() - since
+            if elapsed > self._pace.stall_s:
+                if num_bytes < self._pace.min_bytes_per_s * elapsed:
+                    raise TimeoutError(f"stalled: {num_bytes} bytes in {elapsed:.1f} s")
+                since, num_bytes = time.monotonic(), 0
+
+
+class FilesystemStore:
+    """An object behind any other file system that fsspec knows."""
+
+    def __init__(self, filesystem: Any, url: str, *, pace: Pace) -> None:
+        self._fs = filesystem
+        self._path = filesystem._strip_protocol(url)
+        self._is_s3 = _EXTRAS.get(split_scheme(url)) == "s3"
+        self._pace = pace
+
+    async def stat(self) -> ObjectInfo:
+        """Size, version, and the MD5 where the store keeps one of plain contents."""
+        async with asyncio.timeout(self._pace.stall_s):
+            if self._is_s3:
+                return await self._stat_s3()
+            found = await self._fs._info(self._path)
+        names = ("etag", "ETag", "generation", "mtime", "LastModified", "created")
+        version = next((str(found[name]) for name in names if found.get(name)), "")
+        return ObjectInfo(found["size"], version, _hex(str(found.get("md5Hash", ""))), True)
+
+    async def _stat_s3(self) -> ObjectInfo:
+        """HEAD of the object: the ETag is the MD5 unless it came in parts or was encrypted with a key."""
+        bucket, key, _ = self._fs.split_path(self._path)
+        found = await self._fs._call_s3("head_object", self._fs.kwargs, Bucket=bucket, Key=key)
+        etag = str(found.get("ETag", "")).strip('"')
+        is_plain = str(found.get("ServerSideEncryption", "AES256")) == "AES256"
+        is_md5 = is_plain and "SSECustomerAlgorithm" not in found and _MD5.fullmatch(etag)
+        return ObjectInfo(int(found["ContentLength"]), etag, etag if is_md5 else "", True)
+
+    async def read(self, start: int, end: int, *, version: str) -> bytes:
+        """See `Store.read`; these file systems do not tell the version of what they read."""
+        async with asyncio.timeout(self._pace.limit_s(end - start)):
+            data: bytes = await self._fs._cat_file(self._path, start=start, end=end)
+        if len(data) != end - start:
+            raise OSError(f"asked for {end - start} bytes, the store sent {len(data)}")
+        return data
+
+    async def stream(self, *, version: str) -> AsyncIterator[bytes]:
+        """Not needed: these stores have ranges."""
+        yield await self._fs._cat_file(self._path)
+
+
+def _total_size(response: aiohttp.ClientResponse) -> int | None:
+    total = response.headers.get("Content-Range", "").rpartition("/")[2]
+    return int(total) if total.isdigit() else None
+
+
+def _version(response: aiohttp.ClientResponse) -> str:
+    headers = response.headers
+    return headers.get("ETag", "").strip('"') or headers.get("Last-Modified", "")
+
+
+def _check_version(response: aiohttp.ClientResponse, expected: str) -> None:
+    found = _version(response)
+    if expected and found and found != expected:
+        raise ObjectChangedError(f"the object has version {found} now, it had {expected}")
+
+
+def _hex(base64_md5: str) -> str:
+    try:
+        return base64.b64decode(base64_md5, validate=True).hex()
+    except ValueError:
+        return ""
+
+
+def _digest_md5(header: str) -> str:
+    """The MD5 of an RFC 3230 `Digest:` header, which is about the whole object also in a range's answer."""
+    found = re.search(r"\bmd5=([A-Za-z0-9+/=]+)", header, re.IGNORECASE)
+    return _hex(found[1]) if found else ""
+
+
+def redact(text: str) -> str:
+    """Hide passwords and signatures in the URLs of a text."""
+    return _SECRET_USER.sub(rf"\1{REDACTED}@", _SECRET_QUERY.sub(rf"\1{REDACTED}", text))
+
+
+def redact_options(value: Any, name: str = "") -> Any:
+    """Hide the values of keys such as `key`, `secret` and `token` in nested settings, and those in URLs."""
+    if (
+        _SECRET_NAME.search(name)
+        and not isinstance(value, bool | None)
+        and value not in _GCS_METHODS
+    ):
+        return REDACTED
+    if isinstance(value, Mapping):
+        return {key: redact_options(item, str(key)) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [redact_options(item, name) for item in value]
+    return redact(value) if isinstance(value, str) else value

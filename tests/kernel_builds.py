@@ -1,0 +1,126 @@
+"""Compile kernels for GPUs that are not there, exactly as their launchers would launch them."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TYPES = {
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+}
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may take
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launcher asked of one kernel."""
+
+    kernel: Any
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Build:
+    """A kernel in machine code, and what ptxas and the disassembler say about it."""
+
+    name: str
+    sass: str
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+
+    def count(self, pattern: str) -> int:
+        """How many machine instructions match."""
+        return len(re.findall(pattern, self.sass))
+
+
+def record_launches(
+    monkeypatch: pytest.MonkeyPatch, module: Any, run: Callable[[], object]
+) -> list[Launch]:
+    """The launches that `run` would make; no kernel of `module` runs, so outputs are not written."""
+    launches: list[Launch] = []
+
+    class Recorder:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            assert all(size > 0 for size in grid)
+            return lambda *args, **options: launches.append(Launch(self.kernel, args, options))
+
+    with monkeypatch.context() as patch:
+        for name, value in vars(module).copy().items():
+            if name.endswith("_kernel"):
+                patch.setattr(module, name, Recorder(value))
+        run()
+    return launches
+
+
+def build(launch: Launch, capability: int) -> Build:
+    """Compile a launch for a compute capability (80, 90), with the specialisation Triton would choose."""
+    names = [parameter.name for parameter in launch.kernel.params]
+    options = {key: value for key, value in launch.options.items() if key not in names}
+    values = dict(zip(names, launch.args, strict=False)) | launch.options
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(launch.kernel.params):
+        value = values[parameter.name]
+        kind, divisible = _specialise(value, parameter)
+        signature[parameter.name] = kind
+        if kind == "constexpr":
+            constants[(index,)] = value
+        if divisible:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    usage = _report("-res-usage", compiled.asm["cubin"])
+    return Build(
+        name=launch.kernel.__name__,
+        sass=_report("-sass", compiled.asm["cubin"]),
+        registers=int(re.findall(r"REG:(\d+)", usage)[0]),
+        spilled_bytes=sum(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", usage)),
+        shared_bytes=compiled.metadata.shared,
+    )
+
+
+def _specialise(value: Any, parameter: Any) -> tuple[str, bool]:
+    if parameter.is_constexpr or value is None:
+        return "constexpr", False
+    if isinstance(value, torch.Tensor):
+        return TYPES[value.dtype], value.data_ptr() % 16 == 0
+    if isinstance(value, float):
+        return "fp32", False
+    assert type(value) is int
+    if value == 1 and not parameter.do_not_specialize:
+        return "constexpr", False
+    kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+    return kind, value % 16 == 0 and not parameter.do_not_specialize
+
+
+@cache
+def _report(option: str, cubin: bytes) -> str:
+    tool = Path(inspect.getfile(triton)).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    path = Path(f"/tmp/{abs(hash(cubin))}.cubin")
+    path.write_bytes(cubin)
+    try:
+        done = subprocess.run([tool, option, path], capture_output=True, text=True, check=True)
+    finally:
+        path.unlink()
+    return done.stdout

@@ -1,0 +1,178 @@
+"""Which kernel computes attention: one for all shapes, or for each shape the fastest on this GPU."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from cmae.model import CMAE, ModelConfig
+from cmae.model.blocks import pin_sdpa
+from cmae.model.decoder import Decoder
+from cmae.model.shadow import TargetShadow
+
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+_WARMUP, _REPEATS = 3, 10
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """One attention of the model: what a kernel's speed depends on."""
+
+    batch_size: int
+    num_heads: int
+    num_queries: int
+    num_keys: int
+    head_dim: int
+    has_backward: bool
+
+    def __str__(self) -> str:
+        """Short, for logs."""
+        passes = "forward and backward" if self.has_backward else "forward"
+        return (
+            f"{self.batch_size} images, {self.num_heads} heads, {self.num_queries} x {self.num_keys} "
+            f"tokens, {self.head_dim} wide, {passes}"
+        )
+
+
+def pin_attention(
+    model: CMAE,
+    choice: str,
+    *,
+    shadow: TargetShadow | None,
+    batch_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> None:
+    """Pin the attention kernel of every block.
+
+    Args:
+        model: whose blocks are pinned.
+        choice: a value of `speed.sdpa`. 'torch' does nothing; nor does 'auto' on a CPU, where torch has one
+            fast kernel.
+        shadow: of the target, whose blocks are pinned alike.
+        batch_size: images in one micro-batch.
+        dtype: of autocast.
+        device: where the model lies.
+        say: gets a line for each shape that was measured.
+
+    Raises:
+        ValueError: this device cannot run the chosen kernel on one of the shapes.
+    """
+    if choice == "torch" or (choice == "auto" and device.type == "cpu"):
+        return
+    chosen: dict[AttentionShape, str] = {}
+    for blocks, shape in attention_shapes(model, shadow, batch_size):
+        if shape not in chosen:
+            timings = _measure(shape, dtype, device) if choice == "auto" else {}
+            chosen[shape] = min(timings, key=timings.__getitem__) if timings else choice
+            if timings:
+                found = ", ".join(f"{name} {ms:.3f} ms" for name, ms in timings.items())
+                say(f"attention of {shape}: {chosen[shape]} ({found})")
+            else:
+                _check_runs(shape, choice, dtype, device)
+        pin_sdpa(blocks, BACKENDS[chosen[shape]])
+
+
+def attention_shapes(
+    model: CMAE, shadow: TargetShadow | None, batch_size: int
+) -> Iterator[tuple[list[nn.Module], AttentionShape]]:
+    """Blocks that share a shape of attention, and that shape."""
+    config = model.config
+    prefix = config.num_prefix_tokens
+    seen = config.num_keep + prefix
+    yield list(model.encoder.blocks), _encoder_shape(config, batch_size, seen, has_backward=True)
+    if model.target_encoder is not None:
+        target = model.target_encoder if shadow is None else shadow.encoder
+        num_tokens = seen if config.target_input == "visible" else config.num_patches + prefix
+        shape = _encoder_shape(config, batch_size, num_tokens, has_backward=False)
+        yield list(target.blocks), shape
+    num_tokens = config.num_patches + prefix
+    heads = config.decoder_num_heads
+    width = config.decoder_embed_dim // heads
+    whole = AttentionShape(batch_size, heads, num_tokens, num_tokens, width, True)
+    for decoder in (model.pixel_decoder, model.feature_decoder):
+        if not isinstance(decoder, Decoder):
+            continue
+        blocks = list(decoder.blocks)
+        is_cut = decoder is model.pixel_decoder and not isinstance(model.feature_decoder, nn.Linear)
+        if is_cut:  # the last block asks for the masked tokens alone
+            last = AttentionShape(batch_size, heads, config.num_mask, num_tokens, width, True)
+            yield [blocks.pop()], last
+        yield blocks, whole
+
+
+def _encoder_shape(
+    config: ModelConfig, batch_size: int, num_tokens: int, *, has_backward: bool
+) -> AttentionShape:
+    width = config.embed_dim // config.num_heads
+    return AttentionShape(batch_size, config.num_heads, num_tokens, num_tokens, width, has_backward)
+
+
+def _inputs(shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Query, key and value laid out as the blocks make them: (B, N, H, D) seen as (B, H, N, D)."""
+    generator = torch.Generator(device).manual_seed(0)
+    return [
+        torch.randn(
+            *(shape.batch_size, num_tokens, shape.num_heads, shape.head_dim),
+            generator=generator,
+            dtype=dtype,
+            device=device,
+        )
+        .requires_grad_(shape.has_backward)
+        .transpose(1, 2)
+        for num_tokens in (shape.num_queries, shape.num_keys, shape.num_keys)
+    ]
+
+
+def _run(shape: AttentionShape, name: str, inputs: list[Tensor]) -> None:
+    with sdpa_kernel(BACKENDS[name]):
+        query, key, value = inputs
+        out = F.scaled_dot_product_attention(query, key, value)
+    if shape.has_backward:
+        torch.autograd.grad(out, inputs, torch.ones_like(out))
+
+
+def _check_runs(
+    shape: AttentionShape, choice: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    try:
+        _run(shape, choice, _inputs(shape, dtype, device))
+    except RuntimeError as error:
+        raise ValueError(
+            f"speed.sdpa is {choice!r}, which cannot compute attention of {shape} in {dtype} on "
+            f"{device}; set speed.sdpa to 'auto' or 'torch'"
+        ) from error
+
+
+def _measure(shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """Milliseconds of every kernel that can run the shape; 'math' always can."""
+    inputs, timings = _inputs(shape, dtype, device), {}
+    for name in BACKENDS:
+        try:
+            for _ in range(_WARMUP):
+                _run(shape, name, inputs)
+        except RuntimeError:
+            continue
+        timings[name] = statistics.median(_time(shape, name, inputs) for _ in range(_REPEATS))
+    return timings
+
+
+def _time(shape: AttentionShape, name: str, inputs: list[Tensor]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    _run(shape, name, inputs)
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end))

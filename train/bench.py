@@ -1,0 +1,300 @@
+"""`cmae bench --model`: what a recipe's step costs on a GPU, from counts and two numbers of the GPU."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from cmae.model import ModelConfig, count_multiply_adds
+from cmae.model.traffic import (
+    PARTS,
+    Precision,
+    count_memory,
+    ema_bytes,
+    operations,
+    optimizer_bytes,
+)
+from cmae.train.config import Config
+
+GB = 1e9
+_RESERVE = 0.08  # of the memory: CUDA context, cuBLAS, the allocator's fragments
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What limits a step."""
+
+    name: str
+    """A word of the device's name, as in result files."""
+    tflops: float
+    """Dense 16-bit matrix products with float32 sums."""
+    gb_per_s: float
+    """Device memory."""
+    memory_gb: float
+    """10^9 bytes."""
+
+
+# Dense 16-bit tensor-core rate, memory bandwidth and size, from NVIDIA's data sheets (A100 SXM 40 and
+# 80 GB, H100 SXM, H200 SXM, HGX B200, L40S, V100 SXM2) and its Ada GPU architecture paper (RTX 4090).
+# Where a sheet gives the rate with sparsity, it is halved.
+GPUS = {
+    "v100": Gpu("v100", 125, 900, 32),
+    "a100-40gb": Gpu("a100", 312, 1555, 40),
+    "a100": Gpu("a100", 312, 2039, 80),
+    "l40s": Gpu("l40s", 362, 864, 48),
+    "rtx4090": Gpu("4090", 165, 1008, 24),
+    "h100": Gpu("h100", 989, 3350, 80),
+    "h200": Gpu("h200", 989, 4800, 141),
+    "b200": Gpu("b200", 2250, 7700, 180),
+}
+
+
+@dataclass(frozen=True)
+class PartCost:
+    """One part of the step, for all images of a micro-batch."""
+
+    part: str
+    gflops: float
+    gbytes: float
+    ms: float
+    """Sum over its kernels of the longer of computing and moving."""
+    bound: str
+    """'compute' or 'memory': what most of that time is."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The step of one GPU as the model sees it."""
+
+    gpu: Gpu
+    batch_size: int
+    parts: list[PartCost]
+    gflop_per_image: float
+    """Of the method as published, forward and backward: the measure of utilisation."""
+    ceiling_images_per_s: float
+    """If nothing but the published multiply-adds took time."""
+    images_per_s: float
+    """By the sum of the parts."""
+    memory_gb: float
+    memory_fixed_gb: float
+    memory_per_image_gb: float
+    largest_batch: int
+
+    @property
+    def step_ms(self) -> float:
+        """Sum of the parts."""
+        return sum(part.ms for part in self.parts)
+
+    @property
+    def utilisation(self) -> float:
+        """Published operations per second over the GPU's rate."""
+        return self.images_per_s / self.ceiling_images_per_s
+
+
+def bench_model(
+    config: Config, gpu: str, *, batch_size: int | None, results: Path, as_json: bool
+) -> int:
+    """Print the estimate for a recipe, beside what was measured.
+
+    Args:
+        config: of a run.
+        gpu: a key of `GPUS`, or 'measured' for this device.
+        batch_size: images in one pass on one GPU; None: speed.micro_batch_size, or 128.
+        results: folder of result files.
+        as_json: print JSON instead of a table.
+
+    Raises:
+        ValueError: the GPU is not known, or the batch is empty.
+    """
+    if gpu != "measured" and gpu not in GPUS:
+        raise ValueError(f"--gpu is {gpu!r}; it must be 'measured' or one of {', '.join(GPUS)}")
+    size = batch_size or config.speed.micro_batch_size or 128
+    if size < 1:
+        raise ValueError(f"--batch_size is {size}; it must be >= 1")
+    chosen = measure_device(config.optim.precision) if gpu == "measured" else GPUS[gpu]
+    estimate = estimate_step(config, chosen, batch_size=size)
+    measured = find_measured(results, config.model, chosen.name, size)
+    if as_json:
+        plain = {**asdict(estimate), "step_ms": estimate.step_ms, "measured": measured}
+        print(json.dumps(plain, indent=1))
+    else:
+        _print_tables(estimate, measured, config)
+    return 0
+
+
+def estimate_step(config: Config, gpu: Gpu, *, batch_size: int) -> Estimate:
+    """Operations, traffic, time and memory of one pass of `batch_size` images and one optimiser step."""
+    model = config.model
+    precision = step_precision(config)
+    num_keys = max(config.optim.global_batch_size, batch_size)
+    parts = _part_costs(model, precision, gpu, batch_size=batch_size, num_keys=num_keys)
+    moved = {"optimiser": optimizer_bytes(model)}
+    if model.has_contrast:
+        moved["EMA"] = ema_bytes(model, precision)
+    for name, count in moved.items():
+        parts.append(PartCost(name, 0.0, count / GB, count / gpu.gb_per_s / 1e6, "memory"))
+    memory = count_memory(model, precision, num_keys=num_keys)
+    usable = gpu.memory_gb * GB * (1 - _RESERVE) - memory.fixed
+    gflop = 2 * count_multiply_adds(model)["training_step"] / 1e9
+    return Estimate(
+        gpu=gpu,
+        batch_size=batch_size,
+        parts=parts,
+        gflop_per_image=gflop,
+        ceiling_images_per_s=1e3 * gpu.tflops / gflop,
+        images_per_s=1e3 * batch_size / sum(part.ms for part in parts),
+        memory_gb=memory.total(batch_size) / GB,
+        memory_fixed_gb=memory.fixed / GB,
+        memory_per_image_gb=memory.activations_per_image / GB,
+        largest_batch=max(0, math.floor(usable / memory.activations_per_image)),
+    )
+
+
+def step_precision(config: Config) -> Precision:
+    """The number formats of a run, as the cost model knows them."""
+    return Precision(
+        residual_bytes=2 if config.optim.residual == "16bit" else 4,
+        fused=config.speed.compile != "none",
+        target_shadow=config.speed.target_shadow,
+    )
+
+
+def _part_costs(
+    model: ModelConfig, precision: Precision, gpu: Gpu, *, batch_size: int, num_keys: int
+) -> list[PartCost]:
+    """Time of each part: for each kernel the longer of computing and moving, forward and backward."""
+    per_ms, bytes_per_ms = gpu.tflops * 1e9, gpu.gb_per_s * 1e6
+    totals = {part: [0.0, 0.0, 0.0, 0.0] for part in PARTS}  # flops, bytes, ms computing, ms moving
+    for op in operations(model, precision, num_keys=num_keys):
+        # A forward pass reads about a third of what weights move in a step.
+        passes = [(op.flops, op.bytes, 1 / 3), (op.backward_flops, op.backward_bytes, 2 / 3)]
+        if op.part == "target":
+            passes = [(op.flops, op.bytes, 1.0)]
+        for flops, moved, share in passes:
+            flops, moved = batch_size * flops, batch_size * moved + share * op.step_bytes
+            computing, moving = flops / per_ms, moved / bytes_per_ms
+            place = 2 if computing >= moving else 3
+            totals[op.part][0] += flops
+            totals[op.part][1] += moved
+            totals[op.part][place] += max(computing, moving)
+        totals[op.part][1] += op.cast_bytes
+        totals[op.part][3] += op.cast_bytes / bytes_per_ms
+    return [
+        PartCost(
+            part,
+            flops / 1e9,
+            moved / GB,
+            computing + moving,
+            "compute" if computing >= moving else "memory",
+        )
+        for part, (flops, moved, computing, moving) in totals.items()
+        if moved
+    ]
+
+
+def measure_device(precision: str) -> Gpu:
+    """Rate of a large matrix product and of a large copy on this device, and its memory."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    names = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+    dtype = names[precision] if device.type == "cuda" else torch.float32
+    tflops = measure_matmul_tflops(device, dtype)
+    size = 2**30 if device.type == "cuda" else 2**27
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = fastest_s(lambda: target.copy_(source), device)
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        name, memory = properties.name.lower(), properties.total_memory / GB
+    else:
+        import psutil
+
+        name, memory = "cpu", psutil.virtual_memory().total / GB
+    return Gpu(name, tflops, 2 * size / seconds / GB, memory)
+
+
+def measure_matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
+    """Highest rate of a square matrix product: what a perfect step could reach."""
+    size = 8192 if device.type == "cuda" else 1024
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2e-12 * size**3 / fastest_s(lambda: left @ right, device)
+
+
+def fastest_s(function: Callable[[], object], device: torch.device, *, repeats: int = 10) -> float:
+    """Shortest of some runs, seconds, after two that warm up."""
+    on_gpu = device.type == "cuda"
+    best = math.inf
+    for index in range(repeats + 2):
+        started = time.perf_counter()
+        function()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        if index >= 2:
+            best = min(best, time.perf_counter() - started)
+    return best
+
+
+def find_measured(
+    results: Path, model: ModelConfig, gpu: str, batch_size: int
+) -> list[dict[str, Any]]:
+    """Rows of step results for this model, GPU and batch size; the newest files first.
+
+    A row belongs to the model if it counts the same multiply-adds an image.
+    """
+    gmacs = count_multiply_adds(model)["training_step"] / 1e9
+    found: list[dict[str, Any]] = []
+    for path in sorted(results.glob("*_step_*.json"), reverse=True):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        device = result["machine"]["device"].lower()
+        for row in result["rows"]:
+            fits = row.get("batch_size") == batch_size and "images_per_s" in row
+            if fits and gpu in device and math.isclose(row.get("gmacs_per_image", 0), gmacs):
+                found.append({**row, "device": device, "file": path.name})
+    return found
+
+
+def _print_tables(estimate: Estimate, measured: Sequence[dict[str, Any]], config: Config) -> None:
+    console, gpu = Console(), estimate.gpu
+    table = Table(
+        title=f"one step of {estimate.batch_size} images on {gpu.name}: {gpu.tflops:.4g} TFLOP/s, "
+        f"{gpu.gb_per_s:.4g} GB/s",
+        title_justify="left",
+    )
+    for column in ("part", "GFLOP", "GB moved", "ms", "share", "bound by"):
+        table.add_column(column, justify="left" if column in ("part", "bound by") else "right")
+    total = estimate.step_ms
+    for part in estimate.parts:
+        cells = (f"{part.gflops:.1f}", f"{part.gbytes:.2f}", f"{part.ms:.3f}")
+        table.add_row(part.part, *cells, f"{part.ms / total:.0%}", part.bound)
+    gflops, gbytes = (
+        sum(getattr(p, name) for p in estimate.parts) for name in ("gflops", "gbytes")
+    )
+    table.add_section()
+    table.add_row("all", f"{gflops:.1f}", f"{gbytes:.2f}", f"{total:.3f}", "100%", "")
+    console.print(table)
+    facts = [
+        f"ceiling            {estimate.ceiling_images_per_s:.0f} images/s: "
+        f"{estimate.gflop_per_image:.1f} GFLOP an image, nothing else",
+        f"roofline           {estimate.images_per_s:.0f} images/s, {estimate.utilisation:.0%} of the ceiling",
+        f"memory             {estimate.memory_gb:.1f} GB: {estimate.memory_fixed_gb:.1f} fixed, "
+        f"{1e3 * estimate.memory_per_image_gb:.1f} MB an image",
+        f"largest batch      {estimate.largest_batch} images in {gpu.memory_gb:.0f} GB",
+    ]
+    for row in measured:
+        rate = row["images_per_s"]["median"]
+        how = " ".join(str(row[key]) for key in ("precision", "compile") if key in row)
+        facts.append(
+            f"measured           {rate:.0f} images/s, {rate / estimate.ceiling_images_per_s:.0%} of the "
+            f"ceiling ({how}; {row['file']})"
+        )
+    if not measured:
+        facts.append("measured           no result file has this model, GPU and batch size")
+    console.print("\n".join(facts), highlight=False, soft_wrap=True)

@@ -1,0 +1,90 @@
+"""Where all ranks meet before a step: each has its batches, and all go on, or all stop at the same step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cmae.pipeline import Batch, DataError, Loader, LoaderState
+from cmae.pipeline.health import BadLimit
+from cmae.train.distributed import Ranks, gather_numbers, gather_values
+
+
+class DataGate:
+    """Fetches the batches of a step, and counts good and bad samples over all ranks.
+
+    One collective a step carries three numbers of every rank: the signal it got, its bad samples, and
+    whether it could fetch its batches. A rank that decided alone would leave the others waiting for it.
+
+    Args:
+        loader: of this rank; it must not judge its bad samples itself (`max_bad_fraction=None`).
+        limit: on the bad samples of all ranks.
+        ledger: file that lists them, for the message.
+        global_batch_size: samples in a step.
+        stop_signal: gives the signal that asked this rank to stop, 0 for none.
+        counts: from the checkpoint that the run continues; see `state_dict`.
+    """
+
+    def __init__(
+        self,
+        loader: Loader,
+        ranks: Ranks,
+        *,
+        limit: BadLimit,
+        ledger: Path,
+        global_batch_size: int,
+        stop_signal: Callable[[], int],
+        counts: dict[str, int] | None = None,
+    ) -> None:
+        self._loader = loader
+        self._ranks = ranks
+        self._limit = limit
+        self._ledger = ledger
+        self._global_batch_size = global_batch_size
+        self._stop_signal = stop_signal
+        self._bad_before = counts["bad"] if counts else 0
+        self._position: LoaderState = loader.state
+        self.samples = counts["samples"] if counts else 0
+        """Handed out since step 0, on all ranks."""
+        self.bad_samples = self._bad_before
+        """Of them, replaced because they were bad."""
+        self.signal = 0
+        """What stopped the run, on whatever rank it arrived."""
+        self.failure: str | None = None
+        """Why the data cannot be used any more; the same text on every rank."""
+
+    def next_batches(self, count: int) -> list[Batch] | None:
+        """This rank's batches of one step, or None when all ranks have to stop here. A collective."""
+        batches, error = self._fetch(count)
+        own = (self._stop_signal(), self._loader.bad_samples, int(error != ""))
+        signals, bad, failed = zip(*gather_numbers(own, self._ranks), strict=True)
+        self.signal = max(signals)
+        counts = {
+            "bad": self._bad_before + sum(bad),
+            "samples": self.samples + self._global_batch_size,
+        }
+        if any(failed):
+            self.failure = self._explain(error)
+        elif self._limit.is_exceeded(**counts):
+            self.failure = self._limit.explain(**counts, ledger=self._ledger)
+        if self.signal or self.failure:
+            return None  # as if nothing had been fetched: the checkpoint is that of the step before
+        self.bad_samples, self.samples = counts["bad"], counts["samples"]
+        self._position = self._loader.state
+        return batches
+
+    def state_dict(self) -> dict[str, Any]:
+        """Place in the data and counts after the last batches given out: two entries of a checkpoint."""
+        counts = {"samples": self.samples, "bad": self.bad_samples}
+        return {"loader": self._position.to_dict(), "data_health": counts}
+
+    def _fetch(self, count: int) -> tuple[list[Batch], str]:
+        try:
+            return [next(self._loader) for _ in range(count)], ""
+        except (DataError, OSError) as error:
+            return [], str(error)
+
+    def _explain(self, error: str) -> str:
+        errors = gather_values(error, self._ranks)
+        return "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(errors) if text)
