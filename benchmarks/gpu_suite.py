@@ -33,9 +33,7 @@ SECTIONS: dict[str, list[str]] = {
     ],
     "demo": [PYTHON, "-m", "cmae.train", "demo", "--out", "runs/gpu-demo"],
 }
-
-
-LIMITS_S: dict[str, float] = {}
+LIMITS_S: dict[str, float] = {"e2e": 90, "sweep-decode": 120, "sweep-step": 120}
 """Seconds that a section may take; without one, all that is left."""
 
 

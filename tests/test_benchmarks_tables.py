@@ -35,7 +35,11 @@ def test_results_say_where_and_how_they_were_measured() -> None:
 
 
 @pytest.mark.parametrize(
-    "script", ["bench_loader", "bench_presized", "bench_step", "gpu_suite", "tables"]
+    "script",
+    [
+        *("bench_e2e", "bench_loader", "bench_presized", "bench_step", "bench_sweep", "compare"),
+        *("gpu_suite", "tables"),
+    ],
 )
 def test_every_script_explains_itself(script: str) -> None:
     done = subprocess.run(
