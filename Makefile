@@ -34,9 +34,8 @@ demo: $(STAMP)  ## pretrain a micro CMAE on real photographs and look at what it
 	$(BIN)/cmae demo
 
 bench: export PYTHONPATH = benchmarks
-bench: $(STAMP)  ## loader and step baselines on this machine -> benchmarks/results
-	$(BIN)/python benchmarks/bench_loader.py
-	$(BIN)/python benchmarks/bench_step.py
+bench: $(STAMP)  ## all CPU benchmarks, under 15 minutes -> benchmarks/results, README tables
+	$(BIN)/python benchmarks/suite.py
 	$(BIN)/python benchmarks/tables.py
 
 clean:  ## remove the environment, runs and caches

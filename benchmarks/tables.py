@@ -1,6 +1,6 @@
-"""Write the README's tables from the newest result file of each benchmark.
+"""Write the README's tables, and the plots in docs/images, from the newest result file of each benchmark.
 
-    python benchmarks/tables.py            rewrite the tables
+    python benchmarks/tables.py            rewrite the tables and draw the plots
     python benchmarks/tables.py --check    exit with 1 if the README does not match the results
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table -->`.
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import RESULTS, ROOT
+from plots import PLOTS, draw_plots
 
 README = ROOT / "README.md"
 Result = dict[str, Any]
@@ -134,12 +135,54 @@ def kernels_table(result: Result) -> list[list[str]]:
     return rows
 
 
+def e2e_table(result: Result) -> list[list[str]]:
+    """The step fed by the real loader, beside the same step on synthetic data."""
+    rows = [["model", "batch", "real images/s", "synthetic images/s", "ratio", "waiting", "n"]]
+    for row in result["rows"]:
+        rates = [_spread(row[name], 1) for name in ("images_per_s", "synthetic_images_per_s")]
+        waiting = f"{row['wait_share']['median']:.1%}"
+        ratio = row["ratio"]
+        batch = str(result["config"]["batch_size"])
+        rows.append([row["model"], batch, *rates, _spread(ratio, 3), waiting, str(ratio["n"])])
+    return rows
+
+
+def growth_table(result: Result) -> list[list[str]]:
+    """Costs that grow with the number of samples, and those that do not."""
+    head = ["samples", "start-up, CPU-s", "epoch plan, CPU-s", "a batch's positions, us"]
+    rows = [[*head, "peak of loading, MiB", "peak with the plan, MiB", "state, bytes"]]
+    for row in result["rows"]:
+        seconds = [_spread(row[name], 3) for name in ("startup_s", "plan_s")]
+        small = [f"{row[name]['median']:.0f}" for name in ("positions_us_per_batch", "index_mib")]
+        sizes = [f"{row[name]['median']:.0f}" for name in ("peak_mib", "state_bytes")]
+        rows.append([f"{row['samples']:,}", *seconds, *small, *sizes])
+    return rows
+
+
+def sweep_table(result: Result) -> list[list[str]]:
+    """One setting against the rate."""
+    name = result["label"].replace("-", "_")
+    rows = [[name.replace("_", " "), "images/s", "of the first", "n"]]
+    has_peak = any("peak_gib" in row for row in result["rows"])
+    rows[0] += ["peak, GiB"][:has_peak]
+    first = result["rows"][0]["images_per_s"]["median"]
+    for row in result["rows"]:
+        rate = row["images_per_s"]
+        cells = [_spread(rate, 1), f"{rate['median'] / first:.2f}x", str(rate["n"])]
+        peak = [f"{row['peak_gib']:.1f}"] if has_peak else []
+        rows.append([f"{row[name]:g}", *cells, *peak])
+    return rows
+
+
 TABLES: dict[str, Callable[[Result], list[list[str]]]] = {
     "loader": loader_table,
     "step": step_table,
     "presized": presized_table,
     "levers": levers_table,
     "kernels": kernels_table,
+    "e2e": e2e_table,
+    "growth": growth_table,
+    "sweep": sweep_table,
 }
 NOTES: dict[str, Callable[[Result], list[str]]] = {"loader": loader_notes}
 """Lines under a table."""
@@ -196,6 +239,8 @@ def main() -> int:
         )
         return 1
     README.write_text(fresh, encoding="utf-8")
+    for path in draw_plots({name: newest(name) for name in PLOTS}, ROOT / "docs" / "images"):
+        print(f"wrote {path.relative_to(ROOT)}")
     return 0
 
 

@@ -36,7 +36,10 @@ def test_results_say_where_and_how_they_were_measured() -> None:
 
 @pytest.mark.parametrize(
     "script",
-    ["bench_loader", "bench_presized", "bench_step", "fp8_curve", "gpu_suite", "tables"],
+    [
+        *("bench_e2e", "bench_loader", "bench_presized", "bench_step", "bench_sweep", "compare"),
+        *("fp8_curve", "gpu_suite", "tables"),
+    ],
 )
 def test_every_script_explains_itself(script: str) -> None:
     done = subprocess.run(

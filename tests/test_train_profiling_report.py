@@ -244,13 +244,14 @@ class TestCharts:
         assert row.bar.width > 0
 
     def test_step_histogram_holds_every_step(self) -> None:
-        chart = step_histogram("x", [10.0, 10.0, 10.0, 11.0])
-        assert chart.summary.startswith("n 4")
-        assert [height for _, _, height in chart.bars] == pytest.approx([1.0, 1 / 3])
+        chart = step_histogram("x", [10.0, 10.0, 10.0, 10.0, 11.0])
+        assert chart is not None
+        assert chart.summary.startswith("n 5")
+        assert [height for _, _, height in chart.bars] == pytest.approx([1.0, 1 / 4])
         assert "logarithmic" not in chart.x_label
 
     def test_a_long_tail_gets_a_logarithmic_axis(self) -> None:
-        assert "logarithmic" in step_histogram("x", [10.0, 11.0, 400.0]).x_label
+        assert "logarithmic" in step_histogram("x", [10.0, 11.0, 12.0, 13.0, 400.0]).x_label
 
     def test_equal_steps_make_one_bar(self) -> None:
         assert len(step_histogram("x", [5.0] * 9).bars) == 1
@@ -263,14 +264,22 @@ class TestCharts:
         assert chart.bars[0][0] == 0
         assert chart.bars[1][0] == pytest.approx(20 / 21)
 
-    def test_a_stage_that_did_nothing_has_no_plot(self) -> None:
+    def test_too_few_values_have_no_plot(self) -> None:
         assert latency_histogram("x", Histogram()) is None
+        assert step_histogram("x", [1.0] * 4) is None
 
     def test_a_curve_shows_today(self) -> None:
         chart = line_chart(Curve("x", "threads", (2.0, 4.0), (100.0, 200.0), now=3.0))
         assert chart.now[0] == pytest.approx(0.5)
         assert chart.now[1] == pytest.approx(0.75)
         assert chart.summary == "now 3: 150 images/s; best at 4: 200 images/s"
+
+    def test_doublings_are_evenly_spaced(self) -> None:
+        x = (1.0, 2.0, 4.0, 8.0, 16.0)
+        chart = line_chart(Curve("x", "threads", x, (1.0, 2.0, 3.0, 4.0, 5.0), now=4.0))
+        assert [left for left, _ in chart.points] == pytest.approx([0, 0.25, 0.5, 0.75, 1])
+        assert [tick.label for tick in chart.x_ticks] == ["1", "2", "4", "8", "16"]
+        assert chart.now[0] == pytest.approx(0.5)
 
 
 class TestTrace:

@@ -18,6 +18,9 @@ from cmae.pipeline.counters import Histogram
 from cmae.train.profiling.records import Curve, Part
 from cmae.train.profiling.report import format_number, waterfall
 
+_FEWEST = 5
+"""Values below which a histogram shows nothing."""
+
 
 @dataclass(frozen=True)
 class Tick:
@@ -89,8 +92,13 @@ def waterfall_rows(parts: tuple[Part, ...], step_ms: float) -> list[WaterfallRow
     ]
 
 
-def step_histogram(title: str, times_ms: Sequence[float]) -> BarChart:
-    """Distribution of single steps; the axis is logarithmic when they differ by more than 4x."""
+def step_histogram(title: str, times_ms: Sequence[float]) -> BarChart | None:
+    """Distribution of single steps; the axis is logarithmic when they differ by more than 4x.
+
+    None where there are too few for a shape.
+    """
+    if len(times_ms) < _FEWEST:
+        return None
     times = np.asarray(times_ms, dtype=np.float64)
     low, high = float(times.min()), float(times.max())
     is_wide = high > 4 * max(low, 1e-6)
@@ -103,11 +111,11 @@ def step_histogram(title: str, times_ms: Sequence[float]) -> BarChart:
 
 
 def latency_histogram(title: str, histogram: Histogram) -> BarChart | None:
-    """Distribution of a stage's latencies on a logarithmic axis; None when there are none."""
+    """Distribution of a stage's latencies on a logarithmic axis; None where there are too few for a shape."""
+    if histogram.total < _FEWEST:
+        return None
     counts = np.asarray(histogram.counts)
     (filled,) = np.nonzero(counts)
-    if not filled.size:
-        return None
     first, last = int(filled[0]), int(filled[-1]) + 1
     edges = 1e-3 * 10 ** (np.arange(first, last + 1) / 20)  # ms; bin i begins at 10 ** (i / 20) us
     marks = {f"p{q}": 1000 * histogram.percentile_s(q) for q in (50, 99)}
@@ -149,24 +157,26 @@ def _bar_chart(
 
 
 def line_chart(curve: Curve) -> LineChart:
-    """A what-if curve; its rate axis begins at zero."""
+    """A what-if curve; its rate axis begins at zero, its other one is logarithmic where x spans 16x."""
     low, high = min(*curve.x, curve.now), max(*curve.x, curve.now)
-    width = max(high - low, 1e-9)
+    log = 0 < 16 * low <= high
     y_values = [float(y) for y in MaxNLocator(nbins=4).tick_values(0, max(curve.images_per_s))]
     top = max(y_values[-1], 1e-9)
 
-    def place(x: float, y: float) -> tuple[float, float]:
-        return (x - low) / width, y / top
+    def place(x: float) -> float:
+        if log:
+            return math.log(x / low) / math.log(high / low)
+        return (x - low) / max(high - low, 1e-9)
 
     now_rate = float(np.interp(curve.now, curve.x, curve.images_per_s))
     best = int(np.argmax(curve.images_per_s))
     return LineChart(
         curve.title,
         curve.x_label,
-        tuple(place(x, y) for x, y in zip(curve.x, curve.images_per_s, strict=True)),
-        tuple(Tick((x - low) / width, _short(x)) for x in _linear_ticks(low, high)),
+        tuple((place(x), y / top) for x, y in zip(curve.x, curve.images_per_s, strict=True)),
+        tuple(Tick(place(x), _short(x)) for x in (curve.x if log else _linear_ticks(low, high))),
         tuple(Tick(y / top, f"{y:,.0f}") for y in y_values),
-        place(curve.now, now_rate),
+        (place(curve.now), now_rate / top),
         f"now {_short(curve.now)}: {format_number(now_rate)} images/s; best at {_short(curve.x[best])}: "
         f"{format_number(curve.images_per_s[best])} images/s",
     )
@@ -184,7 +194,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
     inside = [tick for tick in ticks if low <= tick <= high]
     if len(inside) > 6:
         return [10.0**power for power in exponents if low <= 10.0**power <= high]
-    return inside or [low, high]
+    return inside if len(inside) > 1 else [low, high]
 
 
 def _short(value: float) -> str:

@@ -68,7 +68,7 @@ def _histograms(profile: Profile, stages: list[StageShares]) -> list[BarChart]:
     charts: list[BarChart | None] = [
         step_histogram(f"steps, phase {phase.name}", phase.step_times_ms)
         for phase in shown
-        if phase is not None and phase.step_times_ms
+        if phase is not None
     ]
     charts += [latency_histogram(f"stage {one.name}", one.stage.histogram) for one in stages]
     return [chart for chart in charts if chart is not None]

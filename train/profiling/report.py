@@ -80,7 +80,10 @@ def speedup(action: Action, profile: Profile) -> float:
 
 
 def images_per_s(profile: Profile) -> float:
-    """Rate of the full run over all ranks."""
+    """Rate of the full run over all ranks: the phase's own where it is there, else from the mean step."""
+    full = [phase for phase in profile.phases if phase.name == "full"]
+    if full:
+        return full[0].images_per_s.value
     return 1000 * profile.global_batch_size / profile.step_ms.value
 
 
@@ -95,7 +98,7 @@ def machine_line(profile: Profile) -> str:
     machine = profile.machine
     named = [str(machine[key]) for key in ("device", "cpu") if machine.get(key)]
     if machine.get("cores"):
-        named.append(f"{machine['cores']} cores")
+        named.append(f"{machine['cores']:g} cores")
     if machine.get("git"):
         named.append(f"revision {machine['git']}")
     return ", ".join(dict.fromkeys(named))

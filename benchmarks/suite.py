@@ -1,0 +1,175 @@
+"""The benchmarks of a machine, one command, within a time limit. `make bench` runs this.
+
+    python benchmarks/suite.py                           every CPU section, under 15 minutes on two cores
+    python benchmarks/suite.py --sections growth e2e     some of them
+    python benchmarks/suite.py --copy-to /somewhere      copy the result files there too
+
+Sections run in order, each in a process of its own and within its own limit: one that fails or runs out of
+time leaves the others alone. The benchmarks write result files of their own; the summary names them.
+Afterwards `python benchmarks/compare.py OLD NEW` tells whether something became slower, and
+benchmarks/tables.py draws the README's tables. The GPU's suite is gpu_suite.py, on the same machinery.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from harness import ROOT, write_result
+
+PYTHON = sys.executable
+SECTIONS: dict[str, list[str]] = {
+    "loader": [
+        *(PYTHON, "benchmarks/bench_loader.py", "--rounds", "3", "--batches", "3"),
+        *("--colors", "exact", "none"),
+    ],
+    "reader": [PYTHON, "benchmarks/bench_reader.py"],
+    "step": [PYTHON, "benchmarks/bench_step.py", "--rounds", "3", "--batch-sizes", "4"],
+    "e2e": [PYTHON, "benchmarks/bench_e2e.py", "--rounds", "3", "--batch-sizes", "4"],
+    "growth": [PYTHON, "benchmarks/bench_growth.py", "--rounds", "2"],
+    "sweep": [PYTHON, "benchmarks/bench_sweep.py", "--rounds", "2"],
+}
+LIMITS_S = {"loader": 300, "reader": 120, "step": 150, "e2e": 120, "growth": 180, "sweep": 180}
+"""Seconds that a section may take; without one, all that is left."""
+
+
+def run_sections(
+    sections: Mapping[str, Sequence[str]],
+    names: Sequence[str],
+    *,
+    budget_s: float,
+    limits_s: Mapping[str, float],
+) -> list[dict[str, Any]]:
+    """Run the named sections in order; one row for each, whatever became of it."""
+    deadline = time.perf_counter() + budget_s
+    rows = []
+    for name in names:
+        left = deadline - time.perf_counter()
+        script = next((word for word in sections[name] if word.endswith(".py")), None)
+        if left < 5:
+            rows.append(_not_run(name, "no time left"))
+        elif script is not None and not (ROOT / script).is_file():
+            rows.append(_not_run(name, f"{script} is not there"))
+        else:
+            limit = min(left, limits_s.get(name, left))
+            rows.append(run_section(name, sections[name], limit_s=limit))
+    return rows
+
+
+def _not_run(name: str, why: str) -> dict[str, Any]:
+    return {"section": name, "exit_code": None, "seconds": 0, "results": [], "end": why}
+
+
+def run_section(name: str, command: Sequence[str], *, limit_s: float) -> dict[str, Any]:
+    """Run one section; its output is shown as it comes, its end is kept.
+
+    Returns:
+        section, exit_code (124: out of time), seconds, results (files it has written), end (of the output).
+    """
+    print(f"=== {name} (at most {limit_s:.0f} s)", flush=True)
+    started = time.perf_counter()
+    environment = {
+        **os.environ,
+        "PYTHONSAFEPATH": "1",
+        "PYTHONPATH": str(ROOT / "benchmarks"),  # for `harness`, which safe mode would not find
+        "PYTHONUNBUFFERED": "1",
+    }
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # a group of its own, so that its children can be stopped with it
+    )
+    lines: list[str] = []
+    reader = threading.Thread(target=_show, args=(process.stdout, lines), daemon=True)
+    reader.start()
+    code = _wait(process, limit_s)
+    reader.join(timeout=5)
+    output = "".join(lines)
+    return {
+        "section": name,
+        "exit_code": code,
+        "seconds": round(time.perf_counter() - started, 1),
+        "results": re.findall(r"^wrote (\S+\.json)$", output, flags=re.MULTILINE),
+        "end": output[-3000:],
+    }
+
+
+def _show(stream: IO[str], lines: list[str]) -> None:
+    for line in stream:
+        lines.append(line)
+        print(line, end="", flush=True)
+
+
+def _wait(process: subprocess.Popen[str], limit_s: float) -> int:
+    try:
+        return process.wait(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return 124
+
+
+def build_parser(
+    description: str | None, sections: Mapping[str, Sequence[str]], *, budget_s: float
+) -> argparse.ArgumentParser:
+    """The arguments that both suites take."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--sections", nargs="+", choices=sections, default=list(sections))
+    parser.add_argument(
+        "--budget-s", type=float, default=budget_s, help="for all sections together"
+    )
+    parser.add_argument("--copy-to", type=Path, help="copy the result files there too")
+    return parser
+
+
+def run_suite(
+    benchmark: str,
+    sections: Mapping[str, Sequence[str]],
+    arguments: argparse.Namespace,
+    *,
+    limits_s: Mapping[str, float],
+) -> int:
+    """Run the chosen sections, write the summary, copy what was written.
+
+    Returns:
+        The largest exit code of a section, 0 when all went well.
+    """
+    rows = run_sections(
+        sections, arguments.sections, budget_s=arguments.budget_s, limits_s=limits_s
+    )
+    summary = write_result(benchmark, config={"budget_s": arguments.budget_s}, rows=rows)
+    if arguments.copy_to is not None:
+        arguments.copy_to.mkdir(parents=True, exist_ok=True)
+        for path in [summary, *(ROOT / name for row in rows for name in row["results"])]:
+            shutil.copy(path, arguments.copy_to)
+    for row in rows:
+        why = row["end"] if row["exit_code"] is None else ""
+        print(f"{row['section']:<16} exit {row['exit_code']}  {row['seconds']} s  {why}")
+    return max((row["exit_code"] or 0 for row in rows), default=0)
+
+
+def main() -> int:
+    """Run the CPU sections."""
+    arguments = build_parser(__doc__, SECTIONS, budget_s=870).parse_args()
+    return run_suite("suite", SECTIONS, arguments, limits_s=LIMITS_S)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
