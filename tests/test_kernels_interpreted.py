@@ -51,7 +51,7 @@ def test_kernels_in_the_interpreter(group):
     names = ["patch_gather", "masked_mse", "info_nce", "block_mask"]
     select = f"test_{group}" if group in names else "test_op or test_autocast"
     output = run_interpreted(
-        *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"),
+        *("-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist"),
         *("-c", "pyproject.toml", "tests/kernel_checks.py", "-k", select),
     )
     assert " passed" in output
