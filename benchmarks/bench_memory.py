@@ -1,5 +1,7 @@
 """Does a loader's memory stay flat? 10,000 batches, with resident memory, open files and threads on the way.
 
+    python benchmarks/bench_memory.py
+
 Without --shards it makes 4000 small images. Writes the result file and docs/images/loader_memory.png.
 """
 

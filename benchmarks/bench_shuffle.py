@@ -1,5 +1,7 @@
 """What does the shuffle's block size cost and give? Distance from uniform against the cost of reading.
 
+    python benchmarks/bench_shuffle.py
+
 Quality is computed from the epoch plan itself, for a data set of ImageNet's size whose shards are sorted by
 class (the worst case). Throughput is measured on a file that is read past the page cache.
 """

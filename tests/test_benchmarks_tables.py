@@ -38,7 +38,15 @@ def test_results_say_where_and_how_they_were_measured() -> None:
     "script",
     [
         *("bench_e2e", "bench_loader", "bench_presized", "bench_step", "bench_sweep", "compare"),
-        *("fp8_curve", "gpu_suite", "tables"),
+        *(
+            "bench_growth",
+            "bench_kernels",
+            "bench_reader",
+            "bench_remote",
+            "bench_shuffle",
+            "bench_memory",
+        ),
+        *("fp8_curve", "gpu_suite", "suite", "tables"),
     ],
 )
 def test_every_script_explains_itself(script: str) -> None:

@@ -71,7 +71,8 @@ def test_a_run_on_kernels_has_the_losses_of_a_run_on_references(small_shards, tm
     assert len(curves["torch"]) == 12
     for mine, reference in zip(curves["triton"], curves["torch"], strict=True):
         assert mine == pytest.approx(reference, rel=2e-5)
-    assert curves["torch"][-1][0] < curves["torch"][0][0]
+    moved = max(abs(total - curves["torch"][0][0]) for total, _, _ in curves["torch"])
+    assert moved > 0.02, "the losses agree because nothing was trained"
 
 
 def test_a_run_that_is_told_to_use_kernels_does_not_fall_back(small_shards, tmp_path):
