@@ -34,7 +34,7 @@ WHAT = {
 }
 _NOTES = {
     "model": "replay of kept batches, less Python",
-    "python": "CPU time of the training thread outside torch operators, in the step and in `next`",
+    "python": "the training thread's own work: outside torch operators in the step, and in `next`",
     "host_to_device": "replay from host memory less replay on the device",
     "interference": "replay beside a working loader less replay: shared cores, memory, interpreter lock",
     "loader": "waiting for the loader in `next`",
@@ -240,6 +240,8 @@ def _account(
 def _differences(step: dict[str, float]) -> dict[str, float]:
     on_device = step.get("replay_device", step["replay"])
     in_next = min(step["next_cpu_s"], step["next_s"])
+    if in_next > step["next_s"] / 3:  # it computes, and where it seems to wait it waits for a core
+        in_next = step["next_s"]
     parts = {"model": on_device - step["python"], "python": step["python"] + in_next}
     if "replay_device" in step:
         parts["host_to_device"] = step["replay"] - on_device
@@ -310,7 +312,7 @@ def _judge(
     in_next_ms = statistics.median(
         1000 * one.next_cpu_s / len(one.step_times_ms) for one in readings["full"]
     )
-    if name == "python" and in_next_ms > 0.5 * share * total:
+    if name == "python" and in_next_ms > 0.3 * share * total:
         words["python"] = "the loader, which works in the training thread"
     sentence = (
         f"Bound by {words[name]}: {100 * share:.0f} % of the step; with data that is always ready "
