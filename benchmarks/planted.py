@@ -164,9 +164,9 @@ FAULTS = (
     Fault("slow model", "a step of 400 ms", ("model",), step=sleeping_step(0.4)),
     Fault(
         "slow disk",
-        "2 MB/s for all reads together",
+        "1 MB/s for all reads together",
         ("storage",),
-        wrap=slow_files(bytes_per_s=2e6),
+        wrap=slow_files(bytes_per_s=1e6),
     ),
     Fault(
         "slow network", "150 ms before every read", ("storage",), wrap=slow_files(latency_s=0.15)

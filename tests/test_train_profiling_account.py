@@ -182,6 +182,13 @@ def test_the_largest_part_is_named_with_what_would_help() -> None:
     assert "2.0x" in judge(found).sentence
 
 
+def test_a_part_that_the_rounds_do_not_agree_on_is_not_named() -> None:
+    found = facts(COSTS, model=80.0, feed=20.0)
+    parts = [found.parts[0], replace(found.parts[1], ms=Estimate(20.0, -5.0, 90.0, 3))]
+    assert judge(found).binds == "feed"
+    assert judge(replace(found, parts=parts)).binds == "model"
+
+
 def test_other_processes_are_named_where_decoding_waits_for_cores() -> None:
     slow = replace(COSTS, decode_s=0.04)
     assert judge(facts(slow, others_cores=1.5, model=80.0, decode=80.0)).binds == "neighbour"

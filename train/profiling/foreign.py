@@ -34,7 +34,7 @@ WHAT = {
 }
 _NOTES = {
     "model": "replay of kept batches, less Python",
-    "python": "CPU time of the training thread outside torch operators, in the step and in `next`",
+    "python": "the training thread's own work: outside torch operators in the step, and in `next`",
     "host_to_device": "replay from host memory less replay on the device",
     "interference": "replay beside a working loader less replay: shared cores, memory, interpreter lock",
     "loader": "waiting for the loader in `next`",
@@ -186,13 +186,19 @@ class _ForeignBench(Generic[BatchT]):
 
 
 def _endless(loader: Iterable[BatchT]) -> Generator[BatchT, None, None]:
+    seen = 0
     while True:
-        is_empty = True
+        before = seen
         for batch in loader:
-            is_empty = False
+            seen += 1
             yield batch
-        if is_empty:
-            raise ValueError("the loader is empty: it must give at least one batch")
+        if seen == before:
+            raise ValueError(
+                f"the loader is used up after {seen} batches and cannot begin again; give an iterable that "
+                "can, such as a DataLoader or a list"
+                if seen
+                else "the loader is empty: it must give at least one batch"
+            )
 
 
 def _device(device: str | torch.device | None) -> torch.device:
@@ -234,6 +240,8 @@ def _account(
 def _differences(step: dict[str, float]) -> dict[str, float]:
     on_device = step.get("replay_device", step["replay"])
     in_next = min(step["next_cpu_s"], step["next_s"])
+    if in_next > step["next_s"] / 3:  # it computes, and where it seems to wait it waits for a core
+        in_next = step["next_s"]
     parts = {"model": on_device - step["python"], "python": step["python"] + in_next}
     if "replay_device" in step:
         parts["host_to_device"] = step["replay"] - on_device
@@ -301,6 +309,11 @@ def _judge(
         "host_to_device": "copies to the device",
         "residual": "something that no phase isolates",
     }
+    in_next_ms = statistics.median(
+        1000 * one.next_cpu_s / len(one.step_times_ms) for one in readings["full"]
+    )
+    if name == "python" and in_next_ms > 0.3 * share * total:
+        words["python"] = "the loader, which works in the training thread"
     sentence = (
         f"Bound by {words[name]}: {100 * share:.0f} % of the step; with data that is always ready "
         f"{headroom:.1f}x."

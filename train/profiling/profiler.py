@@ -167,18 +167,18 @@ def measure(
         cold_share=cold_share,
         local_ms=rounds.local_ms,
     )
-    facts = _facts(subject, rounds, parts, cold_share)
     probes = _probe(subject, rounds.end, say) if subject.source.can_return else {}
+    facts = _facts(subject, rounds, parts, cold_share)
     facts = replace(facts, costs=_with_bandwidth(facts.costs, probes))
     if options.trials:
         recorded = subject.source.recorded
         trials = run_trials(config, ranks, recorded, costs=facts.costs, say=say)
         facts = replace(facts, trials=trials)
-    actions = rank_actions(facts)
+    # Every rank has measured for itself; what is tried now, all have to try together.
+    actions = from_first(rank_actions(facts), ranks)
     if options.verify:
         unread = replace(subject, start=rounds.end)
         actions = verify(unread, config, actions, options=options, steps=rounds.steps, say=say)
-    step_ms = estimate([one.step_ms for one in rounds.readings["full"]])
     return Profile(
         created=created,
         machine=describe_machine(ranks.device),
@@ -189,7 +189,7 @@ def measure(
             build_phase(name, readings, world_size=ranks.world_size)
             for name, readings in rounds.readings.items()
         ),
-        step_ms=step_ms,
+        step_ms=estimate([one.step_ms for one in rounds.readings["full"]]),
         parts=parts,
         verdict=judge(facts),
         actions=actions,
@@ -206,6 +206,7 @@ def run_rounds(subject: Subject, options: ProfileConfig, *, say: Say) -> Rounds:
     deadline = time.monotonic() + options.budget_s
     bench = Bench(subject, steps=1)
     bench.steps, count = _plan(bench, subject, options, deadline=deadline, say=say)
+    bench.resident.clear()
     anatomy = dissect(lambda: subject.step(subject.synthetic), subject.ranks.device)
     readings: dict[str, list[Reading]] = {name: [] for name in bench.phases()}
     python, local_ms, waits = [], [], [0.0] * subject.ranks.world_size
@@ -222,13 +223,14 @@ def run_rounds(subject: Subject, options: ProfileConfig, *, say: Say) -> Rounds:
             local_ms.append(_gather(readings["local"][-1].step_ms, subject.ranks))
             own = 1000 * readings["full"][-1].next_s / bench.steps
             waits = [a + b for a, b in zip(waits, _gather(own, subject.ranks), strict=True)]
+    resident = statistics.fmean(bench.resident) if bench.resident else None
     gpu = _gpu_load(bench, subject.ranks.device)
     return Rounds(
         readings=readings,
         python_ms=python,
         local_ms=local_ms,
         waits_ms=[wait / len(python) for wait in waits],
-        resident=statistics.fmean(bench.resident) if bench.resident else None,
+        resident=resident,
         end=bench.place,
         steps=bench.steps,
         gpu=gpu,

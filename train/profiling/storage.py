@@ -26,11 +26,12 @@ class StorageCurve:
     def bandwidth(self) -> float:
         """Bytes per second that more readers do not exceed; infinite where the end was not reached."""
         readers = sorted(self.images_per_s)
-        best = max(self.images_per_s.values())
         if len(readers) < 2:
             return math.inf
         half, most = (self.images_per_s[number] for number in readers[-2:])
-        return best * self.bytes_per_image if most < _SATURATED * half else math.inf
+        if most >= _SATURATED * half:
+            return math.inf
+        return (half + most) / 2 * self.bytes_per_image
 
 
 def probe_storage(

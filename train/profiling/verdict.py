@@ -28,6 +28,8 @@ BINDS = {
     "residual": "unexplained",
 }
 
+_CPU = ("decode", "cores", "neighbour")
+
 NAMES = {
     "model": "the model",
     "python": "Python in the training thread",
@@ -92,7 +94,7 @@ def judge(facts: Facts) -> Verdict:
         f"Bound by {name}: {100 * lost:.0f} % of the step; without it {headroom:.1f}x, then {then} "
         f"bind{'' if then.endswith('cores') else 's'}."
     )
-    best = next(iter(rank_actions(facts)), None)
+    best = next((action for action, helps in _rank(facts) if binds in helps), None)
     if best is not None and best.predicted_images_per_s > 1.05 * _measured(facts):
         gain = best.predicted_images_per_s / _measured(facts)
         sentence = (
@@ -121,11 +123,11 @@ def _largest(facts: Facts) -> tuple[str, float]:
     total = sum(part.ms.value for part in facts.parts)
     shares: dict[str, float] = {}
     for part in facts.parts:
-        if part.name in BINDS:
+        if part.name in BINDS and part.ms.low > 0:  # else the rounds do not agree that it is there
             name = BINDS[part.name]
             shares[name] = shares.get(name, 0.0) + part.ms.value / total
-    name = max(shares, key=lambda one: shares[one])
-    return name, shares[name]
+    name = max(shares, key=lambda one: shares[one], default="model")
+    return name, shares.get(name, 0.0)
 
 
 def _binding(facts: Facts) -> str:
@@ -158,74 +160,95 @@ def replace_limits(facts: Facts, binds: str) -> Rate:
 
 def rank_actions(facts: Facts, *, most: int = 8) -> tuple[Action, ...]:
     """Changes that help, best first; predictions are for all ranks."""
+    return tuple(action for action, _ in _rank(facts)[:most])
+
+
+def _rank(facts: Facts) -> list[tuple[Action, tuple[str, ...]]]:
+    """Changes that help, best first, and the verdicts that each answers."""
     before = solve(facts.costs)
     # The model knows no burst and no jitter: what the run lost to them, it loses after the change too.
     jitter = min(1.1, facts.measured_images_per_s / before.images_per_s)
     found = []
-    for what, overrides, costs in _candidates(facts):
-        after = solve(costs)
-        limit = 1 / costs.model_s
+    for change in _candidates(facts):
+        after = solve(change.costs)
+        limit = 1 / change.costs.model_s
         predicted = min(after.images_per_s * jitter, limit) * facts.world_size
-        found.append(Action(what, overrides, predicted, after.binds))
-    gain = 1.02 * _measured(facts)
-    useful = [action for action in found if action.predicted_images_per_s > gain]
-    useful.sort(key=lambda action: (-action.predicted_images_per_s, not action.overrides))
-    return tuple(useful[:most])
+        if predicted > 1.02 * _measured(facts):
+            action = Action(change.what, change.overrides, predicted, after.binds)
+            found.append((action, change.helps))
+    found.sort(key=lambda pair: (-pair[0].predicted_images_per_s, not pair[0].overrides))
+    return found
 
 
-def _candidates(facts: Facts) -> list[tuple[str, dict[str, Any], Costs]]:
-    """(words, settings, costs after) of everything that could be changed."""
+@dataclass(frozen=True)
+class _Change:
+    what: str
+    overrides: dict[str, Any]
+    costs: Costs
+    """After it."""
+    helps: tuple[str, ...]
+    """Values of `Verdict.binds` that it answers."""
+
+
+def _candidates(facts: Facts) -> list[_Change]:
+    """Everything that could be changed."""
+    return [*_loader_changes(facts), *_storage_changes(facts.costs), *_other_changes(facts)]
+
+
+def _loader_changes(facts: Facts) -> list[_Change]:
     costs = facts.costs
-    found: list[tuple[str, dict[str, Any], Costs]] = []
+    found: list[_Change] = []
     physical = max(1, round(costs.cores + facts.others_cores))
     for threads in sorted({int(costs.threads) * 2, physical}):
         if costs.threads < threads <= physical:
             what = f"decode on {threads} threads instead of {int(costs.threads)}"
-            found.append(
-                (what, {"speed.num_threads": threads}, replace(costs, threads=float(threads)))
-            )
+            after = replace(costs, threads=float(threads))
+            found.append(_Change(what, {"speed.num_threads": threads}, after, ("decode",)))
     for factor in (2, 4):
-        more = replace(costs, cores=costs.cores * factor, threads=costs.threads * factor)
-        extra = physical * (factor - 1)
-        found.append((f"+{extra} CPU cores, with a decoding thread each", {}, more))
+        after = replace(costs, cores=costs.cores * factor, threads=costs.threads * factor)
+        what = f"+{physical * (factor - 1)} CPU cores, with a decoding thread each"
+        found.append(_Change(what, {}, after, _CPU))
     for trial in facts.trials:
-        changed = replace(
+        after = replace(
             costs,
             decode_s=trial.decode_s,
             loader_cpu_s=trial.loader_cpu_s,
             efficiency=trial.efficiency,
         )
-        found.append((trial.what, trial.overrides, changed))
-    if facts.others_cores >= 0.25:
-        cores = replace(costs, cores=costs.cores + facts.others_cores)
-        what = f"stop the other processes, which take {facts.others_cores:.1f} cores"
-        found.append((what, {}, cores))
-    if costs.cold_share > 0.05:
-        found.append(("all files in the page cache, or on a disk as fast", {}, _warm(costs)))
-    for factor in (2, 4):
-        number = int(costs.readers) * factor
-        readers = replace(costs, readers=float(number))
-        setting = {"speed.num_readers": number}
-        found.append((f"read {number} batches at a time", setting, readers))
-    found.append(("storage of half the latency and twice the bandwidth", {}, _faster(costs)))
-    found.append(("a feed thread of half the cost", {}, replace(costs, feed_s=costs.feed_s / 2)))
-    faster = replace(costs, model_s=costs.model_s / 2, step_cpu_s=costs.step_cpu_s / 2)
-    found.append(("a step of half the time", {}, faster))
+        found.append(_Change(trial.what, trial.overrides, after, _CPU))
     return found
 
 
-def _warm(costs: Costs) -> Costs:
-    return replace(costs, cold_share=0.0)
-
-
-def _faster(costs: Costs) -> Costs:
-    return replace(
+def _storage_changes(costs: Costs) -> list[_Change]:
+    found = []
+    if costs.cold_share > 0.05:
+        what = "all files in the page cache, or on a disk as fast"
+        found.append(_Change(what, {}, replace(costs, cold_share=0.0), ("storage",)))
+    for factor in (2, 4):
+        number = int(costs.readers) * factor
+        after, setting = replace(costs, readers=float(number)), {"speed.num_readers": number}
+        found.append(_Change(f"read {number} batches at a time", setting, after, ("storage",)))
+    faster = replace(
         costs,
         read_warm_s=costs.read_warm_s / 2,
         read_cold_s=costs.read_cold_s / 2,
         bandwidth_warm=costs.bandwidth_warm * 2,
         bandwidth_cold=costs.bandwidth_cold * 2,
     )
+    what = "storage of half the latency and twice the bandwidth"
+    return [*found, _Change(what, {}, faster, ("storage",))]
+
+
+def _other_changes(facts: Facts) -> list[_Change]:
+    costs, found = facts.costs, []
+    if facts.others_cores >= 0.25:
+        after = replace(costs, cores=costs.cores + facts.others_cores)
+        what = f"stop the other processes, which take {facts.others_cores:.1f} cores"
+        found.append(_Change(what, {}, after, ("neighbour", "cores")))
+    feed = replace(costs, feed_s=costs.feed_s / 2)
+    found.append(_Change("a feed thread of half the cost", {}, feed, ("feed",)))
+    faster = replace(costs, model_s=costs.model_s / 2, step_cpu_s=costs.step_cpu_s / 2)
+    return [*found, _Change("a step of half the time", {}, faster, ("model",))]
 
 
 def draw_curves(facts: Facts) -> tuple[Curve, ...]:
