@@ -21,7 +21,10 @@ def draw_growth(result: Result, path: Path) -> None:
     samples = [row["samples"] for row in result["rows"]]
     for name, label in (("startup_s", "start-up"), ("plan_s", "plan of an epoch")):
         _line(left, samples, [row[name] for row in result["rows"]], label)
-    for name, label in (("index_mib", "peak of loading the index"), ("peak_mib", "peak with the plan")):
+    for name, label in (
+        ("index_mib", "peak of loading the index"),
+        ("peak_mib", "peak with the plan"),
+    ):
         _line(right, samples, [row[name] for row in result["rows"]], label)
     for axes, title in ((left, "CPU seconds"), (right, "memory, MiB")):
         axes.set_xscale("log")
