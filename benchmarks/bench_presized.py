@@ -92,7 +92,6 @@ def measure_size(
         "touched": len(touched),
         "bytes_of_original": sum(place.num_bytes for place in places) / total["bytes"],
         "pixels_of_original": sum(place.height * place.width for place in places) / total["pixels"],
-        "touched_that_grew": sum(row["presized_bytes"] > row["bytes"] for row in touched),
         "mean_error_levels": summarise([row["mean_error_levels"] for row in touched]),
         "psnr_db": summarise([row["psnr_db"] for row in touched]),
         "write_cpu_ms_per_touched_image": 1000 * write_s / max(len(touched), 1),

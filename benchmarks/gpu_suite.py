@@ -15,15 +15,33 @@ import torch
 from suite import build_parser, run_suite
 
 PYTHON = sys.executable
+STEP = (PYTHON, "benchmarks/bench_step.py", "--rounds", "3", "--steps", "8")
 SECTIONS: dict[str, list[str]] = {
     "doctor": [PYTHON, "-m", "cmae.train", "doctor"],
     "tests": [PYTHON, "-m", "pytest", "-m", "gpu", "-q", "tests"],
-    "step": [PYTHON, "benchmarks/bench_step.py", "--rounds", "3"],
-    "step-large": [
-        *(PYTHON, "benchmarks/bench_step.py", "--size", "l", "--batch-size", "64"),
-        *("--precisions", "fp16", "--rounds", "3", "--steps", "10"),
+    "kernels": [PYTHON, "benchmarks/bench_kernels.py", "--rounds", "20"],
+    "levers": [
+        *(*STEP, "--levers", "--methods", "cmae", "--precisions", "fp16"),
+        *("--batch-sizes", "128", "--budget-s", "120"),
+    ],
+    "step": [*STEP, "--batch-sizes", "128", "256", "512", "--budget-s", "60"],
+    "step-sizes": [
+        *(*STEP, "--sizes", "s", "l", "h", "--batch-sizes", "128", "--methods", "cmae"),
+        *("--precisions", "fp16", "--budget-s", "45"),
+    ],
+    "model": [
+        PYTHON,
+        "-m",
+        "cmae.train",
+        "bench",
+        "--model",
+        "--recipe",
+        "cmae_vit_b",
+        "--gpu",
+        "measured",
     ],
     "loader": [PYTHON, "benchmarks/bench_loader.py", "--rounds", "3"],
+    "fp8": [PYTHON, "benchmarks/fp8_curve.py", "--steps", "300", "--precision", "fp16"],
     "e2e": [PYTHON, "benchmarks/bench_e2e.py"],
     "sweep-decode": [
         *(PYTHON, "benchmarks/bench_sweep.py", "--sweeps", "threads", "hw_decoder_load"),
@@ -33,8 +51,20 @@ SECTIONS: dict[str, list[str]] = {
     ],
     "demo": [PYTHON, "-m", "cmae.train", "demo", "--out", "runs/gpu-demo"],
 }
-LIMITS_S: dict[str, float] = {"e2e": 90, "sweep-decode": 120, "sweep-step": 120}
-"""Seconds that a section may take; without one, all that is left."""
+LIMITS_S: dict[str, float] = {
+    "doctor": 30,
+    "tests": 120,
+    "kernels": 60,
+    "levers": 130,
+    "step": 80,
+    "step-sizes": 60,
+    "model": 15,
+    "fp8": 60,
+    "e2e": 90,
+    "sweep-decode": 60,
+    "sweep-step": 60,
+}
+"""A section that hangs must not take the others' time; those without a limit get what is left."""
 
 
 def main() -> int:

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import io
+import mmap
 import os
 import subprocess
 import sys
@@ -46,6 +48,7 @@ from cmae.train.profiling.page_cache import evict
 from cmae.train.profiling.profiler import measure, open_subject
 from cmae.train.profiling.records import Profile, load_profile
 
+LIBC = ctypes.CDLL(None, use_errno=True)
 BATCH_SIZE = 8
 STEP_S = 0.06
 
@@ -89,13 +92,16 @@ class SlowFiles:
 
 
 def _is_cached(path: str, offset: int) -> bool:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        return os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) > 0
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(descriptor)
+    """By mincore, which works for one's own files and leaves no trace."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
+        first = ctypes.c_char.from_buffer(mapped)
+        page = (ctypes.addressof(first) + offset) // mmap.PAGESIZE * mmap.PAGESIZE
+        found = ctypes.c_ubyte()
+        failed = LIBC.mincore(ctypes.c_void_p(page), ctypes.c_size_t(1), ctypes.byref(found))
+        del first  # else the map cannot be closed
+    if failed:
+        raise OSError(ctypes.get_errno(), f"mincore failed for {path}")
+    return bool(found.value & 1)
 
 
 def slow_files(**settings: Any) -> Callable[[Source, ViewMaker], tuple[Source, ViewMaker]]:
@@ -147,7 +153,7 @@ class Fault:
     wrap: Callable[[Source, ViewMaker], tuple[Source, ViewMaker]] | None = None
     mask_s: float = 0.0
     threads: int = 2
-    photographs: dict[str, Any] = field(default_factory=lambda: {"count": 128})
+    photographs: dict[str, Any] = field(default_factory=dict)
     busy_processes: int = 0
     cold: bool = False
     """Evict all shards first."""
@@ -170,6 +176,7 @@ FAULTS = (
         "150 ms before a read that misses the page cache; evicted at first",
         ("storage",),
         wrap=slow_files(latency_s=0.15, cold_only=True),
+        photographs={"count": 1600, "padding": 150_000},
         cold=True,
     ),
     Fault(
@@ -211,27 +218,45 @@ FAULTS = (
 
 
 def write_photographs(
-    folder: Path, *, edge: int = 250, count: int = 256, per_shard: int = 64
+    folder: Path, *, edge: int = 250, count: int = 128, per_shard: int = 64, padding: int = 0
 ) -> str:
-    """Indexed shards of crops of scikit-image's photographs, `edge` pixels wide."""
-    rng = np.random.default_rng(0)
-    pictures = [Image.fromarray(load_photograph(name)) for name in PHOTOGRAPHS]
+    """Indexed shards of crops of scikit-image's photographs, `edge` pixels wide.
+
+    Args:
+        folder: to write to.
+        edge: width of a crop, pixels.
+        count: samples; there are 48 crops, which come again and again.
+        per_shard: samples in a shard.
+        padding: bytes after each image, so that reading one does not read the next one ahead.
+    """
+    crops = _crops(edge, number=min(count, 48))
     for first in range(0, count, per_shard):
         path = folder / f"photographs-{first // per_shard:06d}.tar"
         with wds.TarWriter(str(path)) as tar:
             for number in range(first, min(first + per_shard, count)):
-                picture = pictures[number % len(pictures)]
-                size = (edge, edge * 3 // 4)
-                left, top = (int(rng.integers(0, edge // 10)) for _ in range(2))
-                scaled = picture.resize((edge + edge // 10, edge * 3 // 4 + edge // 10))
-                file = io.BytesIO()
-                crop = scaled.crop((left, top, left + size[0], top + size[1]))
-                crop.save(file, "JPEG", quality=92)
-                tar.write({"__key__": f"{number:05d}", "jpg": file.getvalue(), "cls": "0"})
+                sample = {"__key__": f"{number:05d}", "jpg": crops[number % len(crops)]}
+                tar.write({**sample, "cls": "0", "bin": bytes(padding)})
         save_index(build_index(path), index_path(path))
         with path.open("rb") as file:
             os.fsync(file.fileno())  # pages that are not on the disk yet cannot be evicted
     return str(folder / "*.tar")
+
+
+def _crops(edge: int, *, number: int) -> list[bytes]:
+    rng = np.random.default_rng(0)
+    width, height, margin = edge, edge * 3 // 4, edge // 10
+    scaled = [
+        Image.fromarray(load_photograph(name)).resize((width + margin, height + margin))
+        for name in PHOTOGRAPHS
+    ]
+    crops = []
+    for index in range(number):
+        left, top = (int(rng.integers(0, margin)) for _ in range(2))
+        file = io.BytesIO()
+        crop = scaled[index % len(scaled)].crop((left, top, left + width, top + height))
+        crop.save(file, "JPEG", quality=92)
+        crops.append(file.getvalue())
+    return crops
 
 
 @contextlib.contextmanager
@@ -341,10 +366,17 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="faults to plant; default: all")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument(
+        "--verify", type=int, default=1, help="actions to apply and measure, of each fault"
+    )
     parser.add_argument("--slow-rank", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     options = ProfileConfig(
-        rounds=arguments.rounds, steps=arguments.steps, budget_s=600, trials=False
+        rounds=arguments.rounds,
+        steps=arguments.steps,
+        budget_s=600,
+        verify=0 if arguments.slow_rank else arguments.verify,
+        trials=False,
     )
     if arguments.slow_rank:
         profile_slow_rank(arguments.slow_rank, options)
@@ -365,6 +397,15 @@ def main() -> None:
             "right": found.verdict.binds in fault.expect,
             "sentence": found.verdict.sentence,
             "residual_percent": 100 * residual / found.step_ms.value,
+            "what_if": [
+                {
+                    "action": action.what,
+                    "predicted": action.predicted_images_per_s,
+                    "measured": action.measured_images_per_s.value,
+                }
+                for action in found.actions
+                if action.measured_images_per_s is not None
+            ],
             "seconds": time.monotonic() - begun,
             "parts_ms": {part.name: part.ms.value for part in found.parts},
         }
@@ -372,6 +413,10 @@ def main() -> None:
         verdict = "right" if row["right"] else "WRONG"
         print(f"{fault.name:<30} {verdict} {found.verdict.binds:<10} {found.verdict.sentence}")
         print({name: round(ms, 1) for name, ms in row["parts_ms"].items()}, flush=True)
+        for one in row["what_if"]:
+            print(
+                f"    {one['action']}: {one['predicted']:.1f} predicted, {one['measured']:.1f} measured"
+            )
     if not arguments.names:
         config = {"rounds": options.rounds, "steps": options.steps}
         write_result("planted", config=config, rows=rows)

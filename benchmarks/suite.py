@@ -34,7 +34,7 @@ SECTIONS: dict[str, list[str]] = {
         *("--colors", "exact", "none"),
     ],
     "reader": [PYTHON, "benchmarks/bench_reader.py"],
-    "step": [PYTHON, "benchmarks/bench_step.py", "--rounds", "3", "--batch-size", "4"],
+    "step": [PYTHON, "benchmarks/bench_step.py", "--rounds", "3"],
     "e2e": [PYTHON, "benchmarks/bench_e2e.py", "--rounds", "3", "--batch-size", "4"],
     "growth": [PYTHON, "benchmarks/bench_growth.py", "--rounds", "2"],
     "sweep": [PYTHON, "benchmarks/bench_sweep.py", "--rounds", "2"],

@@ -61,13 +61,24 @@ def _peer(row: Result) -> str:
 
 
 def step_table(result: Result) -> list[list[str]]:
-    """Step rates on synthetic data."""
+    """Step rates on synthetic data; utilisation and memory where the file has them."""
     rows = [["model", "method", "batch", "precision", "compile", "images/s", "TFLOP/s", "n"]]
+    has_use = any("mfu_measured" in row for row in result["rows"])
+    if has_use:
+        rows[0] += ["of a matrix product's rate", "of the vendor's rate", "peak memory, GB"]
     for row in result["rows"]:
-        rate = row["images_per_s"]
         head = [row["model"], row["method"], str(row["batch_size"]), row["precision"]]
-        tail = [_spread(rate, 1), f"{row['tflops']:.3g}", str(rate["n"])]
-        rows.append([*head, row["compile"], *tail])
+        head.append(row["compile"])
+        if "error" in row:
+            rows.append([*head, row["error"], *["-"] * (len(rows[0]) - 6)])
+            continue
+        rate = row["images_per_s"]
+        head += [_spread(rate, 1), f"{row['tflops']:.3g}", str(rate["n"])]
+        if has_use:
+            memory = row["peak_memory_gb"]
+            head += [_percent(row["mfu_measured"]), _percent(row["mfu_vendor"])]
+            head.append(f"{memory:.1f}" if memory else "-")
+        rows.append(head)
     return rows
 
 
@@ -79,6 +90,48 @@ def presized_table(result: Result) -> list[list[str]]:
         shares = [f"{row[name]:.0%}" for name in ("bytes_of_original", "pixels_of_original")]
         errors = [_spread(row["mean_error_levels"], 2), _spread(row["psnr_db"], 1)]
         rows.append([f"{row['max_size']} px", touched, *shares, *errors])
+    return rows
+
+
+def levers_table(result: Result) -> list[list[str]]:
+    """Each switch of the step against the base, and where the time of a step goes."""
+    parts = ["target", "encoder", "pixel decoder", "feature decoder", "heads and losses"]
+    parts += ["backward", "optimiser", "EMA"]
+    rows = [
+        ["switch", "batch", "images/s", "over the base", "n", *(f"{name}, ms" for name in parts)]
+    ]
+    for row in result["rows"]:
+        head = [row["name"], str(row["batch_size"])]
+        if "error" in row:
+            rows.append([*head, row["error"], *["-"] * (len(rows[0]) - 3)])
+            continue
+        rate, spans = row["images_per_s"], row["parts_ms"]
+        times = [f"{spans[name]:.2f}" if name in spans else "-" for name in parts]
+        rows.append([*head, _spread(rate, 1), _spread(row["gain"], 3), str(rate["n"]), *times])
+    return rows
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.0%}"
+
+
+def kernels_table(result: Result) -> list[list[str]]:
+    """Times of each op by contender, and how near the hardware's floor they come."""
+    rows = [
+        ["op", "shape", "by", "forward, us", "of floor", "backward, us", "of floor", "launches"]
+    ]
+    rows[0] += ["peak MiB", "n"]
+    for row in result["rows"]:
+        cells = [row["op"], row["shape"], row["contender"]]
+        for part in ("forward", "backward"):
+            spread = row.get(f"{part}_us")
+            if spread is None:
+                cells += ["-", "-"]
+                continue
+            share = row[f"{part}_floor_us"] / spread["median"]
+            cells += [_spread(spread, 1), f"{100 * share:.0f} %"]
+        tail = (row["launches"], row["peak_mib"], row["forward_us"]["n"])
+        rows.append([*cells, *(str(value) for value in tail)])
     return rows
 
 
@@ -125,6 +178,8 @@ TABLES: dict[str, Callable[[Result], list[list[str]]]] = {
     "loader": loader_table,
     "step": step_table,
     "presized": presized_table,
+    "levers": levers_table,
+    "kernels": kernels_table,
     "e2e": e2e_table,
     "growth": growth_table,
     "sweep": sweep_table,

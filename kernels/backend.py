@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
@@ -39,6 +40,8 @@ Backend = Literal["auto", "torch", "triton"]
 INTERPRETED: bool = triton is not None and bool(triton.knobs.runtime.interpret)
 OLDEST_CAPABILITY = (8, 0)
 
+# The interpreter keeps its place in one global object, and the loader's thread draws masks during a step.
+_interpreter_lock = threading.RLock()
 _log = logging.getLogger(__name__)
 _default: Backend = "auto"
 
@@ -149,6 +152,8 @@ def _log_once(op: str, problem: str | None) -> None:
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     """Make the tensor's GPU the current one: Triton launches there, wherever its arguments lie."""
+    if INTERPRETED:
+        return _interpreter_lock
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 

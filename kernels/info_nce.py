@@ -511,6 +511,8 @@ def _grad_keys(
     label_offset: int,
 ) -> Tensor:
     tiles = _Tiles.of(query)
+    if tiles.block_dim >= 256:  # the last step holds four such blocks in registers
+        tiles = tiles._replace(block_keys=min(tiles.block_keys, 32))
     out = _empty_grad(grad_loss, keys)
     with on_device(query):
         unit_query, query_low_offset = _normalise(query, tiles, tiles.block_queries)

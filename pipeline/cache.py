@@ -91,9 +91,8 @@ class ShardCache:
             copy.close()
             return None
         with contextlib.suppress(OSError):
-            os.utime(
-                copy.fileno()
-            )  # of the copies that nobody reads, the one read longest ago goes first
+            # Of the copies that nobody reads, the one read longest ago is removed first.
+            os.utime(copy.fileno())
         return copy
 
     def fetch(
@@ -235,8 +234,8 @@ def _remove_unused(entry: Path) -> bool:
     is_partial = entry.name.endswith(".partial")
     locked = entry.with_name(entry.name.removesuffix(".partial") + ".lock") if is_partial else entry
     try:
-        handle = os.open(locked, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
+        handle = os.open(locked, os.O_RDONLY | os.O_CLOEXEC)
+    except (FileNotFoundError, PermissionError):
         return False
     try:
         if not _try_lock(handle):
@@ -276,13 +275,10 @@ def _copy_checked(
                     f"{file.shown}: the copy is wrong, twice: {error}. The object in the store is damaged or "
                     "belongs to another index: upload it again, or index it again with `cmae shards index`"
                 ) from error
-    path.unlink(
-        missing_ok=True
-    )  # of another version: it must not be taken for what `.meta` says next
+    # A copy of another version must not be taken for what `.meta` says next.
+    path.unlink(missing_ok=True)
     meta = {"url": redact(file.url), "size": file.size, "version": file.info.version}
-    draft = _beside(
-        path, ".meta.new"
-    )  # one name: the lock is ours, and a kill leaves no second file
+    draft = _beside(path, ".meta.new")  # one name: a kill leaves no second file
     draft.write_text(json.dumps(meta) + "\n")
     os.replace(draft, _beside(path, ".meta"))
     os.replace(partial, path)

@@ -27,8 +27,6 @@ from cmae.pipeline.views import ViewConfig, ViewParams, draw_view_params
 DrawMask = Callable[[Int64[Tensor, " B"], int], tuple[Tensor, Tensor]]
 """(sample_index, epoch) -> (ids_keep, ids_mask), on the device of sample_index."""
 
-_IN_FLIGHT = 2  # batches being decoded at once: one to wait for, one to keep the workers busy
-
 
 class ViewMaker(Protocol):
     """Turns encoded images and drawn parameters into pixels, asynchronously."""
@@ -39,6 +37,9 @@ class ViewMaker(Protocol):
     @property
     def kinds(self) -> KindTable | None:
         """Counts by JPEG kind, where they can be had."""
+
+    def depth(self, batch_size: int) -> int:
+        """Batches to have submitted at once, so that no worker is ever without work."""
 
     def submit(
         self,
@@ -161,7 +162,7 @@ class Feed:
         for raw in self._source.batches(state):
             self.stage.switch(State.BUSY)
             in_flight.append((raw, self._submit(raw)))
-            if len(in_flight) == _IN_FLIGHT:
+            if len(in_flight) == self._maker.depth(len(raw.records)):
                 ready = self._finish(*in_flight.popleft())
                 self.stage.switch(State.BLOCKED)
                 self._put(ready)

@@ -133,11 +133,16 @@ class GraphViews:
             prefetch=depth,
         )
         self._in_flight: deque[_Job] = deque()
+        self._depth = depth
         # DALI's own threads cannot be watched. Busy is what waiting for it and colour take: less than its
         # run time while it is ahead, all of it when it is what the loader waits for.
         self.stage = Stage("views", threads=1)
         self.kinds = None  # which of a batch's images took the time is not known either
         self._warm_up(depth)
+
+    def depth(self, batch_size: int) -> int:
+        """As many batches as DALI was built to prepare ahead, of any size."""
+        return self._depth
 
     def submit(
         self,

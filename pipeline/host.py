@@ -60,6 +60,13 @@ class HostViews:
         self.kinds = KindTable()
         self._is_cancelled = False
 
+    def depth(self, batch_size: int) -> int:
+        """The batch waited for, and as many more as hold four images for each thread.
+
+        Batches are collected in order: while one is waited for, the threads live on those behind it.
+        """
+        return 1 + math.ceil(4 * self._num_threads / batch_size)
+
     def submit(
         self,
         encoded: Sequence[UInt8[np.ndarray, " n"]],

@@ -279,9 +279,9 @@ def _repair(error: BaseException, *, permanent: bool) -> str:
         return "Shards must not change during a run: start it again when they are complete"
     if isinstance(error, NoRangesError):
         return "Use data.remote=stream, which reads whole shards"
-    if isinstance(error, FileNotFoundError) or _status(error) in (404, 410):
+    if isinstance(error, FileNotFoundError) or http_status(error) in (404, 410):
         return "Correct data.shards, or upload what is missing"
-    if isinstance(error, PermissionError) or _status(error) in (401, 403) or _lacks_key(error):
+    if isinstance(error, PermissionError) or http_status(error) in (401, 403) or _lacks_key(error):
         return (
             "Give credentials by the environment (AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, ...) or "
             "data.storage_options; public buckets need anon: true (s3) or token: anon (gs)"
@@ -300,20 +300,25 @@ def _is_transfer_error(error: BaseException) -> bool:
 
 
 def _is_permanent(error: BaseException) -> bool:
-    return isinstance(error, _PERMANENT) or _status(error) in _PERMANENT_STATUS or _lacks_key(error)
+    return (
+        isinstance(error, _PERMANENT)
+        or http_status(error) in _PERMANENT_STATUS
+        or _lacks_key(error)
+    )
 
 
 def _lacks_key(error: BaseException) -> bool:
     return "Credential" in type(error).__name__  # botocore's NoCredentialsError and its relatives
 
 
-def _status(error: BaseException) -> int | None:
+def http_status(error: BaseException | None) -> int | None:
     """HTTP status behind an error of aiohttp, gcsfs or botocore (which s3fs keeps as the cause)."""
-    for one in (error, error.__cause__):
+    cause = None if error is None else error.__cause__
+    for one in (error, cause):
         response = getattr(one, "response", None)
         if isinstance(response, dict):
             return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) or None
-    if type(error.__cause__).__module__ == "aiohttp.http_exceptions":
+    if type(cause).__module__ == "aiohttp.http_exceptions":
         return None  # an answer that was no HTTP: aiohttp's own 400 about the server
     for name in ("status", "code"):
         value = getattr(error, name, None)

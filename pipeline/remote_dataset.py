@@ -8,6 +8,7 @@ every epoch needs all of them, and a cache that drops the oldest of a cyclic sca
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import logging
@@ -54,6 +55,7 @@ from cmae.pipeline.remote import (
     RemoteError,
     RemoteFile,
     Span,
+    http_status,
     open_stream,
 )
 from cmae.pipeline.threads import no_progress, run_threads
@@ -129,8 +131,7 @@ def fetch_index(file: RemoteFile, cache: ShardCache) -> Path:
     try:
         data = file.remote.file(index_url(file.url)).read_all()
     except RemoteError as error:
-        # A store that does not let us list answers "forbidden" for what is not there.
-        if isinstance(error.__cause__, FileNotFoundError | PermissionError):
+        if _is_missing(error):
             raise FileNotFoundError(
                 f"{file.shown} has no index {target.name} beside it: make one in the cache with "
                 f"`cmae shards index {file.shown} --cache_dir {cache.folder}`, or upload it"
@@ -157,9 +158,10 @@ def copy_shard(file: RemoteFile, cache: ShardCache, *, keep: Sequence[RemoteFile
         RemoteError, CacheFullError: See `ShardCache.fetch`.
         StaleIndexError: The index belongs to another tar.
     """
-    check: Check = _no_check
-    with contextlib.suppress(FileNotFoundError):
-        check = partial(check_copy, index_file=fetch_index(file, cache))
+    try:
+        check: Check = partial(check_copy, index_file=fetch_index(file, cache))
+    except FileNotFoundError:
+        check = _checksum_check(file)
     path = cache.fetch(file, check=check, keep={cache.path(one.url) for one in keep})
     assert path is not None  # it waits
     return path
@@ -195,7 +197,7 @@ def _ensure_index(file: RemoteFile, cache: ShardCache, rebuild: bool) -> tuple[S
     if not rebuild:
         with contextlib.suppress(FileNotFoundError, StaleIndexError):
             return load_index_file(fetch_index(file, cache)), False
-    path = cache.fetch(file, check=_no_check)
+    path = cache.fetch(file, check=_checksum_check(file))
     assert path is not None  # it waits
     copy = cache.open(file.url, file.info)  # held, so that no other process removes it
     try:
@@ -208,8 +210,34 @@ def _ensure_index(file: RemoteFile, cache: ShardCache, rebuild: bool) -> tuple[S
     return index, True
 
 
-def _no_check(path: Path) -> None:
-    """For shards of which nothing is known but what the store says."""
+def _checksum_check(file: RemoteFile) -> Check:
+    """What a shard without an index is held to: `x.tar.sha256`, as sha256sum writes it, if it is there."""
+    address, mark, query = file.url.partition("?")
+    try:
+        line = file.remote.file(f"{address}.sha256{mark}{query}").read_all()
+    except RemoteError as error:
+        if _is_missing(error):
+            return lambda path: None
+        raise
+    return partial(check_sha256, expected=line.split()[0].decode().lower())
+
+
+def check_sha256(path: Path, *, expected: str) -> None:
+    """Compare a file with its checksum.
+
+    Raises:
+        ChecksumError: They differ.
+    """
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected:
+        raise ChecksumError(f"SHA-256 {found}, the .sha256 beside it says {expected}")
+
+
+def _is_missing(error: RemoteError) -> bool:
+    """Whether the object is not there; a store that does not let us list answers "forbidden" for that."""
+    cause = error.__cause__
+    return isinstance(cause, FileNotFoundError | PermissionError) or http_status(cause) == 403
 
 
 def _remote_digest(file: RemoteFile) -> str:
@@ -325,12 +353,12 @@ class RemoteFiles:
         self._copies: dict[int, io.FileIO] = {}  # open, which also keeps them from removal
         self._batch = threading.local()
         self._stop = threading.Event()
+        self._order: Sequence[int] | None = order
+        self._order_lock = threading.Lock()
+        self._keep = {cache.path(file.url) for file in files} if cache is not None else set()
         self._fillers: list[threading.Thread] = []
         self.num_copy_bytes = 0
         """Bytes read from copies."""
-        if cache is not None:
-            _allow_open_files(len(files))
-            self._start_filling(cache, order)
 
     def fetch(self, places: Sequence[tuple[int, int, int]]) -> None:
         """Read (shard, offset, size) of a batch that no copy holds, at once, for this thread's next reads.
@@ -338,7 +366,11 @@ class RemoteFiles:
         Raises:
             RemoteError: Not before the deadline.
         """
+        if self._cache is not None:
+            self._start_filling(self._cache)
         missing = sorted(place for place in places if not self._has_copy(place[0]))
+        if not missing:
+            return
         spans: list[tuple[int, int, int]] = []
         inside: list[tuple[tuple[int, int], int]] = []  # (shard, offset) and number of its span
         for number, offset, size in missing:
@@ -403,11 +435,15 @@ class RemoteFiles:
     ) -> bool:
         """Copy a shard and open the copy; False if another process is at it."""
         file = self._files[number]
-        keep = {cache.path(one.url) for one in self._files}
         check = partial(check_copy, index_file=Path(self._index_files[number]))
         for _ in range(3):  # another run may remove the copy before we hold it
             path = cache.fetch(
-                file, check=check, keep=keep, wait=wait, stop=self._stop, progress=progress
+                file,
+                check=check,
+                keep=self._keep,
+                wait=wait,
+                stop=self._stop,
+                progress=progress,
             )
             if path is None:
                 return False
@@ -422,15 +458,15 @@ class RemoteFiles:
 
     # --- filling the cache
 
-    def _start_filling(self, cache: ShardCache, order: Sequence[int]) -> None:
-        todo: deque[int] = deque()
-        for number in order:
-            copy = cache.open(self._files[number].url, self._files[number].info)
-            if copy is None:
-                todo.append(number)
-            else:
-                self._copies[number] = copy
-        if not todo:
+    def _start_filling(self, cache: ShardCache) -> None:
+        """At the first read, open the copies that are there and start to make the others."""
+        with self._order_lock:
+            order, self._order = self._order, None
+            if order is None:
+                return
+            _allow_open_files(len(self._files))
+            todo = self._open_copies(cache, order)
+        if not todo or self._stop.is_set():
             return
         report = _Reporter(
             "shards",
@@ -446,6 +482,17 @@ class RemoteFiles:
             )
             thread.start()
             self._fillers.append(thread)
+
+    def _open_copies(self, cache: ShardCache, order: Sequence[int]) -> deque[int]:
+        """Open the copies that are there; return the numbers of the other shards, in order."""
+        todo: deque[int] = deque()
+        for number in order:
+            copy = cache.open(self._files[number].url, self._files[number].info)
+            if copy is None:
+                todo.append(number)
+            else:
+                self._copies[number] = copy
+        return todo
 
     def _fill(self, cache: ShardCache, todo: deque[int], report: _Reporter) -> None:
         """Copy shards until all are there or the quota is used up; samples are read by range meanwhile."""

@@ -106,7 +106,8 @@ def write_shards(
         seed: Of the shuffle.
         shuffle: Mix the classes over all shards; otherwise shards follow the order of the source.
         strict: Raise at the first file that is no decodable JPEG, instead of skipping it.
-        max_size: Downscale images whose shorter side exceeds this many pixels to it; None copies all files.
+        max_size: Downscale images whose shorter side exceeds this many pixels to it, where that makes the
+            file smaller; None copies all files.
         quality: JPEG quality, 1..100, of the images that are downscaled.
         workers: Threads. They gain up to about 5000 images/s (the tar library's Python); disks are slower.
             Resizing gives up the interpreter lock: 20 ms of a core for each image that is downscaled.
@@ -196,8 +197,12 @@ class _ShardWriter:
         if not needs_presize(info, self._settings["max_size"]):
             return data, info
         size, quality = self._settings["max_size"], self._settings["quality"]
-        data = presize_jpeg(data, info, max_size=size, quality=quality)
-        return data, inspect_decodable(data)
+        resized = presize_jpeg(data, info, max_size=size, quality=quality)
+        if len(resized) >= len(
+            data
+        ):  # a small step down from a file of low quality: nothing to gain
+            return data, info
+        return resized, inspect_decodable(resized)
 
     def _append_skipped(self, skipped: list[dict[str, Any]]) -> None:
         if skipped:

@@ -13,6 +13,7 @@ import hashlib
 import heapq
 import logging
 import os
+import resource
 import subprocess
 import threading
 import time
@@ -208,6 +209,11 @@ class IndexedSource:
             raw.records[slot] = self._next_good(record.position + 1)
 
     @property
+    def is_local(self) -> bool:
+        """Whether all shards are files here."""
+        return self._remote is None
+
+    @property
     def samples_per_shard(self) -> float:
         """Mean over all shards."""
         return len(self._index) / len(self._index.paths)
@@ -351,11 +357,13 @@ class _OpenFiles:
     Network file systems lose files for a moment: such reads are tried again on a new handle.
     """
 
+    # A uniform order draws every sample from another shard: fewer open files than shards, and most samples
+    # would open one.
     def __init__(
-        self, paths: Sequence[str], *, max_open: int = 64, first_delay_s: float = 0.2
+        self, paths: Sequence[str], *, max_open: int | None = None, first_delay_s: float = 0.2
     ) -> None:
         self.paths = list(paths)
-        self._max_open = max_open
+        self._max_open = max_open or _half_of_the_file_limit()
         self._first_delay_s = first_delay_s
         self._files: OrderedDict[int, Any] = OrderedDict()
         self._seen: dict[int, _Identity] = {}
@@ -443,6 +451,11 @@ class _OpenFiles:
         self._seen[number] = now
 
 
+def _half_of_the_file_limit() -> int:
+    soft: int = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return max(16, soft // 2)
+
+
 _NUM_TRIES = 6
 _PASSING_ERRORS = (errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.EAGAIN, errno.EREMOTEIO)
 """A server that restarts or fails over gives these for some seconds."""
@@ -494,9 +507,8 @@ class StreamSource:
                 f"shards lists {len(urls)} for world_size={world_size} ranks: a stream deals whole shards. "
                 "Write more shards, or an index with `cmae shards index`"
             )
-        names = "\n".join(
-            map(redact, urls)
-        )  # a signature that was renewed does not make other data
+        # A signature that was renewed does not make other data.
+        names = "\n".join(map(redact, urls))
         self.digest = hashlib.sha256(names.encode()).hexdigest()[:16]
         # Reading happens in the thread that asks for batches, and between them it is elsewhere.
         self.stage = Stage("read", threads=1, first_state=State.BLOCKED)

@@ -14,11 +14,13 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-import aiohttp
 import fsspec
 from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
+
+if TYPE_CHECKING:
+    import aiohttp
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
 _SECRET_WORDS = "key|secret|token|passw|credential|authori|cookie"
@@ -176,6 +178,8 @@ class HttpStore:
 
     @asynccontextmanager
     async def _get(self, headers: dict[str, str]) -> AsyncIterator[aiohttp.ClientResponse]:
+        import aiohttp  # here: local shards need no http client
+
         session = await self._fs.set_session()
         options = dict(self._fs.kwargs)
         # A body that is compressed on the way has neither the offsets nor the size of the object.

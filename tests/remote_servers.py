@@ -10,6 +10,7 @@ import socket
 import struct
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -264,4 +265,7 @@ def serve_s3(folder: Path, bucket: str) -> Iterator[dict]:
             client.put_object(Bucket=bucket, Key=f"train/{file.name}", Body=file.read_bytes())
         yield options
     finally:
+        # Its buckets live in this process, and the next server would have them too.
+        reset = urllib.request.Request(f"http://{host}:{port}/moto-api/reset", method="POST")
+        urllib.request.urlopen(reset).close()
         server.stop()

@@ -38,7 +38,7 @@ def test_results_say_where_and_how_they_were_measured() -> None:
     "script",
     [
         *("bench_e2e", "bench_loader", "bench_presized", "bench_step", "bench_sweep", "compare"),
-        *("gpu_suite", "tables"),
+        *("fp8_curve", "gpu_suite", "tables"),
     ],
 )
 def test_every_script_explains_itself(script: str) -> None:

@@ -150,6 +150,21 @@ def test_kinds_and_sizes_are_counted_in_their_own_cells():
     assert seen["BAD"].busy_s == 8
 
 
+def wait_until_full(loader) -> None:
+    """Until nothing is under way: no stage has done anything for a while."""
+    deadline, done = time.monotonic() + 30, None
+    while time.monotonic() < deadline:
+        stages = loader.snapshot().stages
+        last, done = (
+            done,
+            [(stage.items, stage.busy_s, stage.starved_s) for stage in stages.values()],
+        )
+        if done == last:
+            return
+        time.sleep(0.1)
+    raise AssertionError("the loader never came to rest")
+
+
 def assert_times_add_up(window: LoaderSnapshot) -> None:
     for name in ("read", "views", "finish"):
         stage = window.stages[name]
@@ -178,15 +193,15 @@ def test_a_window_counts_what_happened_in_it(shards, backend):
     assert window.stages["views"].bytes == pixels * window.stages["views"].items
     assert window.stages["ready"].bytes == window.samples * (pixels + 10 * 4 + 8 + 8)
     assert window.stages["read"].bytes > 1000 * window.stages["read"].items
-    # The queue, two batches in flight and four being read lie between the ends.
-    assert 0 <= window.stages["finish"].items - 5 * BATCH <= 3 * BATCH
+    # Two batches in the queue and one that waits for room may have been made before, or be made ahead.
+    assert abs(window.stages["finish"].items - 5 * BATCH) <= 3 * BATCH
     assert 0 < window.stages["read"].percentile_ms(50) < window.stages["finish"].percentile_ms(100)
 
 
 def test_what_was_read_and_made_is_counted_by_kind(shards):
     with open_loader(shards) as loader:
         list(islice(loader, 4))
-        time.sleep(0.3)  # nothing is under way once the queue is full
+        wait_until_full(loader)
         seen = loader.snapshot()
     assert list(seen.views_by_kind) == ["BASELINE"]
     kind = seen.views_by_kind["BASELINE"]
@@ -197,37 +212,37 @@ def test_what_was_read_and_made_is_counted_by_kind(shards):
 
 def test_a_slow_training_thread_blocks_the_stages(shards):
     with open_loader(shards) as loader:
-        list(islice(loader, 4))
+        next(loader)
+        wait_until_full(loader)
         before = loader.snapshot()
-        for _ in range(3):
-            time.sleep(0.2)
-            next(loader)
+        time.sleep(0.3)
         window = loader.snapshot() - before
+        next(loader)
     for name in ("read", "views", "finish"):
         stage = window.stages[name]
-        assert stage.blocked_s > 0.6 * stage.threads * window.time_s, name
+        assert stage.blocked_s > 0.95 * stage.threads * window.time_s, name
     assert window.stages["ready"].blocked_s == window.stages["finish"].blocked_s
-    assert window.wait_s < 0.2 * window.time_s
-    assert window.queue_depth_mean > 1
+    assert window.wait_s == 0
+    assert window.queue_depth_mean == pytest.approx(2)
 
 
 def test_a_slow_disk_starves_the_stages(shards, monkeypatch):
     record = IndexedSource._record
 
     def slow(self, row, data):
-        time.sleep(0.02)
+        time.sleep(0.04)
         return record(self, row, data)
 
     monkeypatch.setattr(IndexedSource, "_record", slow)
     with open_loader(shards) as loader:
         next(loader)
         before = loader.snapshot()
-        list(islice(loader, 12))
+        list(islice(loader, 8))
         window = loader.snapshot() - before
     read, views, finish = (window.stages[name] for name in ("read", "views", "finish"))
     assert read.busy_s > 0.6 * read.threads * window.time_s
     assert read.cpu_s < 0.5 * read.busy_s
-    assert read.percentile_ms(50) == pytest.approx(21, rel=0.3)
+    assert read.percentile_ms(50) > 38
     assert views.starved_s > 0.5 * views.threads * window.time_s
     assert finish.starved_s > 0.5 * window.time_s
     assert window.wait_s > 0.5 * window.time_s

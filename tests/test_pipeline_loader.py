@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 from itertools import islice
 from pathlib import Path
 
@@ -16,7 +17,17 @@ import pytest
 import torch
 from pipeline_data import toy_mask, write_photo_shards
 
-from cmae.pipeline import Batch, DataError, EpochPlan, Loader, LoaderState, ViewConfig, build_loader
+from cmae.pipeline import (
+    Batch,
+    DataError,
+    EpochPlan,
+    Loader,
+    LoaderState,
+    ViewConfig,
+    build_loader,
+    host,
+    plan,
+)
 from cmae.pipeline.dataset_index import DatasetIndex, build_indices
 from cmae.pipeline.reference import reference_views
 from cmae.pipeline.sources import IndexedSource
@@ -435,3 +446,56 @@ with build_loader({str(shard)!r}, views, batch_size=4, global_batch_size=4, draw
         check=False,
     )
     assert done.stdout.split() == ["2"], done.stderr
+
+
+def test_the_next_epochs_order_is_made_in_the_background(shards, monkeypatch):
+    made = []
+    shuffle = plan._shuffle_windows
+
+    def noted(epoch_plan, order, epoch):
+        made.append((epoch, threading.current_thread().name))
+        return shuffle(epoch_plan, order, epoch)
+
+    monkeypatch.setattr(plan, "_shuffle_windows", noted)
+    with open_loader(shards, seed=77) as loader:
+        next(loader)
+        time.sleep(0.1)
+        assert next(batch for batch in loader if batch.epoch == 1).state.next_sample == 8
+    threads = dict(reversed(made))  # of the first to make each order
+    assert threads[0] == "cmae-feed"
+    assert threads[1].startswith("cmae-read")
+
+
+def test_small_batches_keep_all_threads_busy(shards, monkeypatch):
+    """Images of very different cost: two batches in flight would leave most threads without work."""
+    slow = iter(range(10**9))
+
+    def make(self, encoded, params, *, row, online, target):
+        time.sleep(0.04 if next(slow) % 4 == 0 else 0.004)
+        return True
+
+    monkeypatch.setattr(host._Worker, "make", make)
+    with open_loader(shards, batch_size=2, global_batch_size=2, num_threads=8) as loader:
+        list(islice(loader, 10))
+        before = loader.snapshot()
+        list(islice(loader, 100))
+        views = (loader.snapshot() - before).stages["views"]
+    assert views.busy_s > 0.6 * (views.busy_s + views.starved_s)
+
+
+def test_the_training_thread_pays_little_for_a_batch(tmp_path):
+    write_photo_shards(tmp_path, sizes=[256], edge=24)
+    build_indices([str(path) for path in tmp_path.glob("*.tar")])
+    spent = []
+    with open_loader(tmp_path, batch_size=256, global_batch_size=256, prefetch=2) as loader:
+        batch = next(loader)
+        for _ in range(8):
+            deadline = time.monotonic() + 20
+            while loader.snapshot().stages["finish"].items < 256 * (len(spent) + 3):
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            start = time.thread_time()
+            batch = next(loader)
+            spent.append(time.thread_time() - start)
+    assert len(batch.label) == 256
+    assert sorted(spent)[4] < 2e-3  # 0.1 ms on a free core; per-sample work would be 10 ms

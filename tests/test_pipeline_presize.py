@@ -33,8 +33,15 @@ def folder(tmp_path: Path) -> Path:
     for number, (height, width) in enumerate(SIZES):
         path = tmp_path / "images" / f"class{number % 2}" / f"{number}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(jpeg(photo(height, width, seed=number)))
+        path.write_bytes(best_jpeg(photo(height, width, seed=number)))
     return tmp_path / "images"
+
+
+def best_jpeg(pixels: np.ndarray) -> bytes:
+    """Of a quality that any other makes smaller."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=99, subsampling="4:4:4")
+    return file.getvalue()
 
 
 def write(folder: Path, out: Path, *, max_size: int | None = 64, quality: int = 95) -> WriteReport:
@@ -68,6 +75,15 @@ def test_only_large_images_change_and_the_others_keep_every_byte(
             height, width = SIZES[number]
             size = (round(height * 64 / min(height, width)), round(width * 64 / min(height, width)))
             assert pixels(stored[path.stem]).shape[:2] == size
+
+
+def test_a_file_that_would_not_get_smaller_stays_as_it_is(folder: Path, tmp_path: Path) -> None:
+    poor = io.BytesIO()
+    Image.fromarray(photo(80, 100)).save(poor, "JPEG", quality=20)
+    (folder / "class1" / "poor.jpg").write_bytes(poor.getvalue())
+    report = write(folder, tmp_path / "train")
+    assert stored_files(tmp_path / "train")["poor"] == poor.getvalue()
+    assert report.presized == {"max_size 64, quality 95": 3}
 
 
 def test_a_resized_image_is_the_antialiased_picture(folder: Path) -> None:

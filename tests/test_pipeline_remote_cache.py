@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import subprocess
 import sys
@@ -141,6 +142,21 @@ def test_the_stores_checksum_is_compared_where_there_is_no_index(
     server.fail("part-000.tar", "rotten", times=1000)
     with pytest.raises(RemoteError, match=rf"twice: MD5 \w{{32}}, the store says {file.info.md5}"):
         cache.fetch(file, check=no_check)
+
+
+def test_a_sha256_file_beside_a_shard_is_compared_where_there_is_no_index(
+    tmp_path: Path, cache: ShardCache
+) -> None:
+    (path,) = write_photo_shards(tmp_path / "store", sizes=[4])
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    with serve(path.parent) as server:
+        file = Remote(RemoteConfig()).file(f"{server.url}/part-000.tar")
+        (path.parent / "part-000.tar.sha256").write_text(f"{'0' * 64}  part-000.tar\n")
+        with pytest.raises(RemoteError, match=f"SHA-256 {digest}, .* says {'0' * 64}"):
+            copy_shard(file, cache)
+        assert not names(cache)
+        (path.parent / "part-000.tar.sha256").write_text(f"{digest}  part-000.tar\n")
+        assert copy_shard(file, cache).read_bytes() == path.read_bytes()
 
 
 def test_a_new_version_in_the_store_is_not_served_from_the_old_copy(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import threading
 import time
 from collections.abc import Sequence
@@ -18,8 +19,10 @@ from remote_servers import FaultyServer, serve, serve_s3
 
 from cmae.pipeline import (
     Batch,
+    EpochPlan,
     FillProgress,
     Loader,
+    LoaderState,
     RemoteConfig,
     RemoteError,
     ViewConfig,
@@ -30,7 +33,7 @@ from cmae.pipeline.cache import ShardCache
 from cmae.pipeline.dataset_index import DatasetIndex, build_indices
 from cmae.pipeline.index import index_path
 from cmae.pipeline.remote import Remote
-from cmae.pipeline.remote_dataset import RemoteFiles
+from cmae.pipeline.remote_dataset import RemoteFiles, order_of_use
 from cmae.pipeline.stores import Pace
 from cmae.train import shards_cli
 
@@ -210,14 +213,23 @@ def test_without_an_index_auto_streams_and_says_how_to_get_one(
         with caplog.at_level(logging.WARNING):
             (batch,) = take(open_loader(f"{server.url}/"), 1)
         assert batch.state.next_sample in (0, 1)
-        assert "part-000.tar has no index part-000.index.npz beside it" in caplog.text
+        assert re.search(r"(part-00\d)\.tar has no index \1\.index\.npz beside it", caplog.text)
         assert "cmae shards index" in caplog.text
         with pytest.raises(
-            FileNotFoundError, match=r"cmae shards index .*part-000\.tar --cache_dir"
+            FileNotFoundError, match=r"cmae shards index .*part-00\d\.tar --cache_dir"
         ):
             open_loader(f"{server.url}/", source="indexed")
         with pytest.raises(FileNotFoundError, match="has no index"):
             open_loader(f"{server.url}/", mode="range")
+
+
+def test_forbidden_means_missing_where_a_store_must_not_be_listed(
+    server: FaultyServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.fail("index.npz", "403", times=100)
+    with open_loader(urls(server)) as loader:
+        assert loader.steps_per_epoch is None
+    assert "has no index" in caplog.text
 
 
 def test_an_index_made_in_the_cache_gives_the_batches_of_an_indexed_store(
@@ -460,3 +472,15 @@ def test_modes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="cannot be made"):
         ShardCache(tmp_path / "file" / "c")
+
+
+def test_shards_are_copied_in_the_order_in_which_the_plan_needs_them(shards: Path) -> None:
+    index = DatasetIndex.load(sorted(shards.glob("*.tar")))
+    plan = EpochPlan(len(index), 4, seed=3, block_size=4, window_size=8)
+    assert sorted(order_of_use(index, plan, None)) == [0, 1, 2, 3]
+    for epoch, start in ((0, 0), (0, 20), (1, 32)):
+        state = LoaderState(3, epoch, start, index.digest)
+        needed = index.locate(plan.order(epoch)[start:])[0].tolist()
+        order = order_of_use(index, plan, state)
+        assert sorted(order) == [0, 1, 2, 3]
+        assert order[: len(set(needed))] == list(dict.fromkeys(needed))

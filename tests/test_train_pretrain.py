@@ -15,6 +15,8 @@ import pytest
 import torch
 
 from cmae.model import ModelConfig, build_model
+from cmae.pipeline.image_list import scan_image_folder
+from cmae.pipeline.shards import write_shards
 from cmae.train.checkpoint import list_checkpoints, load_checkpoint
 from cmae.train.cli import build_config_parser, main, read_config
 from cmae.train.metrics import read_metrics
@@ -248,3 +250,15 @@ def test_two_ranks_continue_a_run_of_one(
         losses(tmp_path), losses(whole_run), strict=True
     ):
         assert total == pytest.approx(expected_total, rel=1e-3)
+
+
+def test_a_run_on_pre_resized_shards_says_so_at_its_start(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = tmp_path / "train"
+    write_shards(scan_image_folder(images), shards, max_size=20, quality=50)
+    run(str(shards), tmp_path / "run", **{"optim.total_steps": 1})
+    opening = capsys.readouterr().err.split("step 1/1")[0].replace("\n", " ")
+    assert (
+        "not the original files: 24 of 24 images pre-resized (max_size 20, quality 50)" in opening
+    )

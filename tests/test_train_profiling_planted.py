@@ -24,7 +24,7 @@ from cmae.train.profiling import profile_loader
 from cmae.train.profiling.config import ProfileConfig
 from cmae.train.profiling.experiments import override
 from cmae.train.profiling.page_cache import evict, resident_fraction, touch
-from cmae.train.profiling.profiler import open_subject
+from cmae.train.profiling.profiler import open_subject, verify
 from cmae.train.profiling.records import Profile, load_profile
 from cmae.train.profiling.switches import SwitchedSource
 
@@ -65,6 +65,22 @@ def test_a_slow_stage_of_the_feed_thread_is_named(tmp_path: Path) -> None:
 def test_a_slow_network_is_named_and_more_readers_would_help(tmp_path: Path) -> None:
     found = plant("slow network", tmp_path)
     assert any("batches at a time" in action.what for action in found.actions)
+
+
+def test_a_prediction_for_readers_comes_true(tmp_path: Path) -> None:
+    fault = next(fault for fault in planted.FAULTS if fault.name == "slow network")
+    config = planted.build_config(planted.write_photographs(tmp_path, count=48), threads=2)
+    ranks = planted.Ranks(0, 1, torch.device("cpu"))
+    options = replace(QUICK, steps=8)
+    with planted.open_subject(config, ranks, fault.step, wrap=fault.wrap) as subject:
+        found = planted.measure(subject, options, config)
+        doubled = [one for one in found.actions if one.overrides == {"speed.num_readers": 8}]
+        measured = verify(
+            subject, config, doubled, options=replace(options, verify=1), steps=8, say=print
+        )
+    rate = measured[0].measured_images_per_s
+    assert rate is not None
+    assert measured[0].predicted_images_per_s == pytest.approx(rate.value, rel=0.3)
 
 
 def test_a_slow_disk_is_named_and_more_readers_would_not_help(tmp_path: Path) -> None:
@@ -129,6 +145,8 @@ def test_a_slow_rank_is_named(tmp_path: Path) -> None:
     assert found.verdict.binds == "straggler"
     assert parts_of(found)["straggler"] == pytest.approx(100, rel=0.3)
     assert found.world_size == 2
+    assert [one["rank"] for one in found.ranks] == [0, 1]
+    assert found.ranks[1]["step_ms"] > found.ranks[0]["step_ms"] + 50
 
 
 class SlowImages(Dataset[torch.Tensor]):

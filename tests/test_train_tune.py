@@ -331,6 +331,16 @@ def test_settings_given_to_the_command_are_not_searched(
     assert stored["settings"]["num_threads"] == 1
 
 
+def test_nothing_to_search_and_no_shards_are_errors_that_name_the_repair(
+    small_shards: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["tune", "--recipe", "demo"]) == 1
+    assert "data.shards is empty" in capsys.readouterr().err
+    fixed = "--speed.num_threads 1 --speed.prefetch 2 --speed.num_readers 2"
+    assert main(["tune", *run_arguments(small_shards), *fixed.split()]) == 1
+    assert "are all given: leave one of them out" in capsys.readouterr().err
+
+
 def test_options_out_of_range_name_the_repair() -> None:
     with pytest.raises(ValueError, match="budget_s is 0; it must be at least 1"):
         TuneOptions(budget_s=0)

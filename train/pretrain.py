@@ -236,13 +236,9 @@ def open_loader(
     Raises:
         ValueError: no shards, or settings that do not fit them.
     """
+    check_shards(config)
     settings = settings or loader_settings(config, ranks.device)[0]
     data = config.data
-    if not data.shards:
-        raise ValueError(
-            "data.shards is empty; name WebDataset tars, for instance "
-            "--data.shards '/data/imagenet/train-*.tar' (`cmae shards write` makes them)"
-        )
     return build_loader(
         data.shards,
         config.loader_views,
@@ -296,6 +292,19 @@ def _open_gate(
         stop_signal=lambda: stop.number,
         counts=resumed["data_health"] if resumed else None,
     )
+
+
+def check_shards(config: Config) -> None:
+    """Refuse a configuration without data.
+
+    Raises:
+        ValueError: no shards are named.
+    """
+    if not config.data.shards:
+        raise ValueError(
+            "data.shards is empty; name WebDataset tars, for instance "
+            "--data.shards '/data/imagenet/train-*.tar' (`cmae shards write` makes them)"
+        )
 
 
 def _total_steps(config: Config, loader: Loader) -> int:

@@ -73,7 +73,8 @@ def write(
         seed: Of the shuffle.
         shuffle: Mix the classes over all shards, so that a few shards are a fair sample.
         strict: Stop at the first file that is no JPEG we can decode, instead of listing it in skipped.jsonl.
-        max_size: Downscale images whose shorter side exceeds this many pixels; null copies every file.
+        max_size: Downscale images whose shorter side exceeds this many pixels, where that makes the file
+            smaller; null copies every file.
         quality: JPEG quality, 1..100, of the images that are downscaled.
         workers: Threads; null means one for each CPU core, at most 16.
     """

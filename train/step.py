@@ -79,7 +79,7 @@ class TrainStep:
         self.graphs: GraphedPasses | None = None
         if speed.cuda_graphs:
             self.graphs = GraphedPasses(
-                model, target_pass=self._target_keys, online_pass=self._losses
+                model, target_pass=self.target_keys, online_pass=self.online_losses
             )
         self._say = say
         self._is_pinned = False
@@ -186,11 +186,12 @@ class TrainStep:
         bank = RowGatherer(self.ranks, overlap=self.speed.overlap_keys)
         for batch in batches:
             assert batch.target is not None  # Config asks for two views
-            compute = self._target_keys if self.graphs is None else self.graphs.keys
+            compute = self.target_keys if self.graphs is None else self.graphs.keys
             bank.add(compute(target=batch.target, ids_keep=batch.ids_keep))
         return bank
 
-    def _target_keys(self, target: Tensor, ids_keep: Tensor) -> Tensor:
+    def target_keys(self, target: Tensor, ids_keep: Tensor) -> Tensor:
+        """Keys of one micro-batch of this rank, (B, P)."""
         with self._autocast():
             return self.model.target_keys(target, ids_keep, shadow=self.shadow)
 
@@ -219,13 +220,13 @@ class TrainStep:
     def _online_pass(
         self, batch: Batch, bank: RowGatherer | None, offset: int, *, divisor: int
     ) -> Tensor:
-        """Losses of one micro-batch; its gradients over `divisor` are added."""
+        """`online_losses`, or its recording, with this rank's keys of the whole batch."""
         inputs = {"online": batch.online, "ids_keep": batch.ids_keep, "ids_mask": batch.ids_mask}
         keys: Tensor | Callable[[], Tensor] | None = None if bank is None else bank.wait
         if bank is not None and self._has_fixed_offset:
             keys, offset = bank.wait().roll(-offset, dims=0), 0
         if self.graphs is None:
-            return self._losses(**inputs, keys=keys, label_offset=offset, divisor=divisor)
+            return self.online_losses(**inputs, keys=keys, label_offset=offset, divisor=divisor)
         if isinstance(keys, Tensor):
             inputs["keys"] = keys
         inputs["divisor"] = torch.full((), float(divisor), device=self.ranks.device)
@@ -236,7 +237,7 @@ class TrainStep:
         """Whether code is specialised on the label offset: then each micro-batch's own keys come first."""
         return self.graphs is not None or self.speed.compile == "model"
 
-    def _losses(
+    def online_losses(
         self,
         online: Tensor,
         ids_keep: Tensor,
@@ -246,12 +247,17 @@ class TrainStep:
         label_offset: int = 0,
         divisor: float | Tensor = 1,
     ) -> Tensor:
+        """Losses of one micro-batch, in the order of `Losses`; its gradients over `divisor` are added."""
         with self._autocast():
             losses = self.network(
                 online, None, ids_keep, ids_mask=ids_mask, keys=keys, label_offset=label_offset
             )
-        self.scaler.scale(losses.total / divisor).backward()
+        self.differentiate(losses.total / divisor)
         return torch.stack([value.detach().float() for value in losses])
+
+    def differentiate(self, loss: Tensor) -> None:
+        """Backward pass of the scaled loss."""
+        self.scaler.scale(loss).backward()
 
     def _reduce_gradients(self, is_last: bool) -> Any:
         if is_last or not isinstance(self.network, DistributedDataParallel):

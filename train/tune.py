@@ -18,7 +18,7 @@ from rich.table import Table
 from cmae.pipeline import Loader
 from cmae.train.config import BatchSplit, Config
 from cmae.train.distributed import Ranks, join_ranks
-from cmae.train.pretrain import open_loader
+from cmae.train.pretrain import check_shards, open_loader
 from cmae.train.tune_search import Measure, Phase, Result, Search, Window
 from cmae.train.tuned import (
     LoaderSettings,
@@ -70,6 +70,7 @@ def tune(config: Config, options: TuneOptions, *, console: Console | None = None
         OSError: the settings cannot be stored.
     """
     console = console or Console()
+    check_shards(config)
     with _share_of_cores(options.local_ranks), join_ranks(config.speed.device) as ranks:
         circumstances = describe_circumstances(config, ranks.device)
         result = search(config, options, ranks, say=console.print)
@@ -107,6 +108,11 @@ def search(
         measure, has_readers = _loader_measure(config, options, ranks, window_s=window_s)
         grid = build_grid(default, ranks.device, has_readers=has_readers)
         grid = {name: values for name, values in grid.items() if name not in fixed}
+        if not grid:
+            given = ", ".join(f"speed.{name}" for name in fixed)
+            raise ValueError(
+                f"{given} are all given: leave one of them out, there is nothing to search"
+            )
         say(
             f"searching {', '.join(grid)} for about {options.budget_s:.0f} s, "
             f"{window_s:.1f} s a window"
@@ -198,11 +204,13 @@ def _phase_table(phase: Phase, target: float | None) -> Table:
         name = f"{value:g}" if value is not None else _whole(trial.settings)
         low, high = trial.spread
         enough = "" if target is None or trial.images_per_s < target else " *"
+        # Before a paced consumer the loader also works ahead: its CPU time is not that of these images.
+        cost = "-" if phase.name == "prefetch" else f"{trial.cpu_s_per_1000:.2f}"
         table.add_row(
             f"[bold]{name} <-[/]" if trial.settings == phase.chosen else name,
             f"{trial.images_per_s:.0f}{enough}",
             f"{low:.0f} to {high:.0f}",
-            f"{trial.cpu_s_per_1000:.2f}",
+            cost,
             str(len(trial.windows)),
         )
     return table

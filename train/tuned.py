@@ -98,12 +98,15 @@ def loader_settings(config: Config, device: torch.device) -> tuple[LoaderSetting
 
 def describe_circumstances(config: Config, device: torch.device) -> dict[str, Any]:
     """Everything that an optimum may depend on, as plain JSON values."""
+    data = config.data
+    paths = expand_shards(data.shards, storage_options=data.storage_options)
     return {
         "cpu": _cpu_name(),
         "cores": threads_per_rank(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "shards": shards_digest(expand_shards(config.data.shards)),
-        "source": config.data.source,
+        "shards": shards_digest(paths),
+        "source": data.source,
+        "remote": data.remote,
         "view_backend": config.speed.view_backend,
         "views": asdict(config.loader_views),
         "versions": {name: _version(name) for name in _PACKAGES},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from rich.console import Console
 
 from cmae.train.config import Config
@@ -15,6 +17,10 @@ from cmae.train.profiling.trace import write_trace
 def run(config: Config, options: ProfileConfig) -> int:
     """Profile, print what was found, and write it as JSON, HTML and Chrome trace."""
     found = profile(config, options)
+    if (
+        os.environ.get("RANK", "0") != "0"
+    ):  # under torchrun the first rank speaks and writes for all
+        return 0
     found.save(options.out / "profile.json")
     write_html(found, options.out / "report.html")
     write_trace(found, options.out / "trace.json")

@@ -132,6 +132,10 @@ def _variants(config: Config, ranks: Ranks, recorded: list[RawBatch]) -> list[_V
         other = "dali" if now == "host" else "host"
         what = f"views by {other} instead of {now}"
         found.append(_Variant(what, {"speed.view_backend": other}, recorded))
+    else:
+        for load in (0.0, 0.3, 0.9):
+            what = f"{100 * load:.0f} % of the JPEGs on the GPU's decoder unit"
+            found.append(_Variant(what, {"speed.hw_decoder_load": load}, recorded))
     side = 2 * views.master_size
     shorter = [min(one.height, one.width) for raw in recorded for one in raw.records]
     if statistics.median(shorter) > 1.2 * side:

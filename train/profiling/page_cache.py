@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 from collections.abc import Sequence
 
 from cmae.pipeline.sources import Extent
 
-_PAGE = mmap.PAGESIZE
+_LARGEST_FOLIO = (
+    2 << 20
+)  # the kernel caches in pieces of up to this size, and drops whole ones only
 _MAX_PROBES = 400
 
 
@@ -17,7 +18,9 @@ def resident_fraction(extents: Sequence[Extent]) -> float | None:
     """Share of the extents whose middle page can be read without the disk; None where no one can tell.
 
     Looks at up to 400 of them. Reading with RWF_NOWAIT answers for a page that is not there with an error
-    instead of a read; network file systems do not have it.
+    instead of waiting; network file systems do not have it. The kernel then begins to read the page, so ask
+    once, and about files that nothing is going to time. mincore would leave no trace, but says nothing of
+    files that belong to someone else.
     """
     chosen = extents[:: max(1, len(extents) // _MAX_PROBES)]
     found = []
@@ -31,13 +34,15 @@ def resident_fraction(extents: Sequence[Extent]) -> float | None:
 
 
 def evict(extents: Sequence[Extent]) -> None:
-    """Ask the kernel to forget these bytes; pages that another process has mapped stay."""
+    """Ask the kernel to forget these bytes and their surroundings of up to 2 MB.
+
+    What another process has mapped stays, and so does what has not been written to the disk yet.
+    """
     with _Files() as files:
         for extent in extents:
-            # Only whole pages are dropped, so begin with the page that holds the first byte.
-            start = extent.offset // _PAGE * _PAGE
-            length = extent.offset + extent.size - start
-            length = (length + _PAGE - 1) // _PAGE * _PAGE
+            start = extent.offset // _LARGEST_FOLIO * _LARGEST_FOLIO
+            pieces = -(-(extent.offset + extent.size - start) // _LARGEST_FOLIO)
+            length = pieces * _LARGEST_FOLIO
             os.posix_fadvise(files.open(extent.path), start, length, os.POSIX_FADV_DONTNEED)
 
 

@@ -21,6 +21,7 @@ from cmae.train.profiling.page_cache import evict, resident_fraction, touch
 from cmae.train.profiling.stretch import Reading, draining, run_stretch
 from cmae.train.profiling.switches import SwitchedMaker, SwitchedSource
 from cmae.train.step import TrainStep
+from cmae.train.tuned import LoaderSettings
 
 WHAT = {
     "local": "the step on one batch, each rank for itself, without any collective",
@@ -40,9 +41,9 @@ WHAT = {
 
 Step = Callable[[Sequence[Batch]], object]
 
-_FILL = (
-    4  # batches thrown away after a switch: the readers, which all start together, get out of step
-)
+_FILL = 4
+"""Batches thrown away after a switch, at least; as many as there are readers, which begin together and have
+to get out of step."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class Subject:
     """One optimiser step's micro-batches that never change."""
     ranks: Ranks
     start: LoaderState
-    prefetch: int
+    settings: LoaderSettings
+    """The loader's threads and queues."""
     local: Callable[[], AbstractContextManager[None]] | None = None
     """Within it the step talks to no other rank; None where there is no other."""
     wrap: Wrap | None = None
@@ -85,20 +87,18 @@ class Bench:
     def __init__(self, subject: Subject, *, steps: int) -> None:
         self._subject = subject
         self.steps = steps
-        self._ahead = (
-            2 * _FILL + subject.prefetch
-        )  # batches read before they are asked for, at most
+        # Batches that may be read before they are asked for.
+        self._fill = max(_FILL, subject.settings.num_readers)
+        self._ahead = self._fill + subject.settings.num_readers + subject.settings.prefetch + 4
         self._place = subject.start
         if subject.source.can_return:
             _, self._place = subject.source.upcoming(subject.start, self._ahead)
         self._window: list[Extent] = []
-        self._window_start = subject.start
+        self._window_start, self._window_batches = subject.start, 1
         self._replay: list[Batch] = []
         self._stretch = 0
         self.resident: list[float] = []
         """Share of the files in the page cache as each round found them."""
-        self.resident_cold: list[float] = []
-        """The same after eviction."""
         self.notes: list[str] = []
 
     @property
@@ -150,7 +150,7 @@ class Bench:
             self._switch("storage", record=True)
         else:
             self._open_window()
-            found = resident_fraction(self._window)
+            found = resident_fraction(self._unread())
             if found is not None:
                 self.resident.append(found)
             self._switch("storage", start=self._window_start, record=True)
@@ -158,9 +158,11 @@ class Bench:
 
     def _cold(self) -> Reading:
         evict(self._window)
-        found = resident_fraction(self._window)
-        if found is not None:
-            self.resident_cold.append(found)
+        stayed = resident_fraction(self._unread())
+        if stayed is None:
+            self._note("this file system does not say what is cached: cold files may be warm")
+        elif stayed > 0.1:
+            self._note(f"{100 * stayed:.0f} % of the files stayed in the page cache when evicted")
         self._switch("storage", start=self._window_start)
         return self._fed("cold")
 
@@ -201,19 +203,27 @@ class Bench:
         self._warm_up(draw)
         return self._timed("replay_h2d", draw)
 
+    def _note(self, note: str) -> None:
+        if not any(one[-40:] == note[-40:] for one in self.notes):
+            self.notes.append(note)
+
     # --- parts of a stretch ---------------------------------------------------------------------
 
     def _open_window(self) -> None:
         """Choose the samples of this round: those that it takes, and those that are read ahead."""
-        count = _FILL + (1 + self.steps) * self._subject.accumulation + self._ahead
-        self._window_start = self._place
+        count = self._fill + (1 + self.steps) * self._subject.accumulation + self._ahead
+        self._window_start, self._window_batches = self._place, count
         self._window, self._place = self._subject.source.upcoming(self._place, count)
+
+    def _unread(self) -> list[Extent]:
+        """The window's last files, read ahead at most: to look whether a file is cached caches it."""
+        return self._window[-(_FILL * len(self._window) // self._window_batches) :]
 
     def _switch(self, mode: Any, *, start: LoaderState | None = None, record: bool = False) -> None:
         """Change what the loader does, and drop what it had made before."""
         self._stretch = self._subject.source.switch(mode, start=start, record=record)
         fresh = 0
-        while fresh < _FILL:
+        while fresh < self._fill:
             fresh += next(self._subject.loader).state.epoch == self._stretch
 
     def _next_micro_batches(self) -> list[Batch]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from cmae.kernels.backend import use_backend
 from cmae.model import build_model, draw_mask
 from cmae.pipeline import Batch, LoaderState, synthetic_batches
 from cmae.pipeline.counters import MEGAPIXEL_EDGES
@@ -29,6 +30,7 @@ from cmae.train.profiling.config import ProfileConfig
 from cmae.train.profiling.estimates import estimate
 from cmae.train.profiling.experiments import override, run_trials
 from cmae.train.profiling.machine import describe_machine, usable_cores
+from cmae.train.profiling.nvml import GpuSampler
 from cmae.train.profiling.phases import WHAT, Bench, Step, Subject, without_collectives
 from cmae.train.profiling.records import Action, Curve, Part, Phase, Profile
 from cmae.train.profiling.resources import Costs, loader_rate
@@ -60,6 +62,7 @@ def profile(config: Config, options: ProfileConfig, *, say: Say = print) -> Prof
     with ExitStack() as stack:
         ranks = stack.enter_context(join_ranks(config.speed.device))
         check_step(config.optim, config.speed, ranks)
+        stack.enter_context(use_backend(config.speed.kernels))
         if config.speed.torch_threads is not None:
             torch.set_num_threads(config.speed.torch_threads)
         model = build_model(config.model, seed=config.seed)
@@ -110,16 +113,15 @@ def open_subject(
             synthetic=_synthetic(config, split, ranks),
             ranks=ranks,
             start=LoaderState(config.seed, epoch=0, next_sample=0, digest=source.digest),
-            prefetch=settings.prefetch,
+            settings=settings,
             local=local,
             wrap=wrap,
         )
 
 
 def _synthetic(config: Config, split: BatchSplit, ranks: Ranks) -> list[Batch]:
-    views = config.data.views
     batches = synthetic_batches(
-        views if config.model.has_contrast else replace(views, num_views=1),
+        config.loader_views,
         batch_size=split.micro_batch_size,
         device=ranks.device,
         draw_mask=lambda index, epoch: draw_mask(
@@ -137,15 +139,17 @@ class Rounds:
     readings: dict[str, list[Reading]]
     python_ms: list[float]
     local_ms: list[list[float]]
-    """Every rank's step without collectives, by round."""
-    waits: list[dict[str, Any]]
-    """What each rank waited for in the full run."""
+    """Every rank's step without collectives, by round; empty with one rank."""
+    waits_ms: list[float]
+    """What each rank waited for data in a step of the full run."""
     resident: float | None
     """Share of the files that the full run found in the page cache; None where no one can tell."""
     end: LoaderState
     """Where samples begin that no phase has read."""
     steps: int
     """Timed in a stretch."""
+    gpu: dict[str, Any]
+    """Load of the GPU's engines during full runs."""
     notes: list[str]
 
 
@@ -190,7 +194,9 @@ def measure(
         verdict=judge(facts),
         actions=actions,
         curves=(*draw_curves(facts), *_storage_curves(probes, facts)),
+        gpu=rounds.gpu,
         tails=_tails(rounds.readings["loader_memory"]),
+        ranks=_ranks(rounds),
         notes=(*rounds.notes, *_notes(parts, rounds, facts)),
     )
 
@@ -216,16 +222,30 @@ def run_rounds(subject: Subject, options: ProfileConfig, *, say: Say) -> Rounds:
             local_ms.append(_gather(readings["local"][-1].step_ms, subject.ranks))
             own = 1000 * readings["full"][-1].next_s / bench.steps
             waits = [a + b for a, b in zip(waits, _gather(own, subject.ranks), strict=True)]
+    gpu = _gpu_load(bench, subject.ranks.device)
     return Rounds(
         readings=readings,
         python_ms=python,
         local_ms=local_ms,
-        waits=[{"rank": rank, "wait_ms": wait / len(python)} for rank, wait in enumerate(waits)],
+        waits_ms=[wait / len(python) for wait in waits],
         resident=statistics.fmean(bench.resident) if bench.resident else None,
         end=bench.place,
         steps=bench.steps,
+        gpu=gpu,
         notes=bench.notes,
     )
+
+
+def _gpu_load(bench: Bench, device: torch.device) -> dict[str, Any]:
+    """Load of the GPU's engines during two more full stretches."""
+    if device.type != "cuda":
+        return {}
+    with GpuSampler(device) as sampler:
+        for _ in range(2):
+            bench.run("full")
+    if sampler.note:
+        bench.notes.append(sampler.note)
+    return sampler.load
 
 
 def verify(
@@ -391,20 +411,21 @@ def _costs(subject: Subject, readings: Readings, cold_share: float) -> Costs:
     # on the CPU both take cores, and that is one.
     on_cores = _cpu(readings["replay"]) * _rate(readings["replay"]) > 0.5
     step = readings["replay" if on_cores else "interference"]
+    views, threads = _stage(readings["loader_memory"], "views"), subject.settings.num_threads
     read_warm = _stage(alone, "read")
     read_cold = _stage(readings["cold"], "read") if "cold" in readings else read_warm
     costs = Costs(
         model_s=1 / _rate(step),
         step_cpu_s=_cpu(readings["replay"]),
         loader_cpu_s=_cpu(alone),
-        decode_s=_stage(readings["loader_memory"], "views").busy_s,
+        decode_s=views.busy_s * threads / views.threads,  # DALI is one thread to its counters
         feed_s=_stage(readings["loader_memory"], "finish").busy_s,
         read_warm_s=read_warm.busy_s,
         read_cold_s=read_cold.busy_s,
         num_bytes=read_warm.bytes,
         cold_share=cold_share,
         cores=max(0.5, usable_cores() / _local_ranks(subject.ranks) - others),
-        threads=_stage(readings["loader_memory"], "views").threads,
+        threads=float(threads),
         readers=read_warm.threads,
     )
     efficiency = _rate(alone) / loader_rate(replace(costs, cold_share=0.0))
@@ -442,6 +463,17 @@ def _local_ranks(ranks: Ranks) -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if ranks.world_size > 1 else 1
 
 
+def _ranks(rounds: Rounds) -> tuple[dict[str, Any], ...]:
+    """Every rank's own step and its wait for data; empty with one rank."""
+    if not rounds.local_ms:
+        return ()
+    steps_ms = [statistics.median(each) for each in zip(*rounds.local_ms, strict=True)]
+    return tuple(
+        {"rank": rank, "step_ms": step_ms, "wait_ms": wait_ms}
+        for rank, (step_ms, wait_ms) in enumerate(zip(steps_ms, rounds.waits_ms, strict=True))
+    )
+
+
 def _tails(readings: Sequence[Reading]) -> tuple[dict[str, Any], ...]:
     """Decode time by JPEG kind and size."""
     snapshots = [one.loader for one in readings if one.loader is not None]
@@ -473,4 +505,10 @@ def _notes(parts: Sequence[Part], rounds: Rounds, facts: Facts) -> list[str]:
         )
     if facts.others_cores >= 0.25:
         notes.append(f"other processes took {facts.others_cores:.1f} CPU cores meanwhile")
+    if rounds.local_ms:
+        slowest = max(_ranks(rounds), key=lambda one: float(one["step_ms"]))
+        notes.append(
+            f"rank {slowest['rank']} is the slowest alone, {slowest['step_ms']:.1f} ms a step; waits for "
+            f"data by rank: {', '.join(f'{wait:.1f}' for wait in rounds.waits_ms)} ms"
+        )
     return notes

@@ -110,6 +110,8 @@ class Profile:
     """Decode time by JPEG kind and size: kind, megapixels, items, ms."""
     gpu: dict[str, Any] = field(default_factory=dict)
     """Mean load of decoder, SM, memory and PCIe while the full run went; empty without a GPU."""
+    ranks: tuple[dict[str, Any], ...] = ()
+    """With several ranks, of each: rank, step_ms (without collectives), wait_ms (for data in a full step)."""
     notes: tuple[str, ...] = ()
     """What could not be measured here, and why."""
     format: int = FORMAT
@@ -144,7 +146,8 @@ def load_profile(path: Path) -> Profile:
         Curve(**curve | {name: tuple(curve[name]) for name in ("x", "images_per_s")})
         for curve in values["curves"]
     )
-    values["tails"], values["notes"] = tuple(values["tails"]), tuple(values["notes"])
+    for name in ("tails", "notes", "ranks"):
+        values[name] = tuple(values.get(name, ()))
     return Profile(**values)
 
 

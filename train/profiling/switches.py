@@ -66,7 +66,7 @@ class SwitchedSource:
     @property
     def can_return(self) -> bool:
         """Whether a place in the data can be read a second time, and its place on disk is known."""
-        return isinstance(self.inner, IndexedSource)
+        return isinstance(self.inner, IndexedSource) and self.inner.is_local
 
     @property
     def samples_per_shard(self) -> float | None:
@@ -147,6 +147,10 @@ class SwitchedMaker:
     def kinds(self) -> KindTable | None:
         """The real maker's counts by JPEG kind."""
         return self.inner.kinds
+
+    def depth(self, batch_size: int) -> int:
+        """As the real maker says."""
+        return self.inner.depth(batch_size)
 
     def submit(
         self,

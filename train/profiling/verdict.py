@@ -109,7 +109,7 @@ def _measured(facts: Facts) -> float:
 def _share(facts: Facts, binds: str) -> float:
     total = sum(part.ms.value for part in facts.parts)
     names = [part for part in facts.parts if BINDS.get(part.name) == _cause(binds, facts)]
-    return sum(part.ms.value for part in names) / total
+    return min(1.0, sum(part.ms.value for part in names) / total)
 
 
 def _cause(binds: str, facts: Facts) -> str:
@@ -203,8 +203,10 @@ def _candidates(facts: Facts) -> list[tuple[str, dict[str, Any], Costs]]:
     if costs.cold_share > 0.05:
         found.append(("all files in the page cache, or on a disk as fast", {}, _warm(costs)))
     for factor in (2, 4):
-        readers = replace(costs, readers=costs.readers * factor)
-        found.append((f"read {int(readers.readers)} batches at a time", {}, readers))
+        number = int(costs.readers) * factor
+        readers = replace(costs, readers=float(number))
+        setting = {"speed.num_readers": number}
+        found.append((f"read {number} batches at a time", setting, readers))
     found.append(("storage of half the latency and twice the bandwidth", {}, _faster(costs)))
     found.append(("a feed thread of half the cost", {}, replace(costs, feed_s=costs.feed_s / 2)))
     faster = replace(costs, model_s=costs.model_s / 2, step_cpu_s=costs.step_cpu_s / 2)
