@@ -5,11 +5,11 @@
 The same step in windows that alternate: batches of the real loader, and one synthetic batch again and again.
 Each pair of neighbouring windows gives a ratio, so that drift of the machine meets both alike; the first
 steps of a window are not timed, for they drain what the loader has made ahead. On a GPU: ViT-B, 128 images,
-fp16; on a CPU: ViT-S, 8 images, fp32.
+fp16; on a CPU: ViT-Ti, 8 images, fp32.
 
-Predictions, written before the first run: 2 CPU cores, ViT-S: the step takes 3 images/s of a loader that
-makes over 200, so the ratio is the cores that the loader takes from the step: 0.97 and more. One H200 with
-16 cores: 0.98 once the loader makes 8k images/s.
+Predictions, written before the first run: 2 CPU cores: the step takes 10 images/s of a loader that makes over
+200, so the ratio is the cores that the loader takes from the step: 0.95 and more. One H200 with 16 cores:
+0.98 once the loader makes 8k images/s.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from bench_loader import prepare_shards
-from bench_step import model_config
+from bench_step import SIZES, Case
 from harness import summarise, write_result
 
 from cmae.model import ModelConfig, build_model, draw_mask
@@ -111,7 +111,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--shards", help="tars; default: the sample in CMAE_DATA, else photographs")
-    parser.add_argument("--size", choices=("s", "b", "l"), default="b" if on_gpu else "s")
+    parser.add_argument("--size", choices=SIZES, default="b" if on_gpu else "ti")
     parser.add_argument("--batch-size", type=int, default=128 if on_gpu else 8)
     parser.add_argument("--precision", default="fp16" if on_gpu else "fp32")
     parser.add_argument("--compile", default="blocks" if on_gpu else "none")
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=8 if on_gpu else 3, help="untimed, a window")
     parser.add_argument("--rounds", type=int, default=7 if on_gpu else 5)
     arguments = parser.parse_args()
-    config = model_config(arguments.size, "cmae")
+    config = Case("cmae", arguments.size, arguments.precision, arguments.batch_size).model
     with tempfile.TemporaryDirectory() as folder:
         found_shards = prepare_shards(arguments.shards, Path(folder))
         found = measure(list(found_shards[0]), config, arguments)

@@ -87,12 +87,19 @@ class Case:
     batch_size: int
     speed: dict[str, Any] = field(default_factory=dict)
     optim: dict[str, Any] = field(default_factory=dict)
+    img_size: int = 224
 
     @property
     def model(self) -> ModelConfig:
         """CMAE or MAE of a size."""
         width, depth, heads, patch = SIZES[self.size]
-        config = ModelConfig(embed_dim=width, depth=depth, num_heads=heads, patch_size=patch)
+        config = ModelConfig(
+            img_size=self.img_size,
+            embed_dim=width,
+            depth=depth,
+            num_heads=heads,
+            patch_size=patch,
+        )
         if self.method == "mae":
             config = replace(
                 config,

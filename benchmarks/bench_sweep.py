@@ -20,14 +20,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from bench_loader import prepare_shards
-from bench_step import build_run, model_config
+from bench_step import SIZES, Case, build
 from harness import Measurement, interleave, summarise, time_batches, write_result
 
 from cmae.model import ModelConfig, draw_mask
@@ -46,22 +45,25 @@ def sweep_step(
     """
     rows: list[dict[str, Any]] = []
     for value in values:
-        config = model_config(arguments.size, "cmae")
-        run = build_run(
-            replace(config, img_size=value) if name == "img_size" else config,
-            precision="fp16" if ON_GPU else "fp32",
-            compile="blocks" if ON_GPU else "none",
-            batch_size=value if name == "batch_size" else arguments.batch_size,
-            steps=arguments.steps,
+        case = Case(
+            "cmae",
+            arguments.size,
+            "fp16" if ON_GPU else "fp32",
+            value if name == "batch_size" else arguments.batch_size,
+            speed={"compile": "blocks" if ON_GPU else "none"},
+            img_size=value if name == "img_size" else 224,
         )
-        results = interleave({f"{name} {value}": run}, rounds=arguments.rounds)[f"{name} {value}"]
-        row = {name: value, "images_per_s": summarise([one.images_per_s for one in results])}
+        contender = build(case, steps=arguments.steps)
+        if isinstance(contender, str):
+            rows.append({name: value, "error": contender})
+            continue
+        results = interleave({f"{name} {value}": contender}, rounds=arguments.rounds)
+        rates = [one.images_per_s for one in results[f"{name} {value}"]]
+        rows.append({name: value, "images_per_s": summarise(rates)})
         if ON_GPU:
-            row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-            del run
+            rows[-1]["peak_gib"] = contender.peak_bytes / 2**30
+            del contender
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        rows.append(row)
     return rows
 
 
@@ -134,7 +136,7 @@ def main() -> None:
     )
     parser.add_argument("--sweeps", nargs="+", choices=usual, default=usual)
     parser.add_argument("--shards", help="tars; default: the sample in CMAE_DATA, else photographs")
-    parser.add_argument("--size", choices=("s", "b", "l"), default="b" if ON_GPU else "s")
+    parser.add_argument("--size", choices=SIZES, default="b" if ON_GPU else "ti")
     parser.add_argument("--batch-size", type=int, default=128 if ON_GPU else 4, help="of img_size")
     parser.add_argument("--steps", type=int, default=10 if ON_GPU else 1, help="timed, a round")
     parser.add_argument("--color", default="exact", help="of the loader's sweeps")

@@ -37,8 +37,9 @@ def draw_sweep(result: Result, path: Path) -> None:
     """images/s over one setting."""
     figure, (axes,) = _figure(1)
     name = result["label"].replace("-", "_")
-    x = [row[name] for row in result["rows"]]
-    _line(axes, x, [row["images_per_s"] for row in result["rows"]], "images/s")
+    rows = [row for row in result["rows"] if "images_per_s" in row]  # not those out of memory
+    x = [row[name] for row in rows]
+    _line(axes, x, [row["images_per_s"] for row in rows], "images/s")
     axes.set_ylim(bottom=0)
     axes.set_xticks(x)
     _finish(axes, "images/s", name.replace("_", " "))

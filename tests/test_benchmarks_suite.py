@@ -200,7 +200,10 @@ def growth() -> dict[str, Any]:
 
 
 def sweep() -> dict[str, Any]:
-    rows = [{"threads": float(n), "images_per_s": summary(90.0 * n)} for n in (1, 2, 4)]
+    rows: list[dict[str, Any]] = [
+        {"threads": float(n), "images_per_s": summary(90.0 * n)} for n in (1, 2, 4)
+    ]
+    rows.append({"threads": 8.0, "error": "out of memory"})
     return result(benchmark="sweep", label="threads", rows=rows)
 
 
@@ -216,7 +219,9 @@ class TestTables:
             ("1", "1.00x"),
             ("2", "2.00x"),
             ("4", "4.00x"),
+            ("8", "-"),
         ]
+        assert body[3][1] == "out of memory"
 
     def test_plots_are_drawn_from_results(self, tmp_path: Path) -> None:
         found = {

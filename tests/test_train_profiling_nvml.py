@@ -113,6 +113,7 @@ def test_a_gpu_that_is_lost_is_said_so(driver: FakeDriver) -> None:
         pass
     assert sampler.load == {}
     assert sampler.note == "GPU load is incomplete: GPU is lost"
+    assert gpu_reader(CUDA)() == {}
 
 
 def test_without_a_gpu_it_says_why() -> None:

@@ -31,6 +31,8 @@ class GpuReader:
         except ImportError as error:
             raise NoNvmlError("the package nvidia-ml-py is not installed") from error
         self._nvml: Any = pynvml
+        self.error: type[Exception] = pynvml.NVMLError
+        """What `read` raises when the driver or the GPU fails."""
         try:
             pynvml.nvmlInit()
             self._handle = pynvml.nvmlDeviceGetHandleByPciBusId(bus_id)
@@ -155,8 +157,16 @@ class GpuSampler:
 
 
 def gpu_reader(device: torch.device) -> Callable[[], dict[str, float]]:
-    """A function that reads the device's load now; one that reads nothing where NVML does not answer."""
+    """A function that reads the device's load now; it gives nothing where NVML does not answer."""
     try:
-        return GpuReader(bus_id_of(device)).read
+        reader = GpuReader(bus_id_of(device))
     except NoNvmlError:
         return dict
+
+    def read() -> dict[str, float]:
+        try:
+            return reader.read()
+        except reader.error:
+            return {}
+
+    return read
