@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cmae.model import ModelConfig
-from cmae.train.cli import build_config_parser, main, read_config, recipe_names
+from cmae.train.cli import build_config_parser, main, read_config, recipe_names, with_underscores
 from cmae.train.config import BatchSplit, Config
 from cmae.train.recorder import write_config
 
@@ -178,3 +178,18 @@ def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) ->
     text = capsys.readouterr().out
     names = ("demo", "doctor", "shards", "pretrain", "reconstruct", "import", "export")
     assert all(name in text for name in names)
+
+
+@pytest.mark.parametrize(
+    ("typed", "known"),
+    [
+        ("--max-size", "--max_size"),
+        ("--run.stop-at-step=3", "--run.stop_at_step=3"),
+        ("--data.shards=a-b/x-{0..3}.tar", "--data.shards=a-b/x-{0..3}.tar"),
+        ("a-b.tar", "a-b.tar"),
+        ("-h", "-h"),
+        ("--", "--"),
+    ],
+)
+def test_options_may_be_typed_with_hyphens(typed: str, known: str) -> None:
+    assert with_underscores(typed) == known

@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
         return 0
-    name, rest = arguments[0], arguments[1:]
+    name, rest = arguments[0], [with_underscores(word) for word in arguments[1:]]
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -73,6 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"cmae {name}: interrupted", file=sys.stderr)
         return 130
+
+
+def with_underscores(word: str) -> str:
+    """The option `--max-size=512` as jsonargparse knows it, `--max_size=512`; other words as they are."""
+    name, equals, value = word.partition("=")
+    is_option = re.fullmatch(r"--[a-z][a-z0-9_.-]*", name) is not None
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if is_option else word
 
 
 def _overview() -> str:
