@@ -182,6 +182,13 @@ def test_the_largest_part_is_named_with_what_would_help() -> None:
     assert "2.0x" in judge(found).sentence
 
 
+def test_what_binds_inside_the_step_is_credited_with_its_own_share() -> None:
+    verdict = judge(facts(COSTS, model=60.0, python=20.0))
+    assert verdict.binds == "python"
+    assert verdict.headroom == pytest.approx(80 / 60)
+    assert "1.3x" in verdict.sentence
+
+
 def test_a_part_that_the_rounds_do_not_agree_on_is_not_named() -> None:
     found = facts(COSTS, model=80.0, feed=20.0)
     parts = [found.parts[0], replace(found.parts[1], ms=Estimate(20.0, -5.0, 90.0, 3))]

@@ -79,28 +79,22 @@ class Trial:
 def judge(facts: Facts) -> Verdict:
     """The sentence on top, and the resource that it names."""
     binds = _binding(facts)
-    rates = loader_rate(facts.costs)
-    model = 1 / facts.costs.model_s
     if binds == "model":
-        headroom = max(1.0, rates / model)
+        headroom = max(1.0, loader_rate(facts.costs) * facts.costs.model_s)
         sentence = f"The model binds; the loader has {headroom:.1f}x head-room."
         return Verdict(sentence, binds, headroom)
     lost = _share(facts, binds)
-    without = replace_limits(facts, binds)
-    headroom = max(1.0, without.images_per_s / facts.measured_images_per_s)
+    headroom = 1 / max(0.01, 1 - lost)  # measured: the step without this part of the account
     name = NAMES[binds] + (f" ({facts.details[binds]})" if binds in facts.details else "")
-    then = NAMES[without.binds]
-    sentence = (
-        f"Bound by {name}: {100 * lost:.0f} % of the step; without it {headroom:.1f}x, then {then} "
-        f"bind{'' if then.endswith('cores') else 's'}."
-    )
+    change, gain, then = "without it", headroom, _without(facts, binds).binds
     best = next((action for action, helps in _rank(facts) if binds in helps), None)
     if best is not None and best.predicted_images_per_s > 1.05 * _measured(facts):
+        change, then = best.what, best.then_binds
         gain = best.predicted_images_per_s / _measured(facts)
-        sentence = (
-            f"Bound by {name}: {100 * lost:.0f} % of the step; {best.what} gives {gain:.1f}x, then "
-            f"{NAMES[best.then_binds]} limit{'' if best.then_binds == 'cores' else 's'}."
-        )
+    sentence = (
+        f"Bound by {name}: {100 * lost:.0f} % of the step. Predicted: {change}, {gain:.1f}x; "
+        f"the next limit is then {NAMES[then]}."
+    )
     return Verdict(sentence, binds, headroom)
 
 
@@ -140,8 +134,8 @@ def _binding(facts: Facts) -> str:
     return name
 
 
-def replace_limits(facts: Facts, binds: str) -> Rate:
-    """The rate if what binds cost nothing."""
+def _without(facts: Facts, binds: str) -> Rate:
+    """The rate if what binds cost nothing; what lies inside the step is part of the model here."""
     costs = facts.costs
     freed = {
         "decode": {"decode_s": 0.0, "loader_cpu_s": 0.0},
