@@ -108,10 +108,10 @@ def test_pre_resized_shards_of_the_benchmark_hold_the_same_images(
     written = bench.data.write_presized(images, tmp_path, max_size=95)
     indices = [build_index(path) for path in written]
     assert sum(map(len, indices)) == 24
-    assert (
-        max(min(h, w) for one in indices for h, w in zip(one.height, one.width, strict=True)) == 95
-    )
-    assert sum(sum(one.presized.values()) for one in indices) == 2 * 6  # heights 96..101
+    short = [min(h, w) for one in indices for h, w in zip(one.height, one.width, strict=True)]
+    touched = sum(sum(one.presized.values()) for one in indices)
+    # Of the 12 images of 96..101 rows, those that would grow as files stay as they are.
+    assert 0 < touched == 12 - sum(side > 95 for side in short)
 
 
 def test_the_table_shows_peers_and_names_the_absent(

@@ -4,6 +4,8 @@ import _thread
 import json
 import logging
 import os
+import resource
+import signal
 import subprocess
 import sys
 import tarfile
@@ -281,10 +283,15 @@ def test_many_shards_are_read_with_few_open_files(tmp_path):
     paths = write_photo_shards(tmp_path, sizes=[1] * 100, edge=20)
     build_indices([str(path) for path in paths])
     before = len(list(Path("/proc/self/fd").iterdir()))
-    with open_loader(tmp_path, batch_size=50, global_batch_size=50) as loader:
-        for _ in range(4):
-            next(loader)
-        assert len(list(Path("/proc/self/fd").iterdir())) < before + 80
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before + 80, limits[1]))
+    try:
+        with open_loader(tmp_path, batch_size=50, global_batch_size=50) as loader:
+            for _ in range(4):
+                next(loader)
+            assert len(list(Path("/proc/self/fd").iterdir())) < before + 80
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_ctrl_c_interrupts_a_blocked_next(shards):
@@ -295,10 +302,15 @@ def test_ctrl_c_interrupts_a_blocked_next(shards):
         return toy_mask(sample_index, epoch)
 
     loader = build_loader(shards, VIEWS, batch_size=8, global_batch_size=8, draw_mask=stuck)
+    # A shell's background job is born with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     timer = threading.Timer(1.0, _thread.interrupt_main)
     timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        next(loader)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            next(loader)
+    finally:
+        signal.signal(signal.SIGINT, before)
     release.set()
     loader.close()
 
