@@ -105,13 +105,12 @@ def test_pre_resized_shards_of_the_benchmark_hold_the_same_images(
     bench: Any, shards: list[str], tmp_path: Path
 ) -> None:
     images = bench.data.unpack_images(shards, tmp_path)
-    written = bench.data.write_presized(images, tmp_path, max_size=95)
+    written = bench.data.write_presized(images, tmp_path, max_size=48)
     indices = [build_index(path) for path in written]
     assert sum(map(len, indices)) == 24
-    short = [min(h, w) for one in indices for h, w in zip(one.height, one.width, strict=True)]
-    touched = sum(sum(one.presized.values()) for one in indices)
-    # Of the 12 images of 96..101 rows, those that would grow as files stay as they are.
-    assert 0 < touched == 12 - sum(side > 95 for side in short)
+    sides = [min(h, w) for one in indices for h, w in zip(one.height, one.width, strict=True)]
+    assert max(sides) == 48
+    assert sum(sum(one.presized.values()) for one in indices) == 24
 
 
 def test_the_table_shows_peers_and_names_the_absent(
