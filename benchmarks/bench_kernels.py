@@ -156,7 +156,7 @@ def time_us(run: Callable[[], Any], device: torch.device) -> float:
         return 1e6 * (time.perf_counter() - started)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     # Work that keeps the GPU busy while the host launches: else the host's speed would be measured.
-    torch.cuda._sleep(4_000_000)
+    torch.cuda._sleep(20_000_000)
     start.record()
     run()
     end.record()

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_loader import prepare_shards
+from bench_data import prepare_shards
 from harness import Measurement, interleave, summarise, time_batches, write_result
 
 from cmae.pipeline import EpochPlan, LoaderState
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        shards, data = prepare_shards(arguments.shards, Path(folder))
+        shards, data, _ = prepare_shards(arguments.shards, Path(folder))
         index = DatasetIndex.load(shards)
         measured = interleave(build_contenders(index, arguments), rounds=arguments.rounds)
     rows = [

@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench_loader import prepare_shards
+from bench_data import prepare_shards
 from harness import ROOT, Measurement, interleave, summarise, write_result
 
 from cmae.pipeline import EpochPlan, LoaderState, RemoteConfig
@@ -158,7 +158,7 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         (work / "shards").mkdir()
-        shards, data = prepare_shards(arguments.shards, work / "shards")
+        shards, data, _ = prepare_shards(arguments.shards, work / "shards")
         folder = Path(shards[0]).parent
         contenders: dict[str, Callable[[], Measurement]] = {}
         for latency_ms in arguments.latencies_ms:

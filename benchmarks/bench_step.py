@@ -31,11 +31,12 @@ from typing import Any
 
 import torch
 from harness import Measurement, device_name, interleave, summarise, write_result
+from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from cmae.model import ModelConfig, build_model, count_multiply_adds, draw_mask
 from cmae.model.decoder import Decoder
 from cmae.pipeline import Batch, ViewConfig, synthetic_batches
-from cmae.train.bench import GPUS, measure_matmul_tflops
+from cmae.train.bench import GPUS, is_named, measure_matmul_tflops
 from cmae.train.config import OptimConfig, SpeedConfig
 from cmae.train.distributed import Ranks
 from cmae.train.step import TrainStep
@@ -280,8 +281,8 @@ def build(case: Case, *, steps: int) -> Contender | str:
         return Contender(case, steps=steps)
     except torch.OutOfMemoryError:
         return "out of memory"
-    except ValueError as error:
-        return str(error)
+    except (ValueError, RuntimeError, FailOnRecompileLimitHit) as error:
+        return str(error).splitlines()[0]  # an OOM inside a capture arrives as a failed capture
 
 
 def measure_group(
@@ -323,7 +324,7 @@ def utilisation(
     """Published operations a second, and their share of the measured and of the vendor's rate."""
     tflops = 2e-3 * case.describe()["gmacs_per_image"] * statistics.median(rates)
     device = device_name().lower()
-    vendor = [gpu.tflops for gpu in GPUS.values() if gpu.name in device and ON_GPU]
+    vendor = [gpu.tflops for gpu in GPUS.values() if is_named(gpu.name, device) and ON_GPU]
     return {
         "tflops": tflops,
         "matmul_tflops": ceilings[case.precision],
@@ -371,6 +372,7 @@ def main() -> None:
                 continue
             rows += measure_group(cases_of(size, batch_size, arguments), arguments, ceilings)
             gc.collect()
+            torch.compiler.reset()  # its limit of compilations counts those of all groups
             if ON_GPU:
                 torch.cuda.empty_cache()
     name = "step" if arguments.levers is None else "levers"

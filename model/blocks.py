@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -50,6 +50,18 @@ class Block(TimmBlock):
     def pinned(self) -> AbstractContextManager[Any]:
         """While it lasts, torch has no other attention kernel to choose."""
         return nullcontext() if self.sdpa is None else sdpa_kernel(self.sdpa)
+
+
+@contextmanager
+def unpinned(model: nn.Module) -> Iterator[None]:
+    """Leave the choice of attention kernels to torch for a while: the pinned one may not know float32."""
+    pins = [(block, block.sdpa) for block in model.modules() if isinstance(block, Block)]
+    pin_sdpa((block for block, _ in pins), None)
+    try:
+        yield
+    finally:
+        for block, backend in pins:
+            block.sdpa = backend
 
 
 def pin_sdpa(blocks: Iterable[nn.Module], backend: SDPBackend | None) -> None:

@@ -101,6 +101,8 @@ class DatasetIndex:
     """Records that are in no epoch because their image cannot be decoded."""
     presized: dict[str, int]
     """Images re-encoded by `cmae shards write --max-size`, by setting; empty where all are original files."""
+    tar_digests: tuple[str, ...]
+    """`tar_digest` of every shard as it was when it was indexed."""
     position: npt.NDArray[np.int32]
     """(n,) Record number in its shard."""
     offset: npt.NDArray[np.int64]
@@ -178,6 +180,7 @@ class DatasetIndex:
             presized=sum_counts(presized_counts(shard) for shard in shards),
             position=np.concatenate(valid),
             index_files=tuple(map(str, index_files)),
+            tar_digests=tuple(str(shard["tar_digest"]) for shard in shards),
             **columns,
         )
 

@@ -34,7 +34,7 @@ from cmae.pipeline.buffers import BufferPool
 from cmae.pipeline.counters import Stage, State
 from cmae.pipeline.dataset_index import DatasetIndex
 from cmae.pipeline.health import BadSample, DataError
-from cmae.pipeline.index import COLUMNS, read_columns
+from cmae.pipeline.index import tar_digest
 from cmae.pipeline.jpeg import BadImageError, JpegKind, inspect_jpeg
 from cmae.pipeline.plan import EpochPlan
 from cmae.pipeline.randomness import hash_words
@@ -182,7 +182,10 @@ class IndexedSource:
         self.stage = Stage("read", threads=num_readers, first_state=State.BLOCKED)
         self._index = index
         self._remote = remote
-        self._files = remote or _OpenFiles(index.paths)
+        self._files = remote or _OpenFiles(index.paths, digests=index.tar_digests)
+        self._lost: dict[
+            int, tuple[float, str]
+        ] = {}  # shard -> when to try it again, and why it failed
         self._buffers = BufferPool()
         self._plan = plan
         self._rank, self._world_size, self._batch_size = rank, world_size, batch_size
@@ -305,6 +308,7 @@ class IndexedSource:
             except _LostShardError as error:
                 position, reason = int(self._index.shard_sizes[: row.shard + 1].sum()), str(error)
             except BadImageError as error:
+                self._files.check_unchanged(row.shard)
                 position, reason = row.position + 1, str(error)
         shard, _ = self._index.locate(first)
         raise DataError(
@@ -323,10 +327,20 @@ class IndexedSource:
 
     def _record(self, row: _Row, data: UInt8[np.ndarray, " n"]) -> Record:
         """Fill `data` with the sample's bytes and check them."""
+        retry_at, reason = self._lost.get(row.shard, (0.0, ""))
+        if time.monotonic() < retry_at:  # trying takes seconds: not again for each of its samples
+            raise _LostShardError(reason)
         try:
             num_read = self._files.read_into(data, row.shard, offset=row.offset)
         except OSError as error:
-            raise _LostShardError(f"the shard cannot be read: {error.strerror or error}") from error
+            if error.errno not in _LOST_ERRORS:
+                raise DataError(
+                    f"{self._index.paths[row.shard]} cannot be opened or read: {error.strerror or error}. "
+                    "Repair what is wrong with this machine (ulimit -n, permissions, memory) and start again"
+                ) from error
+            reason = f"the shard cannot be read: {error.strerror or error}"
+            self._lost[row.shard] = (time.monotonic() + _LOST_FOR_S, reason)
+            raise _LostShardError(reason) from error
         if num_read < row.size:
             raise BadImageError(f"the shard ends inside the file: {num_read} of {row.size} bytes")
         if not self._check_crc:
@@ -360,9 +374,15 @@ class _OpenFiles:
     # A uniform order draws every sample from another shard: fewer open files than shards, and most samples
     # would open one.
     def __init__(
-        self, paths: Sequence[str], *, max_open: int | None = None, first_delay_s: float = 0.2
+        self,
+        paths: Sequence[str],
+        *,
+        digests: Sequence[str],
+        max_open: int | None = None,
+        first_delay_s: float = 0.2,
     ) -> None:
         self.paths = list(paths)
+        self._digests = digests
         self._max_open = max_open or _half_of_the_file_limit()
         self._first_delay_s = first_delay_s
         self._files: OrderedDict[int, Any] = OrderedDict()
@@ -438,13 +458,12 @@ class _OpenFiles:
         if now == before:
             return
         path = self.paths[number]
-        try:
-            read_columns(path, without=COLUMNS.keys())  # a copy of the same contents is welcome
-        except (OSError, ValueError) as error:
+        if tar_digest(path) != self._digests[number]:  # a copy of the same contents is welcome
             raise DataError(
-                f"{path} was replaced during the run: {before} when it was opened first, {now} now, and "
-                f"{error}. Start the run again when the shards no longer change"
-            ) from error
+                f"{path} was replaced during the run: {before} when it was opened first, {now} now, with "
+                "other contents than its index describes. Start the run again when the shards no longer "
+                "change, with fresh indices (`cmae shards index`)"
+            )
         logger.warning(
             "%s was replaced by a file of the same contents: %s, now %s", path, before, now
         )
@@ -457,8 +476,11 @@ def _half_of_the_file_limit() -> int:
 
 
 _NUM_TRIES = 6
+_LOST_FOR_S = 60.0
 _PASSING_ERRORS = (errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.EAGAIN, errno.EREMOTEIO)
 """A server that restarts or fails over gives these for some seconds."""
+_LOST_ERRORS = (errno.ENOENT, errno.ENOTDIR, errno.ENXIO, errno.ENODEV, *_PASSING_ERRORS)
+"""The shard or its disk is gone; anything else is a fault of this machine or this program."""
 
 
 class _Identity(NamedTuple):
@@ -561,7 +583,7 @@ class StreamSource:
         self._is_closed = True
         self._remote.close()
         process: subprocess.Popen[bytes] | None = getattr(self._stream, "proc", None)
-        if process is not None:
+        if process is not None and process.poll() is None:  # its number may be another's by now
             _end_with_children(process.pid)
 
     def _epoch(self, epoch: int, done: int) -> Iterator[RawBatch]:

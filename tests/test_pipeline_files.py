@@ -14,6 +14,7 @@ from pipeline_data import write_photo_shards
 from cmae.pipeline import DataError, EpochPlan, LoaderState
 from cmae.pipeline import sources as sources_module
 from cmae.pipeline.dataset_index import DatasetIndex, build_indices
+from cmae.pipeline.index import tar_digest
 from cmae.pipeline.sources import IndexedSource, _OpenFiles
 
 
@@ -25,7 +26,10 @@ def shards(tmp_path: Path) -> list[Path]:
 
 
 def open_files(shards: list[Path], **options) -> _OpenFiles:
-    return _OpenFiles([str(path) for path in shards], first_delay_s=0.001, **options)
+    digests = [tar_digest(path) for path in shards]
+    return _OpenFiles(
+        [str(path) for path in shards], digests=digests, first_delay_s=0.001, **options
+    )
 
 
 def read(files: _OpenFiles, number: int, *, offset: int = 100, size: int = 5000) -> bytes:

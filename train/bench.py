@@ -256,9 +256,19 @@ def find_measured(
         device = result["machine"]["device"].lower()
         for row in result["rows"]:
             fits = row.get("batch_size") == batch_size and "images_per_s" in row
-            if fits and gpu in device and math.isclose(row.get("gmacs_per_image", 0), gmacs):
+            if (
+                fits
+                and is_named(gpu, device)
+                and math.isclose(row.get("gmacs_per_image", 0), gmacs)
+            ):
                 found.append({**row, "device": device, "file": path.name})
     return found
+
+
+def is_named(gpu: str, device: str) -> bool:
+    """Whether a device's name is that of this GPU; cards of another form have other rates."""
+    words = device.lower().replace("-", " ").split()
+    return gpu in words and not {"pcie", "nvl", "laptop", "d"} & set(words)
 
 
 def _print_tables(estimate: Estimate, measured: Sequence[dict[str, Any]], config: Config) -> None:

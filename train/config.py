@@ -158,6 +158,9 @@ class DataConfig:
         """Refuse what is out of range, and secrets that were replaced by stars."""
         value = self.max_bad_fraction
         _require(0 <= value <= 1, "data.max_bad_fraction", value, "between 0 and 1")
+        for name in ("shuffle_block", "shuffle_window"):
+            size = getattr(self, name)
+            _require(size >= 1, f"data.{name}", size, ">= 1")
         quota, deadline = self.cache_quota_gib, self.remote_deadline_s
         _require(quota is None or quota > 0, "data.cache_quota_gib", quota, "> 0, or null")
         allowed = f"> 0 and < {COLLECTIVE_TIMEOUT_S:g}, the timeout of collectives"

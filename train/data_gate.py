@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from cmae.pipeline import Batch, DataError, Loader, LoaderState
 from cmae.pipeline.health import BadLimit
 from cmae.train.distributed import Ranks, gather_numbers, gather_values
+
+logger = logging.getLogger(__name__)
 
 
 class DataGate:
@@ -84,6 +87,9 @@ class DataGate:
             return [next(self._loader) for _ in range(count)], ""
         except (DataError, OSError) as error:
             return [], str(error)
+        except Exception as error:  # unforeseen: the others must not wait for this rank in vain
+            logger.exception("the data path of rank %d failed", self._ranks.rank)
+            return [], f"{type(error).__name__}: {error}"
 
     def _explain(self, error: str) -> str:
         errors = gather_values(error, self._ranks)

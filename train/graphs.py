@@ -55,7 +55,8 @@ def capture(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
             function()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # The loader's thread allocates and copies meanwhile, which a capture of all threads would not bear.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         output = function()
 
     def replay() -> Tensor:

@@ -27,7 +27,7 @@ from cmae.train.checkpoint import (
 )
 from cmae.train.config import BatchSplit, Config
 from cmae.train.data_gate import DataGate
-from cmae.train.distributed import Ranks, from_first, join_ranks, largest
+from cmae.train.distributed import Ranks, from_first, gather_values, join_ranks, largest
 from cmae.train.metrics import ColdStart
 from cmae.train.optim import build_schedule
 from cmae.train.recorder import Recorder
@@ -89,6 +89,7 @@ def pretrain(config: Config) -> Outcome:
                 config, split, ranks, settings=settings, resumed=resumed, progress=cold_start
             )
         )
+        _check_same_data(loader, ranks)
         total_steps = _total_steps(config, loader)
         step = resumed["step"] if resumed else 0
         recorder = stack.enter_context(
@@ -290,7 +291,7 @@ def _open_gate(
         ledger=config.run.out / LEDGER_FILE,
         global_batch_size=config.optim.global_batch_size,
         stop_signal=lambda: stop.number,
-        counts=resumed["data_health"] if resumed else None,
+        counts=resumed.get("data_health") if resumed else None,
     )
 
 
@@ -304,6 +305,22 @@ def check_shards(config: Config) -> None:
         raise ValueError(
             "data.shards is empty; name WebDataset tars, for instance "
             "--data.shards '/data/imagenet/train-*.tar' (`cmae shards write` makes them)"
+        )
+
+
+def _check_same_data(loader: Loader, ranks: Ranks) -> None:
+    """Every rank must have opened the same samples in the same way, or some are lost and others repeated.
+
+    Raises:
+        ValueError: on every rank; names those that differ.
+    """
+    opened = gather_values((loader.state.digest, loader.steps_per_epoch), ranks)
+    others = [rank for rank, one in enumerate(opened) if one != opened[0]]
+    if others:
+        raise ValueError(
+            f"ranks {others} have opened other data than rank 0: {opened[others[0]]} instead of {opened[0]} "
+            "(digest, steps an epoch). Give every node the same shards with the same indices; an index that "
+            "`cmae shards index --cache_dir` made lies on one node only: run it on each, or upload the index"
         )
 
 

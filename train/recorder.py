@@ -15,6 +15,7 @@ from rich.markup import escape
 from torch import Tensor
 
 from cmae.model import CMAE
+from cmae.model.blocks import unpinned
 from cmae.pipeline import Batch, FillProgress, Loader
 from cmae.train.config import Config
 from cmae.train.distributed import Ranks
@@ -174,7 +175,8 @@ class Recorder:
             folder = self._config.run.out / "pictures"
             folder.mkdir(exist_ok=True)
             # A compiled block would be compiled again for the few images of a picture.
-            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            eagerly = torch.compiler.set_stance("force_eager")
+            with torch.no_grad(), eagerly, unpinned(model):
                 reconstruction_picture(model, batch, folder / f"step-{step:08d}.png")
 
     def closing(self, step: int, checkpoint: Path | None, *, stopped: bool) -> None:

@@ -214,6 +214,8 @@ def repair(
     reencode: bool = False,
     decode: Decode = "none",
     workers: int | None = None,
+    cache_dir: Path | None = None,
+    storage_options: dict[str, Any] | None = None,
 ) -> int:
     """Write clean copies of shards: good records keep their bytes, the others are left out and listed.
 
@@ -227,9 +229,11 @@ def repair(
         reencode: Make JPEGs of PNG, WebP and other images that Pillow reads, instead of dropping them.
         decode: Also decode every image, with Pillow (pil) or nvImageCodec (nvimgcodec), and drop what fails.
         workers: Threads; null means one for each CPU core, at most 16.
+        cache_dir: Folder for copies of remote shards, with room for all of them.
+        storage_options: Of fsspec's file system, such as {anon: true}, for URLs.
     """
     start = time.perf_counter()
-    paths = _local_copies(shards, None, None)
+    paths = _local_copies(shards, cache_dir, storage_options)
     policy = RepairPolicy(duplicates, unlabelled, reencode, decode)
     try:
         with _progress("repairing shards", 2 * len(paths)) as advance:
