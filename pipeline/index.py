@@ -8,7 +8,9 @@ Bad images (kind BAD, or a kind that the decoders refuse) have `valid` False; `D
 from __future__ import annotations
 
 import hashlib
+import io
 import os
+import threading
 import zipfile
 import zlib
 from collections import Counter
@@ -32,6 +34,10 @@ INDEX_SUFFIX = ".index.npz"
 
 DIGEST_BYTES = 64 * 1024
 """Length of each end of a tar that its digest covers."""
+
+_parsing = threading.Lock()
+"""numpy evaluates array headers with `ast`, whose state in CPython 3.11 is shared by threads: two at once can
+end in "SystemError: AST constructor recursion depth mismatch"."""
 
 Columns = dict[str, npt.NDArray[Any]]
 
@@ -358,7 +364,8 @@ def _read_archive(path: Path, without: Collection[str]) -> Columns:
         OSError: It is not there, not readable, or no index.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        content = io.BytesIO(Path(path).read_bytes())
+        with _parsing, np.load(content, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files if name not in without}
     except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError) as error:
         raise OSError(f"{path} is damaged or no index") from error

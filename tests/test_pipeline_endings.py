@@ -21,7 +21,8 @@ from cmae.pipeline.dataset_index import build_indices
 VIEWS = ViewConfig(img_size=16, master_size=16, target_shift=0)
 
 PROGRAM = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 sys.path.insert(0, {tests!r})
 from pipeline_data import toy_mask
 from cmae.pipeline import ViewConfig, build_loader
