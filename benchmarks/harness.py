@@ -12,12 +12,13 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+
+from cmae.train.profiling.machine import cpu_name, package_version
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -114,13 +115,13 @@ def describe_machine() -> dict[str, Any]:
     """Device, driver, versions and git revision."""
     return {
         "device": device_name(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "driver": _shell("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: package_version(name) for name in PACKAGES},
         "git": _shell("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD") or "unknown",
         "git_dirty": bool(_shell("git", "-C", str(ROOT), "status", "--porcelain", "-uno")),
     }
@@ -130,7 +131,7 @@ def device_name() -> str:
     """Name of the GPU, or of the CPU where there is none."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name(0)
-    return f"{_cpu_name()} ({len(os.sched_getaffinity(0))} cores)"
+    return f"{cpu_name()} ({len(os.sched_getaffinity(0))} cores)"
 
 
 def write_result(
@@ -162,20 +163,6 @@ def write_result(
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {path.relative_to(ROOT)}")
     return path
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _shell(*command: str) -> str | None:

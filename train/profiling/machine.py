@@ -24,25 +24,27 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     """Device, cores, memory and versions."""
     on_gpu = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
-        "cpu": _cpu_name(),
+        "device": torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
+        "cpu": cpu_name(),
         "cores": usable_cores(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "driver": driver_version() if on_gpu else None,
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("cmae", "torch", "timm", "numpy")},
+        "versions": {name: package_version(name) for name in ("cmae", "torch", "timm", "numpy")},
         "torch_threads": torch.get_num_threads(),
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Model of the processor."""
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """Installed version; None where there is none."""
     try:
         return version(package)
     except PackageNotFoundError:
