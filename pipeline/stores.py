@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import fsspec
@@ -117,9 +118,20 @@ def open_filesystem(url: str, storage_options: Mapping[str, Any] | None = None) 
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"shards={redact(url)!r} cannot be opened with data.storage_options of keys "
-            f"{sorted(storage_options or {})}: {redact(str(error))}"
+            f"{sorted(storage_options or {})}: {redact(str(error))}{_stale_package(scheme)}"
         ) from error
     return filesystem if filesystem.async_impl else AsyncFileSystemWrapper(filesystem)
+
+
+def _stale_package(scheme: str) -> str:
+    """What to do where the scheme's package is of another year than fsspec's; they are released together."""
+    package = {"s3": "s3fs", "gs": "gcsfs"}.get(_EXTRAS.get(scheme, ""))
+    if package is None:
+        return ""
+    found, ours = metadata.version(package), metadata.version("fsspec")
+    if found.split(".")[0] == ours.split(".")[0]:
+        return ""
+    return f" ({package} {found} beside fsspec {ours}: pip install --upgrade {package} fsspec)"
 
 
 def open_store(url: str, *, storage_options: Mapping[str, Any] | None, pace: Pace) -> Store:

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from remote_servers import FaultyServer, serve, serve_s3
 
+from cmae.pipeline import stores
 from cmae.pipeline.remote import Remote, RemoteConfig, RemoteError, Span, open_stream
-from cmae.pipeline.stores import Pace, redact, redact_options
+from cmae.pipeline.stores import Pace, open_filesystem, redact, redact_options
 
 # Else gcsfs first asks by gRPC, which the fake does not speak, what kind of bucket it is.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
@@ -313,3 +314,14 @@ def test_an_error_shows_no_secret(server: FaultyServer) -> None:
         _ = connect().file(f"{server.url}/a.tar?sig=verysecret").size
     assert "verysecret" not in str(caught.value)
     assert "sig=***" in str(caught.value)
+
+
+def test_a_file_system_of_another_year_is_named(monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise TypeError("unexpected keyword argument 'endpoint_url'")
+
+    monkeypatch.setattr(fsspec, "filesystem", refuse)
+    versions = {"s3fs": "0.4.2", "fsspec": "2026.9.0"}
+    monkeypatch.setattr(stores.metadata, "version", versions.__getitem__)
+    with pytest.raises(ValueError, match=r"s3fs 0\.4\.2 .*pip install --upgrade s3fs"):
+        open_filesystem("s3://bucket/a.tar", {"endpoint_url": "http://localhost"})
