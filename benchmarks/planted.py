@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -60,7 +61,7 @@ class SlowFiles:
         files: the source's files.
         latency_s: of every read; reads wait side by side.
         bytes_per_s: of all reads together, one after another.
-        open_s: when a file is opened.
+        open_s: when a file is opened that is not among the last 64.
         cold_only: leave reads alone that the page cache answers.
     """
 
@@ -77,18 +78,28 @@ class SlowFiles:
         self._latency_s, self._bytes_per_s, self._open_s = latency_s, bytes_per_s, open_s
         self._cold_only = cold_only
         self._lock = threading.Lock()
+        self._opened: OrderedDict[int, None] = OrderedDict()
 
     def read_into(self, data: np.ndarray, number: int, *, offset: int) -> int:
         """Read, late."""
         path = self._files.paths[number]
         if not (self._cold_only and _is_cached(path, offset + data.size // 2)):
             time.sleep(self._latency_s)
-            if self._open_s and number not in self._files._files:
+            if self._open_s and not self._is_open(number):
                 time.sleep(self._open_s)
             if self._bytes_per_s:
                 with self._lock:
                     time.sleep(data.size / self._bytes_per_s)
         return int(self._files.read_into(data, number, offset=offset))
+
+    def _is_open(self, number: int) -> bool:
+        with self._lock:
+            known = number in self._opened
+            self._opened[number] = None
+            self._opened.move_to_end(number)
+            while len(self._opened) > 64:
+                self._opened.popitem(last=False)
+        return known
 
 
 def _is_cached(path: str, offset: int) -> bool:
@@ -161,7 +172,7 @@ class Fault:
 
 FAULTS = (
     Fault("none", "a step of 60 ms for 8 images", ("model",)),
-    Fault("slow model", "a step of 400 ms", ("model",), step=sleeping_step(0.4)),
+    Fault("slow model", "a step of 250 ms", ("model",), step=sleeping_step(0.25)),
     Fault(
         "slow disk",
         "1 MB/s for all reads together",
@@ -188,10 +199,10 @@ FAULTS = (
     ),
     Fault(
         "few decode threads",
-        "1 thread, photographs of 1500 px",
+        "1 thread, photographs of 2400 px",
         ("decode",),
         threads=1,
-        photographs={"edge": 1500, "count": 64},
+        photographs={"edge": 2400, "count": 64},
     ),
     Fault(
         "oversized images",

@@ -26,7 +26,7 @@ from torch.utils.dlpack import from_dlpack
 from cmae.pipeline.color import apply_color
 from cmae.pipeline.counters import Stage, State
 from cmae.pipeline.host import Views, find_undecodable
-from cmae.pipeline.views import ViewConfig, ViewParams, draw_view_params
+from cmae.pipeline.views import ViewConfig, ViewParams, ViewStep, draw_view_params
 
 
 def build_view_graph(
@@ -37,10 +37,12 @@ def build_view_graph(
     num_threads: int,
     hw_decoder_load: float = 0.65,
     prefetch: int = 2,
+    last_step: ViewStep = "color",
 ) -> Pipeline:
     """The DALI pipeline with inputs 'encoded' (bytes) and 'params' (`ViewParams.matrix()` rows).
 
-    Outputs one or two uint8 HWC batches: online and, with two views, the target before its colours.
+    Outputs one or two uint8 HWC batches: online and, with two views, the target before its colours. With
+    `last_step` decode or resize, what the cuts would be made from.
     Only the default dynamic executor keeps outputs that are still referenced and survives a failed batch.
     """
     is_gpu = device.type == "cuda"
@@ -59,14 +61,16 @@ def build_view_graph(
         decode: dict[str, Any] = {"device": "mixed" if is_gpu else "cpu"}
         if is_gpu:
             decode |= {"hw_decoder_load": hw_decoder_load}
-        return _views(encoded, params, views, decode=decode)
+        return _views(encoded, params, views, decode=decode, last_step=last_step)
 
     pipeline = graph()
     pipeline.build()
     return pipeline
 
 
-def _views(encoded: Any, params: Any, views: ViewConfig, *, decode: dict[str, Any]) -> Any:
+def _views(
+    encoded: Any, params: Any, views: ViewConfig, *, decode: dict[str, Any], last_step: ViewStep
+) -> Any:
     def window(first: int, flip: int, size: int) -> Any:
         image: Any = fn.decoders.image_slice(
             encoded,
@@ -77,6 +81,8 @@ def _views(encoded: Any, params: Any, views: ViewConfig, *, decode: dict[str, An
             jpeg_fancy_upsampling=True,  # Pillow's and libjpeg's chroma upsampling
             **decode,
         )
+        if last_step == "decode":
+            return image
         image = fn.resize(
             image, size=[size, size], interp_type=types.DALIInterpType.INTERP_CUBIC, antialias=True
         )
@@ -88,12 +94,15 @@ def _views(encoded: Any, params: Any, views: ViewConfig, *, decode: dict[str, An
 
     columns = ViewParams.columns()
     master = window(columns["crop"], columns["flip"], views.master_size)
-    online = cut(master, columns["online_offset"])
-    if not views.has_target:
-        return online
+    own: tuple[Any, ...] = ()
     if views.has_own_target_crop:
-        return online, window(columns["target_crop"], columns["target_flip"], views.img_size)
-    return online, cut(master, columns["target_offset"])
+        own = (window(columns["target_crop"], columns["target_flip"], views.img_size),)
+    if last_step in ("decode", "resize"):
+        return (master, *own)
+    online = cut(master, columns["online_offset"])
+    if views.has_target and not own:
+        return online, cut(master, columns["target_offset"])
+    return (online, *own)
 
 
 def _integers(node: Any) -> Any:
@@ -110,7 +119,18 @@ class _Job:
 
 
 class GraphViews:
-    """Runs the graph a few batches ahead; batches come out in the order in which they went in."""
+    """Runs the graph a few batches ahead; batches come out in the order in which they went in.
+
+    Args:
+        views: what the views are.
+        device: of the views.
+        batch_size: largest batch.
+        num_threads: CPU threads of DALI.
+        hw_decoder_load: share of the JPEGs for the GPU's decoder unit.
+        depth: batches that DALI works on at the same time.
+        last_step: leave what comes after this operation out; without the cuts there are no views either. For
+            measurements.
+    """
 
     def __init__(
         self,
@@ -121,8 +141,10 @@ class GraphViews:
         num_threads: int,
         hw_decoder_load: float = 0.65,
         depth: int = 2,
+        last_step: ViewStep = "color",
     ) -> None:
         self._views = views
+        self._last_step = last_step
         self._is_gpu = device.type == "cuda"
         self._pipeline = build_view_graph(
             views,
@@ -131,6 +153,7 @@ class GraphViews:
             num_threads=num_threads,
             hw_decoder_load=hw_decoder_load,
             prefetch=depth,
+            last_step=last_step,
         )
         self._in_flight: deque[_Job] = deque()
         self._depth = depth
@@ -174,9 +197,11 @@ class GraphViews:
             if not bad:  # not one image's fault
                 raise job.error
             return Views(online=None, target=None, bad=bad)
+        if self._last_step in ("decode", "resize"):
+            return Views(online=None, target=None, bad={})
         online, *rest = [self._to_torch(output) for output in job.outputs]
         target = rest[0] if rest else None
-        if target is not None:
+        if target is not None and self._last_step == "color":
             target = apply_color(target, job.params, mode=self._views.color)
         num_bytes = online.nbytes + (0 if target is None else target.nbytes)
         latency_s = time.perf_counter() - job.submitted_s

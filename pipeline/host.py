@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from cmae.pipeline.buffers import BufferPool
 from cmae.pipeline.color_host import HostColor
 from cmae.pipeline.counters import KindTable, Stage, State
-from cmae.pipeline.views import ViewConfig, ViewParams
+from cmae.pipeline.views import ViewConfig, ViewParams, ViewStep
 
 UNDECODABLE = "the JPEG decoder gave up"
 
@@ -46,10 +46,19 @@ class _Job:
 
 
 class HostViews:
-    """Makes batches of views in a pool of threads."""
+    """Makes batches of views in a pool of threads.
 
-    def __init__(self, views: ViewConfig, *, num_threads: int) -> None:
+    Args:
+        views: what the views are.
+        num_threads: of the pool.
+        last_step: leave what comes after this operation out, and the pixels undefined. For measurements.
+    """
+
+    def __init__(
+        self, views: ViewConfig, *, num_threads: int, last_step: ViewStep = "color"
+    ) -> None:
         self._views = views
+        self._last_step = last_step
         self._num_threads = num_threads
         self._local = threading.local()
         self._pool = ThreadPoolExecutor(
@@ -121,7 +130,7 @@ class HostViews:
     def _start_worker(self) -> None:
         # One thread a sample: a parallel region inside would only fight the other samples for cores.
         torch.set_num_threads(1)
-        self._local.worker = _Worker(self._views)
+        self._local.worker = _Worker(self._views, last_step=self._last_step)
 
     def _run(
         self, samples: range, cells: Int64[np.ndarray, " B"] | None, *work: Any
@@ -189,10 +198,12 @@ class WindowDecoder:
 class _Worker:
     """What one thread needs to make views: a decoder must not be shared, nor working memory."""
 
-    def __init__(self, views: ViewConfig) -> None:
+    def __init__(self, views: ViewConfig, *, last_step: ViewStep) -> None:
         self._views = views
+        self._last_step = last_step
         self._decoder = WindowDecoder()
-        self._color = HostColor(views.img_size) if views.has_color else None
+        has_color = views.has_color and last_step == "color"
+        self._color = HostColor(views.img_size) if has_color else None
 
     def make(
         self,
@@ -206,18 +217,18 @@ class _Worker:
         """Write both views of one sample; False when it cannot be decoded."""
         views = self._views
         master = self._window(encoded, params.crop[row], views.master_size, params.flip[row])
-        if master is None:
+        own = master
+        if views.has_own_target_crop:
+            flip = params.target_flip[row]
+            own = self._window(encoded, params.target_crop[row], views.img_size, flip)
+        if master is None or own is None:
             return False
+        if self._last_step in ("decode", "resize"):
+            return True
         online[...] = _cut(master, params.online_offset[row], views.img_size)
         if target is None:
             return True
-        if views.has_own_target_crop:
-            flip = params.target_flip[row]
-            cut = self._window(encoded, params.target_crop[row], views.img_size, flip)
-            if cut is None:
-                return False
-        else:
-            cut = _cut(master, params.target_offset[row], views.img_size)
+        cut = _cut(own, params.target_offset[row], views.img_size)
         if self._color is None:
             target[...] = cut
         else:
@@ -230,6 +241,8 @@ class _Worker:
         window = self._decoder.decode(encoded, crop)
         if window is None:
             return None
+        if self._last_step == "decode":
+            return window.numpy()
         channels_last = window[None].permute(0, 3, 1, 2)
         resized = F.interpolate(channels_last, size=(size, size), mode="bicubic", antialias=True)
         square = resized[0].permute(1, 2, 0)

@@ -13,6 +13,9 @@ from cmae.pipeline.randomness import uniforms
 JITTER_ORDERS = np.array(list(permutations(range(4))), dtype=np.uint8)
 """The 24 orders of (0 brightness, 1 contrast, 2 saturation, 3 hue), lexicographic."""
 
+ViewStep = Literal["decode", "resize", "cut", "color"]
+"""Operations on an image in their order; a flip belongs to the resize."""
+
 CROP_TRIES = 10
 """Attempts at a window that fits before the centre is taken; torchvision's number."""
 

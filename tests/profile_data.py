@@ -11,6 +11,7 @@ from cmae.train.profiling.records import (
     Action,
     Curve,
     Estimate,
+    Operation,
     Part,
     Phase,
     Profile,
@@ -158,6 +159,12 @@ def decode_bound() -> Profile:
             {"kind": "BASELINE", "megapixels": "0.1 to 0.25", "items": 24100, "ms": 6.9},
             {"kind": "BASELINE", "megapixels": "over 4", "items": 210, "ms": 61.0},
             {"kind": "PROGRESSIVE", "megapixels": "0.1 to 0.25", "items": 812, "ms": 13.2},
+        ),
+        operations=(
+            Operation("decode", estimate(5.1, 0.2), estimate(0.64, 0.03), 1560.0),
+            Operation("resize, flip", estimate(1.2, 0.1), estimate(0.15, 0.02), 1265.0),
+            Operation("cut", estimate(0.08, 0.05), estimate(0.01, 0.01), 1250.0),
+            Operation("colour jitter", estimate(0.9, 0.1), estimate(0.12, 0.02), 1087.0),
         ),
         gpu={
             "mean": {

@@ -80,6 +80,16 @@ def test_interference_is_at_most_what_the_connected_run_lost() -> None:
     assert (parts["interference"], parts["decode"]) == (pytest.approx(10), 0)
 
 
+def test_waiting_parts_are_at_most_what_was_waited_where_that_shows() -> None:
+    phases = {"replay": 50, "interference": 50, "feed": 50, "memory": 60, "full": 90}
+    readings = {name: [reading(name, ms)] * 3 for name, ms in phases.items()}
+    readings["full"] = [replace(one, next_s=4 * 0.020) for one in readings["full"]]
+    parts = account(readings, python_ms=[0.0] * 3, cold_share=0.0, waits_show=True)
+    found = {part.name: part.ms.value for part in parts}
+    assert (found["decode"], found["fetch_cold"]) == (pytest.approx(5), pytest.approx(15))
+    assert found["residual"] == pytest.approx(20)
+
+
 def test_ranks_split_the_replay_into_model_straggler_and_collective() -> None:
     phases = {"replay": 60, "interference": 60, "feed": 60, "memory": 60, "full": 60}
     readings = {name: [reading(name, ms)] * 3 for name, ms in phases.items()}

@@ -10,6 +10,7 @@ from cmae.train.profiling.records import (
     Action,
     Curve,
     Estimate,
+    Operation,
     Part,
     Phase,
     Profile,
@@ -37,6 +38,7 @@ def profile() -> Profile:
         ),
         curves=(Curve("threads", "threads", (1.0, 2.0), (5.0, 10.0), now=1.0),),
         tails=({"kind": "baseline", "megapixels": 0.2, "items": 4, "ms": 2.0},),
+        operations=(Operation("decode", TEN, TEN, 100.0),),
         notes=("no GPU",),
     )
 

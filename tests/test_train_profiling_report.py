@@ -45,6 +45,7 @@ def bare() -> Profile:
         phases=(replace(full.phases[0], step_times_ms=()),),
         actions=(),
         curves=(),
+        operations=(),
         tails=(),
         gpu={},
         notes=(),
@@ -52,6 +53,16 @@ def bare() -> Profile:
 
 
 class TestTerminal:
+    def test_operations_show_cost_and_share(self) -> None:
+        row = next(line for line in printed(decode_bound()).splitlines() if "colour jitter" in line)
+        assert [cell.strip() for cell in row.split("│")[2:7]] == [
+            "0.900",
+            "0.800 to 1.00",
+            "12%",
+            "0.120",
+            "1,087",
+        ]
+
     def test_the_verdict_comes_first(self) -> None:
         first = printed(decode_bound()).splitlines()[1]
         assert first.startswith("│ Bound by JPEG decode on 8 cores")

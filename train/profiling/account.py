@@ -25,6 +25,8 @@ NOTES = {
     "residual": "what the differences do not explain",
 }
 
+_WAITING = ("feed", "decode", "fetch_warm", "fetch_cold")
+
 Readings = Mapping[str, Sequence[Reading]]
 """By phase, one for each round."""
 
@@ -35,6 +37,7 @@ def account(
     python_ms: Sequence[float],
     cold_share: float,
     local_ms: Sequence[Sequence[float]] = (),
+    waits_show: bool = False,
 ) -> tuple[Part, ...]:
     """Split the step of the full run; the parts sum to it, the residual included.
 
@@ -44,12 +47,17 @@ def account(
         python_ms: Python of the training thread in a step, in each round.
         cold_share: share of the files that the full run did not find in the page cache.
         local_ms: for each round, every rank's step without collectives; empty with one rank.
+        waits_show: whether all waiting for data happens in `next`, as it does without a GPU, whose queue
+            hides some of it. Waiting parts are then at least 0 and at most what the full run waited; what
+            differs beyond that is noise of the step, and goes to the residual.
     """
     rounds = {name: [one.step_ms for one in values] for name, values in readings.items()}
     rounds["python"] = list(python_ms)
     rounds["next_cpu"] = [
         1000 * one.next_cpu_s / len(one.step_times_ms) for one in readings["feed"]
     ]
+    if waits_show:
+        rounds["waited"] = [1000 * one.next_s / len(one.step_times_ms) for one in readings["full"]]
     if local_ms:
         rounds["slowest"] = [max(each) for each in local_ms]
         rounds["typical"] = [_low_median(each) for each in local_ms]
@@ -81,8 +89,17 @@ def _differences(step: dict[str, float], cold_share: float) -> dict[str, float]:
         parts["fetch_cold"] = cold_share * (step.get("cold", step["warm"]) - step["warm"])
     else:
         parts["fetch_cold"] = step["full"] - step["memory"]
+    if "waited" in step:
+        _limit(parts, step["waited"])
     parts["residual"] = step["full"] - sum(parts.values())
     return parts
+
+
+def _limit(parts: dict[str, float], waited_ms: float) -> None:
+    """Bring the waiting parts to 0 and more, and in proportion to no more than was waited."""
+    waiting = {name: max(0.0, parts[name]) for name in _WAITING if name in parts}
+    scale = min(1.0, waited_ms / max(sum(waiting.values()), 1e-9))
+    parts |= {name: value * scale for name, value in waiting.items()}
 
 
 def _low_median(values: Sequence[float]) -> float:

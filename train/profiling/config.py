@@ -15,13 +15,14 @@ class ProfileConfig:
     budget_s: float = 240.0
     """Seconds to measure, after set-up; rounds and steps are fitted to it."""
     rounds: int | None = None
-    """How often every phase is repeated. null: 3 to 12, as the budget allows."""
+    """How often every phase is repeated. null: up to 12, as the budget allows."""
     steps: int | None = None
     """Timed steps of a phase in a round. null: about a second of them, at least 3."""
     verify: int = 0
     """Apply this many of the best actions that are settings, one by one, and measure them."""
     trials: bool = True
-    """Measure what other settings of the views would cost; off saves about a minute on slow machines."""
+    """Measure what each operation on an image costs, and what other settings of the views would; off saves
+    about a minute on slow machines."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that measure nothing."""

@@ -25,6 +25,7 @@ from cmae.train.profiling.report import (
     format_value,
     images_per_s,
     machine_line,
+    operation_rows,
     part_label,
     prediction_error,
     speedup,
@@ -53,6 +54,7 @@ def write_html(profile: Profile, path: Path) -> None:
         stages=stages,
         histograms=_histograms(profile, stages),
         curves=[line_chart(curve) for curve in profile.curves],
+        operations=operation_rows(profile),
         rate=images_per_s(profile),
         gains=[(action, speedup(action, profile)) for action in profile.actions],
     )

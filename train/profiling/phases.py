@@ -87,6 +87,8 @@ class Bench:
     def __init__(self, subject: Subject, *, steps: int) -> None:
         self._subject = subject
         self.steps = steps
+        self.warm_up = True
+        """Take a step that is not timed in front of each stretch."""
         # Batches that may be read before they are asked for.
         self._fill = max(_FILL, subject.settings.num_readers)
         self._ahead = self._fill + subject.settings.num_readers + subject.settings.prefetch + 4
@@ -118,7 +120,13 @@ class Bench:
         return [*names, "loader_full"]
 
     def run(self, phase: str) -> Reading:
-        """One stretch of a phase, on every rank at the same time."""
+        """One stretch of a phase, on every rank at the same time; a range of its name for NVTX tools."""
+        if self._subject.ranks.device.type != "cuda":
+            return self._run(phase)
+        with torch.cuda.nvtx.range(f"cmae {phase}"):
+            return self._run(phase)
+
+    def _run(self, phase: str) -> Reading:
         if self._subject.ranks.world_size > 1:
             dist.barrier()
         runs: dict[str, Callable[[], Reading]] = {
@@ -241,7 +249,8 @@ class Bench:
 
     def _warm_up(self, draw: Callable[[], Sequence[Batch]]) -> Sequence[Batch]:
         batches = draw()
-        self._subject.step(batches)
+        if self.warm_up:
+            self._subject.step(batches)
         return batches
 
     def _timed(

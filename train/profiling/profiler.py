@@ -31,8 +31,9 @@ from cmae.train.profiling.estimates import estimate
 from cmae.train.profiling.experiments import override, run_trials
 from cmae.train.profiling.machine import describe_machine, usable_cores
 from cmae.train.profiling.nvml import GpuSampler
+from cmae.train.profiling.operations import measure_operations
 from cmae.train.profiling.phases import WHAT, Bench, Step, Subject, without_collectives
-from cmae.train.profiling.records import Action, Curve, Part, Phase, Profile
+from cmae.train.profiling.records import Action, Curve, Operation, Part, Phase, Profile, Verdict
 from cmae.train.profiling.resources import Costs, loader_rate
 from cmae.train.profiling.storage import StorageCurve, probe_storage
 from cmae.train.profiling.stretch import Reading, merge_snapshots
@@ -43,7 +44,16 @@ from cmae.train.tuned import loader_settings
 
 Say = Callable[[str], None]
 
-_TINY_SHARD = 100
+_TRIALS_S = 30.0
+"""Of the budget, for trials and operations after the rounds."""
+
+_MOST_ROUNDS = 12
+"""More tell little that is new."""
+
+_SLOW_STEP_S = 1.0
+"""A step that takes longer is worth no second one to warm up."""
+
+_TINY_SHARD = 20
 """Files in a shard below which opening shards is worth a word."""
 
 
@@ -166,12 +176,22 @@ def measure(
         python_ms=rounds.python_ms,
         cold_share=cold_share,
         local_ms=rounds.local_ms,
+        waits_show=ranks.device.type == "cpu" and ranks.world_size == 1,
     )
     probes = _probe(subject, rounds.end, say) if subject.source.can_return else {}
     facts = _facts(subject, rounds, parts, cold_share)
     facts = replace(facts, costs=_with_bandwidth(facts.costs, probes))
+    operations: tuple[Operation, ...] = ()
     if options.trials:
         recorded = subject.source.recorded
+        say("operations on an image")
+        operations = measure_operations(
+            config.loader_views,
+            recorded,
+            device=ranks.device,
+            backend=config.speed.view_backend,
+            settings=subject.settings,
+        )
         trials = run_trials(config, ranks, recorded, costs=facts.costs, say=say)
         facts = replace(facts, trials=trials)
     # Every rank has measured for itself; what is tried now, all have to try together.
@@ -179,6 +199,7 @@ def measure(
     if options.verify:
         unread = replace(subject, start=rounds.end)
         actions = verify(unread, config, actions, options=options, steps=rounds.steps, say=say)
+    verdict = judge(facts)
     return Profile(
         created=created,
         machine=describe_machine(ranks.device),
@@ -191,31 +212,39 @@ def measure(
         ),
         step_ms=estimate([one.step_ms for one in rounds.readings["full"]]),
         parts=parts,
-        verdict=judge(facts),
+        verdict=verdict,
         actions=actions,
         curves=(*draw_curves(facts), *_storage_curves(probes, facts)),
         gpu=rounds.gpu,
         tails=_tails(rounds.readings["loader_memory"]),
+        operations=operations,
         ranks=_ranks(rounds),
-        notes=(*rounds.notes, *_notes(parts, rounds, facts)),
+        notes=(*rounds.notes, *_notes(rounds, facts, verdict, config)),
     )
 
 
 def run_rounds(subject: Subject, options: ProfileConfig, *, say: Say) -> Rounds:
-    """Calibrate, then run every phase once a round until the rounds or the time are used up."""
-    deadline = time.monotonic() + options.budget_s
+    """Calibrate, then run every phase once a round until the rounds or the time are used up; at least two."""
+    deadline = time.monotonic() + options.budget_s - _TRIALS_S * options.trials
     bench = Bench(subject, steps=1)
-    bench.steps, count = _plan(bench, subject, options, deadline=deadline, say=say)
+    bench.steps = _plan(bench, subject, options, deadline=deadline, say=say)
     bench.resident.clear()
     anatomy = dissect(lambda: subject.step(subject.synthetic), subject.ranks.device)
     readings: dict[str, list[Reading]] = {name: [] for name in bench.phases()}
     python, local_ms, waits = [], [], [0.0] * subject.ranks.world_size
+    begun = time.monotonic()
+    count = options.rounds or _MOST_ROUNDS
     for number in range(count):
-        if number >= 2 and from_first(time.monotonic() > deadline, subject.ranks):
-            bench.notes.append(f"the budget of {options.budget_s:g} s ended after {number} rounds")
+        now = time.monotonic()
+        is_over = number >= 2 and now + (now - begun) / number > deadline
+        if from_first(is_over, subject.ranks):
+            if options.rounds or number < 3:
+                bench.notes.append(
+                    f"the budget of {options.budget_s:g} s ended after {number} rounds"
+                )
             break
         for name in _order(bench.phases(), number):
-            say(f"round {number + 1} of {count}: {name}")
+            say(f"round {number + 1} of {'' if options.rounds else 'at most '}{count}: {name}")
             readings[name].append(bench.run(name))
         cpu_ms = 1000 * readings["replay"][-1].step_cpu_s / bench.steps
         python.append(python_ms(cpu_ms, readings["replay"][-1].step_ms, anatomy))
@@ -276,7 +305,8 @@ def verify(
         say(f"verify: {action.what}")
         changed = override(config, action.overrides)
         with open_subject(changed, subject.ranks, subject.step, wrap=subject.wrap) as other:
-            bench = Bench(replace(other, start=start), steps=steps)
+            whole = _whole_bursts(steps, other.settings.num_readers)
+            bench = Bench(replace(other, start=start), steps=whole)
             bench.run("full")
             readings = [bench.run("full") for _ in range(options.rounds or 3)]
             start = bench.place
@@ -295,25 +325,30 @@ def _order(phases: Sequence[str], number: int) -> list[str]:
 
 def _plan(
     bench: Bench, subject: Subject, options: ProfileConfig, *, deadline: float, say: Say
-) -> tuple[int, int]:
-    """Timed steps of a stretch and number of rounds, the same on every rank."""
+) -> int:
+    """Timed steps of a stretch, the same on every rank; at least three rounds of them should fit."""
     say("warming up")
     begun = time.monotonic()
     bench.run("full")
     slow_s = time.monotonic() - begun  # with compilation, allocations and empty caches
     begun = time.monotonic()
     step_s = bench.run("full").wall_s
-    stretch_s = time.monotonic() - begun - step_s
-    # Readers that begin together bring batches in bursts of 4: whole bursts are timed.
-    steps = options.steps or 4 * min(50, math.ceil(0.25 / step_s))
+    stretch_s = time.monotonic() - begun - step_s  # what a stretch takes beside its timed steps
+    if from_first(step_s > _SLOW_STEP_S, subject.ranks):
+        bench.warm_up = False
+        stretch_s -= step_s
+    readers = subject.settings.num_readers
+    steps = options.steps or _whole_bursts(min(200, math.ceil(1 / step_s)), readers)
     left = max(0.0, deadline - time.monotonic() - min(slow_s, 30.0))
     num_phases = len(bench.phases())
     if not options.steps and num_phases * (stretch_s + steps * step_s) * 3 > left:
         steps = max(1, math.floor((left / 3 / num_phases - stretch_s) / step_s))
-    round_s = num_phases * (stretch_s + steps * step_s)
-    rounds = options.rounds or max(3, min(12, int(left / round_s)))
-    agreed: tuple[int, int] = from_first((steps, rounds), subject.ranks)
-    return agreed
+    return int(from_first(steps, subject.ranks))
+
+
+def _whole_bursts(steps: int, readers: int) -> int:
+    """At least so many: readers that begin together bring batches in bursts, and only whole ones count."""
+    return readers * math.ceil(steps / readers)
 
 
 def _gather(value: float, ranks: Ranks) -> list[float]:
@@ -367,10 +402,13 @@ def _details(subject: Subject, costs: Costs) -> dict[str, str]:
     per_shard = subject.source.samples_per_shard
     if per_shard is not None and per_shard < _TINY_SHARD:
         storage += f", tiny shards of {per_shard:.0f} files"
-    return {
+    details = {
         "decode": f"{threads}, {costs.cores:.1f} cores, images of {megapixels:.2f} megapixels",
         "storage": storage,
     }
+    if latency_s == 0:  # a stream's reads are not counted one by one
+        del details["storage"]
+    return details
 
 
 def _probe(subject: Subject, start: LoaderState, say: Say) -> dict[str, StorageCurve]:
@@ -491,8 +529,26 @@ def _tails(readings: Sequence[Reading]) -> tuple[dict[str, Any], ...]:
     return tuple(rows)
 
 
-def _notes(parts: Sequence[Part], rounds: Rounds, facts: Facts) -> list[str]:
-    notes = []
+def _unused_levers(config: Config, *, is_gpu: bool) -> list[str]:
+    """Switches of the step that are off and can be turned on, as they are typed."""
+    speed = config.speed
+    levers = {
+        "speed.compile blocks": speed.compile == "none",
+        "optim.precision fp16": config.optim.precision == "fp32" and is_gpu,
+        "speed.sdpa auto": speed.sdpa == "torch" and is_gpu,
+        "speed.target_shadow true": not speed.target_shadow and config.optim.precision != "fp32",
+    }
+    return [lever for lever, is_unused in levers.items() if is_unused]
+
+
+def _notes(rounds: Rounds, facts: Facts, verdict: Verdict, config: Config) -> list[str]:
+    notes, parts = [], facts.parts
+    levers = _unused_levers(config, is_gpu=facts.device == "cuda")
+    if verdict.binds == "model" and levers:
+        notes.append(
+            f"the model binds; switches of the step that are off: {', '.join(levers)}. "
+            "benchmarks/bench_step.py measures what each brings"
+        )
     total = sum(part.ms.value for part in parts)
     residual = next(part.ms.value for part in parts if part.name == "residual")
     if abs(residual) > UNEXPLAINED * total:

@@ -90,6 +90,20 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Operation:
+    """What one operation of the views costs an image: with it, less without it and all that follows."""
+
+    name: str
+    """decode; resize, flip; cut; colour jitter; grayscale; blur."""
+    cpu_ms: Estimate
+    """CPU time of all threads."""
+    wall_ms: Estimate
+    """Time of the whole view maker; on a GPU that of the device counts too."""
+    images_per_s: float
+    """Rate with all operations up to this one, nothing else running."""
+
+
+@dataclass(frozen=True)
 class Profile:
     """Everything that one `cmae profile` found."""
 
@@ -108,6 +122,8 @@ class Profile:
     curves: tuple[Curve, ...] = ()
     tails: tuple[dict[str, Any], ...] = ()
     """Decode time by JPEG kind and size: kind, megapixels, items, ms."""
+    operations: tuple[Operation, ...] = ()
+    """What each operation on an image costs, in their order; empty where it was not measured."""
     gpu: dict[str, Any] = field(default_factory=dict)
     """Mean load of decoder, SM, memory and PCIe while the full run went; empty without a GPU."""
     ranks: tuple[dict[str, Any], ...] = ()
@@ -146,6 +162,7 @@ def load_profile(path: Path) -> Profile:
         Curve(**curve | {name: tuple(curve[name]) for name in ("x", "images_per_s")})
         for curve in values["curves"]
     )
+    values["operations"] = tuple(_operation(one) for one in values.get("operations", ()))
     for name in ("tails", "notes", "ranks"):
         values[name] = tuple(values.get(name, ()))
     return Profile(**values)
@@ -159,3 +176,8 @@ def _phase(values: dict[str, Any]) -> Phase:
 def _action(values: dict[str, Any]) -> Action:
     measured = values["measured_images_per_s"]
     return Action(**values | {"measured_images_per_s": measured and Estimate(**measured)})
+
+
+def _operation(values: dict[str, Any]) -> Operation:
+    costs = {name: Estimate(**values[name]) for name in ("cpu_ms", "wall_ms")}
+    return Operation(**values | costs)

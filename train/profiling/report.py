@@ -225,6 +225,8 @@ def stage_bar(stage: StageShares, width: int) -> Text:
 def _optional_tables(profile: Profile) -> Iterator[Table]:
     if profile.actions:
         yield _actions(profile)
+    if profile.operations:
+        yield _plain_table("What each operation on an image costs", operation_rows(profile))
     if profile.tails:
         yield _plain_table("Decode time by kind and size of JPEG", profile.tails)
     if profile.gpu:
@@ -273,6 +275,22 @@ def _phases(profile: Profile) -> Table:
             str(phase.step_ms.n),
         )
     return table
+
+
+def operation_rows(profile: Profile) -> tuple[dict[str, Any], ...]:
+    """Operations on an image with their costs, in the order in which they are done."""
+    total = sum(one.cpu_ms.value for one in profile.operations)
+    return tuple(
+        {
+            "operation": one.name,
+            "CPU ms": one.cpu_ms.value,
+            "95 % interval": format_interval(one.cpu_ms),
+            "share": f"{100 * one.cpu_ms.value / total:.0f}%",
+            "wall ms": one.wall_ms.value,
+            "images/s up to here": one.images_per_s,
+        }
+        for one in profile.operations
+    )
 
 
 def _plain_table(title: str, rows: tuple[Mapping[str, Any], ...]) -> Table:

@@ -15,6 +15,10 @@ from cmae.train.profiling.resources import Costs, Rate, loader_rate, solve
 SMALL = 0.1
 """A part below this share of the step is not what one should work on."""
 
+_AGREED = 0.02
+"""Share of the step that the lower end of a part's interval must exceed, else the rounds do not agree that it
+is there. Three rounds that all lie above zero are no rarity."""
+
 BINDS = {
     "python": "python",
     "straggler": "straggler",
@@ -117,7 +121,7 @@ def _largest(facts: Facts) -> tuple[str, float]:
     total = sum(part.ms.value for part in facts.parts)
     shares: dict[str, float] = {}
     for part in facts.parts:
-        if part.name in BINDS and part.ms.low > 0:  # else the rounds do not agree that it is there
+        if part.name in BINDS and part.ms.low > _AGREED * total:
             name = BINDS[part.name]
             shares[name] = shares.get(name, 0.0) + part.ms.value / total
     name = max(shares, key=lambda one: shares[one], default="model")

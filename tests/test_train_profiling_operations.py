@@ -1,0 +1,80 @@
+"""Costs of single operations: a cost that is put into one operation is found in that one."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from cmae.pipeline import LoaderState, ViewConfig
+from cmae.pipeline.color_host import HostColor
+from cmae.pipeline.dataset_index import DatasetIndex
+from cmae.pipeline.plan import EpochPlan
+from cmae.pipeline.sources import IndexedSource, RawBatch
+from cmae.pipeline.urls import expand_shards
+from cmae.train.profiling.operations import measure_operations
+from cmae.train.profiling.records import Operation
+from cmae.train.tuned import LoaderSettings
+
+VIEWS = ViewConfig(img_size=32, master_size=40, target_shift=8, jitter_prob=1.0)
+SETTINGS = LoaderSettings(num_threads=1, prefetch=2, num_readers=1, hw_decoder_load=0.0)
+COLORS = ["colour jitter", "grayscale", "blur"]
+
+
+@pytest.fixture
+def recorded(small_shards: str) -> list[RawBatch]:
+    index = DatasetIndex.load(expand_shards(small_shards))
+    plan = EpochPlan(len(index), 8, seed=0)
+    source = IndexedSource(index, plan=plan, rank=0, world_size=1, batch_size=8, num_readers=1)
+    batches = source.batches(LoaderState(0, epoch=0, next_sample=0, digest=source.digest))
+    kept = [next(batches) for _ in range(3)]
+    source.close()
+    return kept
+
+
+def measure(
+    recorded: list[RawBatch], views: ViewConfig = VIEWS, backend: str = "host"
+) -> dict[str, Operation]:
+    found = measure_operations(
+        views, recorded, device=torch.device("cpu"), backend=backend, settings=SETTINGS, rounds=2
+    )
+    return {one.name: one for one in found}
+
+
+@pytest.mark.parametrize("backend", ["host", "dali"])
+def test_operations_come_in_order_and_decoding_costs_something(
+    recorded: list[RawBatch], backend: str
+) -> None:
+    found = measure(recorded, backend=backend)
+    assert list(found) == ["decode", "resize, flip", "cut", *COLORS]
+    assert found["decode"].cpu_ms.value > 0
+    assert found["decode"].cpu_ms.n == 2
+
+
+def test_a_cost_is_found_in_its_operation(
+    recorded: list[RawBatch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jitter = HostColor._jitter
+
+    def slow(*arguments: object) -> None:
+        end = time.thread_time() + 0.005
+        while time.thread_time() < end:
+            pass
+        jitter(*arguments)
+
+    monkeypatch.setattr(HostColor, "_jitter", slow)
+    costs = {name: one.cpu_ms.value for name, one in measure(recorded).items()}
+    assert costs.pop("colour jitter") == pytest.approx(5, rel=0.4)
+    assert max(costs.values()) < 3
+
+
+def test_colours_that_are_off_are_no_operation(recorded: list[RawBatch]) -> None:
+    views = ViewConfig(img_size=32, master_size=40, target_shift=8, color="none")
+    assert not set(measure(recorded, views)) & set(COLORS)
+
+
+def test_files_that_cannot_be_decoded_are_left_out(recorded: list[RawBatch]) -> None:
+    for raw in recorded:
+        raw.records[0].data[:] = 0
+    assert measure(recorded) == {}

@@ -1,0 +1,189 @@
+"""What each operation on an image costs: views up to one operation, views up to the next, and the difference.
+
+Counters inside the decoder cannot tell operations apart, and DALI's run on threads that nobody can watch. The
+difference between two graphs, of which one has an operation more, needs neither.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from itertools import cycle, islice
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from cmae.pipeline import ViewConfig, ViewParams, draw_view_params
+from cmae.pipeline.feed import ViewMaker
+from cmae.pipeline.graph import GraphViews
+from cmae.pipeline.host import HostViews
+from cmae.pipeline.sources import RawBatch
+from cmae.pipeline.views import ViewStep
+from cmae.train.profiling.estimates import estimates
+from cmae.train.profiling.records import Operation
+from cmae.train.profiling.stretch import process_cpu_s
+from cmae.train.tuned import LoaderSettings
+
+_STRETCH_S = 0.5
+"""What a stretch with all operations should take."""
+
+_Job = tuple[RawBatch, ViewParams]
+
+
+@dataclass(frozen=True)
+class _Prefix:
+    """All operations up to one, `name`."""
+
+    name: str
+    last_step: ViewStep
+    left_out: tuple[Literal["grayscale", "blur_sigma"], ...] = ()
+    """Colour operations that come after it."""
+
+    def jobs(self, jobs: Sequence[_Job]) -> list[_Job]:
+        """The same batches, without the parameters of what is left out."""
+        return [
+            (raw, replace(params, **{name: 0 * getattr(params, name) for name in self.left_out}))
+            for raw, params in jobs
+        ]
+
+
+_GEOMETRY = (
+    _Prefix("decode", "decode"),
+    _Prefix("resize, flip", "resize"),
+    _Prefix("cut", "cut"),
+)
+_COLOR = (
+    _Prefix("colour jitter", "color", ("grayscale", "blur_sigma")),
+    _Prefix("grayscale", "color", ("blur_sigma",)),
+    _Prefix("blur", "color"),
+)
+
+
+def measure_operations(
+    views: ViewConfig,
+    recorded: Sequence[RawBatch],
+    *,
+    device: torch.device,
+    backend: Literal["auto", "host", "dali"],
+    settings: LoaderSettings,
+    rounds: int = 3,
+) -> tuple[Operation, ...]:
+    """Time the views of encoded files in memory, made up to each operation, in turn.
+
+    Args:
+        views: what the views are.
+        recorded: encoded files; batches with one that cannot be decoded are left out.
+        device: of the views.
+        backend: what makes them.
+        settings: of the loader.
+        rounds: how often each is measured.
+
+    Returns:
+        One for each operation, in their order; empty where no batch can be decoded.
+    """
+    prefixes = (*_GEOMETRY, *(_COLOR if views.has_color else ()))
+    with ExitStack() as stack:
+        makers = {
+            one.name: stack.enter_context(
+                closing(_maker(views, one, recorded, device, backend, settings))
+            )
+            for one in prefixes
+        }
+        jobs = _choose(makers[prefixes[-1].name], [(raw, _params(views, raw)) for raw in recorded])
+        if not jobs:
+            return ()
+        readings: dict[str, list[_Reading]] = {one.name: [] for one in prefixes}
+        for number in range(rounds + 1):  # the first is not counted: allocations, caches
+            for one in prefixes:
+                reading = _time(makers[one.name], one.jobs(jobs), device)
+                readings[one.name] += [reading] * bool(number)
+    return _differences([one.name for one in prefixes], readings)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    cpu_ms: float
+    """Of the process, for an image."""
+    wall_ms: float
+
+
+def _maker(
+    views: ViewConfig,
+    prefix: _Prefix,
+    recorded: Sequence[RawBatch],
+    device: torch.device,
+    backend: str,
+    settings: LoaderSettings,
+) -> ViewMaker:
+    threads = settings.num_threads
+    if backend == "host" or (backend == "auto" and device.type == "cpu"):
+        return HostViews(views, num_threads=threads, last_step=prefix.last_step)
+    return GraphViews(
+        views,
+        device,
+        batch_size=max(len(raw.records) for raw in recorded),
+        num_threads=threads,
+        hw_decoder_load=settings.hw_decoder_load,
+        last_step=prefix.last_step,
+    )
+
+
+def _params(views: ViewConfig, raw: RawBatch) -> ViewParams:
+    return draw_view_params(
+        views,
+        seed=0,
+        epoch=raw.epoch,
+        sample_index=raw.sample_index,
+        height=raw.height,
+        width=raw.width,
+    )
+
+
+def _choose(maker: ViewMaker, jobs: Sequence[_Job]) -> list[_Job]:
+    """As many batches as take about `_STRETCH_S`, at least two; again and again where there are too few."""
+    good = [job for job in jobs[:16] if not _run(maker, [job])]
+    if not good:
+        return []
+    begun = time.perf_counter()
+    _run(maker, good)
+    seconds = (time.perf_counter() - begun) / len(good)
+    count = max(2, min(200, round(_STRETCH_S / seconds)))
+    return list(islice(cycle(good), count))
+
+
+def _run(maker: ViewMaker, jobs: Sequence[_Job]) -> int:
+    """Make the views of all batches as the loader does; the number of files that could not be decoded."""
+    in_flight: deque[Any] = deque()
+    bad = 0
+    for raw, params in jobs:
+        in_flight.append(maker.submit(raw.encoded, params))
+        if len(in_flight) >= maker.depth(len(raw.records)):
+            bad += len(maker.collect(in_flight.popleft()).bad)
+    return bad + sum(len(maker.collect(job).bad) for job in in_flight)
+
+
+def _time(maker: ViewMaker, jobs: Sequence[_Job], device: torch.device) -> _Reading:
+    images = sum(len(raw.records) for raw, _ in jobs)
+    begun, cpu_s = time.perf_counter(), process_cpu_s()
+    _run(maker, jobs)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    wall_ms = 1000 * (time.perf_counter() - begun) / images
+    return _Reading(1000 * (process_cpu_s() - cpu_s) / images, wall_ms)
+
+
+def _differences(
+    names: Sequence[str], readings: dict[str, list[_Reading]]
+) -> tuple[Operation, ...]:
+    def subtract(medians: dict[str, float]) -> dict[str, float]:
+        values = [0.0, *(medians[name] for name in names)]
+        return {name: b - a for name, a, b in zip(names, values, values[1:], strict=False)}
+
+    cpu = estimates({name: [one.cpu_ms for one in readings[name]] for name in names}, subtract)
+    wall = estimates({name: [one.wall_ms for one in readings[name]] for name in names}, subtract)
+    up_to = {name: float(np.median([one.wall_ms for one in readings[name]])) for name in names}
+    return tuple(Operation(name, cpu[name], wall[name], 1000 / up_to[name]) for name in names)
