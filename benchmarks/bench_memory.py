@@ -154,9 +154,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--backends", nargs="+", default=["host", "dali"])
     parser.add_argument("--source", default="auto")
-    parser.add_argument(
-        "--image", type=Path, default=ROOT / "docs" / "images" / "loader_memory.png"
-    )
+    parser.add_argument("--image", type=Path, help="plot; default: docs/images, of 10000 batches")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         shards = expand_shards(arguments.shards) if arguments.shards else write_images(Path(folder))
@@ -174,8 +172,14 @@ def main() -> None:
     config = {
         key: value for key, value in vars(arguments).items() if key not in ("shards", "image")
     }
-    write_result("memory", config=config, rows=rows)
-    draw(measured, arguments.image)
+    is_whole = arguments.batches >= 10_000
+    label = "" if is_whole else f"{arguments.batches}-batches"
+    write_result("memory", label=label, config=config, rows=rows)
+    image = arguments.image or (
+        ROOT / "docs" / "images" / "loader_memory.png" if is_whole else None
+    )
+    if image is not None:
+        draw(measured, image)
 
 
 if __name__ == "__main__":

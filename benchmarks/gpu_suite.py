@@ -41,6 +41,7 @@ SECTIONS: dict[str, list[str]] = {
         "measured",
     ],
     "loader": [PYTHON, "benchmarks/bench_loader.py", "--rounds", "3"],
+    "profile": [PYTHON, "benchmarks/bench_profile.py", "--budget-s", "45", "--verify", "4"],
     "fp8": [PYTHON, "benchmarks/fp8_curve.py", "--steps", "300", "--precision", "fp16"],
     "e2e": [PYTHON, "benchmarks/bench_e2e.py"],
     "sweep-decode": [
@@ -59,6 +60,7 @@ LIMITS_S: dict[str, float] = {
     "step": 80,
     "step-sizes": 60,
     "model": 15,
+    "profile": 110,
     "fp8": 60,
     "e2e": 90,
     "sweep-decode": 60,

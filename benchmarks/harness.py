@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import torch
 
-from cmae.train.profiling.machine import cpu_name, package_version
+from cmae.train.machine import cpu_name, package_version
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -38,8 +38,22 @@ SECTIONS: dict[str, list[str]] = {
     "e2e": [PYTHON, "benchmarks/bench_e2e.py", "--rounds", "3", "--batch-size", "4"],
     "growth": [PYTHON, "benchmarks/bench_growth.py", "--rounds", "2"],
     "sweep": [PYTHON, "benchmarks/bench_sweep.py", "--rounds", "2"],
+    "profile": [PYTHON, "benchmarks/bench_profile.py", "--budget-s", "60"],
+    "memory": [
+        *(PYTHON, "benchmarks/bench_memory.py", "--batches", "2000", "--batch-size", "4"),
+        *("--every", "100"),
+    ],
 }
-LIMITS_S = {"loader": 300, "reader": 120, "step": 150, "e2e": 120, "growth": 180, "sweep": 180}
+LIMITS_S = {
+    "loader": 300,
+    "reader": 120,
+    "step": 150,
+    "e2e": 120,
+    "growth": 180,
+    "sweep": 180,
+    "profile": 120,
+    "memory": 90,
+}
 """Seconds that a section may take; without one, all that is left."""
 
 

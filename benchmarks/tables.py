@@ -177,6 +177,31 @@ def sweep_table(result: Result) -> list[list[str]]:
     return rows
 
 
+def planted_table(result: Result) -> list[list[str]]:
+    """Bottlenecks that were put there, what the profiler named, and how its predictions came out."""
+    rows = [["planted", "how", "named", "of the step unexplained", "applied: predicted, measured"]]
+    for row in result["rows"]:
+        named = row["named"] if row["right"] else f"{row['named']} (wrong)"
+        applied = [
+            f"{one['action']}: {one['predicted']:.0f}, {one['measured']:.0f} images/s"
+            for one in row["what_if"]
+        ]
+        unexplained = f"{abs(row['residual_percent']):.1f}%"
+        rows.append([row["planted"], row["what"], named, unexplained, "; ".join(applied) or "-"])
+    return rows
+
+
+def profile_table(result: Result) -> list[list[str]]:
+    """Predictions of `cmae profile` beside what the change brought."""
+    rows = [["change", "images/s before", "predicted", "measured", "error", "n"]]
+    for row in result["rows"]:
+        before, predicted = row["images_per_s_before"], row["predicted_images_per_s"]
+        measured = row["measured_images_per_s"]
+        cells = [f"{before:.0f}", f"{predicted:.0f}", _spread(measured, 0)]
+        rows.append([row["action"], *cells, f"{row['error']:+.1%}", str(measured["n"])])
+    return rows
+
+
 TABLES: dict[str, Callable[[Result], list[list[str]]]] = {
     "loader": loader_table,
     "step": step_table,
@@ -186,6 +211,8 @@ TABLES: dict[str, Callable[[Result], list[list[str]]]] = {
     "e2e": e2e_table,
     "growth": growth_table,
     "sweep": sweep_table,
+    "planted": planted_table,
+    "profile": profile_table,
 }
 NOTES: dict[str, Callable[[Result], list[str]]] = {"loader": loader_notes}
 """Lines under a table."""

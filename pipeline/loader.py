@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -254,34 +255,53 @@ def build_loader(
     else:
         opened = StreamSource(paths, seed=seed, shuffle=shuffle, remote=Remote(remote), **place)
         presized = stated_presized(paths)
-    if state is None:
-        state = LoaderState(seed, epoch=0, next_sample=0, digest=opened.digest)
-    _check_state(state, seed=seed, digest=opened.digest)
-    threads = num_threads or len(os.sched_getaffinity(0))
-    backend = _pick_backend(backend, device)
-    maker: ViewMaker = (
-        HostViews(views, num_threads=threads)
-        if backend == "host"
-        else GraphViews(
+    with ExitStack() as undo:  # what is open is closed again where a later part cannot be had
+        undo.callback(opened.close)
+        if state is None:
+            state = LoaderState(seed, epoch=0, next_sample=0, digest=opened.digest)
+        _check_state(state, seed=seed, digest=opened.digest)
+        maker = _open_maker(
             views,
             device,
+            backend=_pick_backend(backend, device),
             batch_size=batch_size,
-            num_threads=threads,
+            num_threads=num_threads or len(os.sched_getaffinity(0)),
             hw_decoder_load=hw_decoder_load,
         )
-    )
-    if wrap is not None:
-        opened, maker = wrap(opened, maker)
-    feed = Feed(
-        opened,
-        maker,
-        views=views,
-        draw_mask=draw_mask,
-        device=device,
-        state=state,
-        prefetch=prefetch,
-    )
+        undo.callback(maker.close)
+        if wrap is not None:
+            opened, maker = wrap(opened, maker)
+        feed = Feed(
+            opened,
+            maker,
+            views=views,
+            draw_mask=draw_mask,
+            device=device,
+            state=state,
+            prefetch=prefetch,
+        )
+        undo.pop_all()
     return Loader(opened, maker, feed=feed, health=health, state=state, presized=presized)
+
+
+def _open_maker(
+    views: ViewConfig,
+    device: torch.device,
+    *,
+    backend: Literal["dali", "host"],
+    batch_size: int,
+    num_threads: int,
+    hw_decoder_load: float,
+) -> ViewMaker:
+    if backend == "host":
+        return HostViews(views, num_threads=num_threads)
+    return GraphViews(
+        views,
+        device,
+        batch_size=batch_size,
+        num_threads=num_threads,
+        hw_decoder_load=hw_decoder_load,
+    )
 
 
 def _left_out(index: DatasetIndex) -> list[BadSample]:

@@ -31,6 +31,7 @@ from cmae.pipeline import (
     plan,
 )
 from cmae.pipeline.dataset_index import DatasetIndex, build_indices
+from cmae.pipeline.host import HostViews
 from cmae.pipeline.reference import reference_views
 from cmae.pipeline.sources import IndexedSource
 from cmae.pipeline.views import draw_view_params
@@ -232,6 +233,15 @@ def test_close_joins_all_threads_and_may_be_called_again(shards):
     assert set(threading.enumerate()) <= before
     with pytest.raises(RuntimeError, match="closed"):
         next(loader)
+
+
+def test_what_is_open_is_closed_when_a_later_part_cannot_be_had(shards, monkeypatch):
+    closed = []
+    monkeypatch.setattr(IndexedSource, "close", lambda self: closed.append("source"))
+    monkeypatch.setattr(HostViews, "close", lambda self: closed.append("views"))
+    with pytest.raises(ZeroDivisionError):
+        open_loader(shards, wrap=lambda source, maker: 1 / 0)
+    assert closed == ["views", "source"]
 
 
 def test_a_dropped_loader_closes_itself(shards):

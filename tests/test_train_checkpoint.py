@@ -12,6 +12,7 @@ from cmae.train.checkpoint import (
     CheckpointError,
     changed_settings,
     check_model_fits,
+    check_same_order,
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
@@ -105,6 +106,23 @@ def test_never_refuses_a_folder_with_checkpoints(tmp_path: Path) -> None:
 def test_another_architecture_is_refused_key_by_key(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model\.depth: 12 in the checkpoint, 6 now"):
         check_model_fits(tmp_path / "x.pt", {"depth": 12, "width": 4}, {"depth": 6, "width": 4})
+
+
+def test_another_order_is_refused_inside_an_epoch_alone() -> None:
+    data = {"shuffle": True, "shuffle_block": 1, "shuffle_window": 64, "last_batch": "drop"}
+
+    def check(next_sample: int, **changed: object) -> None:
+        stored = {"loader": {"epoch": 2, "next_sample": next_sample}, "config": {"data": data}}
+        check_same_order(Path("x.pt"), stored, data | changed)
+
+    with pytest.raises(
+        CheckpointError, match=r"inside epoch 2, 512 samples.*\n  data\.shuffle_block: 1 in the"
+    ):
+        check(512, shuffle_block=8)
+    with pytest.raises(CheckpointError, match=r"last_batch: drop in the checkpoint, pad now"):
+        check(512, last_batch="pad")
+    check(512, shuffle_window=16)  # which blocks of one sample do not care about
+    check(0, shuffle_block=8)
 
 
 def test_changed_settings_are_listed() -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
+import time
 from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from fault_data import bit_flip, noise
 from pipeline_data import write_tar
 from test_train_pretrain import arguments, run
@@ -18,6 +21,8 @@ from cmae.pipeline.dataset_index import build_indices
 from cmae.pipeline.health import BadLimit, read_ledger
 from cmae.train import pretrain
 from cmae.train.checkpoint import list_checkpoints, load_checkpoint
+from cmae.train.data_gate import DataGate
+from cmae.train.distributed import Ranks
 from cmae.train.metrics import read_metrics
 
 NUM = 40
@@ -81,6 +86,30 @@ def test_above_the_limit_a_checkpoint_is_written_and_the_run_ends(
     # The same data with a higher limit goes on from there.
     assert run(shards, out, **settings, **{"data.max_bad_fraction": 0.2}).step == 20
     assert newest(out)["data_health"]["samples"] == 160
+
+
+def test_batches_that_all_come_late_end_the_step_before_the_collective_does(tmp_path: Path) -> None:
+    class Slow:
+        state, bad_samples = None, 0
+
+        def __next__(self) -> object:
+            time.sleep(0.05)
+            return object()
+
+    ranks = Ranks(0, 2, torch.device("cpu"))
+    gate = DataGate(
+        Slow(),
+        ranks,
+        limit=BadLimit(0.1),
+        ledger=tmp_path / "x",
+        global_batch_size=8,
+        stop_signal=lambda: 0,
+        deadline_s=0.12,
+    )
+    batches, error = gate._fetch(8)
+    assert batches == []
+    assert re.search(r"3 of the 8 micro-batches .*remote_deadline_s=0\.12.*cache_dir", error)
+    assert len(gate._fetch(2)[0]) == 2
 
 
 def launch(shards: str, out: Path, **overrides: object) -> subprocess.CompletedProcess[str]:

@@ -29,6 +29,7 @@ COSTS = Costs(
     cores=2.0,
     threads=2.0,
     readers=4.0,
+    core_efficiency=1.0,
 )
 
 

@@ -76,7 +76,13 @@ def test_a_prediction_for_readers_comes_true(tmp_path: Path) -> None:
         found = planted.measure(subject, options, config)
         doubled = [one for one in found.actions if one.overrides == {"speed.num_readers": 8}]
         measured = verify(
-            subject, config, doubled, options=replace(options, verify=1), steps=8, say=print
+            subject,
+            config,
+            doubled,
+            options=replace(options, verify=1),
+            steps=8,
+            base_rates=[planted.BATCH_SIZE * 1000 / found.step_ms.value],
+            say=print,
         )
     rate = measured[0].measured_images_per_s
     assert rate is not None

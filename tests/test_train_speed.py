@@ -208,6 +208,8 @@ def test_auto_pins_the_fastest_kernel_of_each_shape(monkeypatch: pytest.MonkeyPa
     pin_attention(model, "auto", device=fake_gpu, **options)
     assert model.encoder.blocks[0].sdpa is attention.BACKENDS["math"]
     assert "math (flash 3.000 ms, math 2.000 ms)" in said[0]
+    pin_attention(model, "auto", device=fake_gpu, agree=lambda choice: "flash", **options)
+    assert model.encoder.blocks[0].sdpa is attention.BACKENDS["flash"]  # another rank's choice
     pin_sdpa(model.encoder.blocks, None)
     pin_attention(model, "auto", device=torch.device("cpu"), **options)
     assert model.encoder.blocks[0].sdpa is None
@@ -268,6 +270,12 @@ def run_variants(rank: int, port: int, out: Path) -> None:
         results["one micro-batch"] = run(step, 1), step.model.state_dict()
         with pytest.raises(ValueError, match=r"ddp_static_graph.*2 micro-batches"):
             run(build(VARIANTS["static graph"], ranks=ranks), 2)
+        torch.compile = functools.partial(
+            torch.compile, backend="aot_eager"
+        )  # of this process alone
+        for mode in ("blocks", "model"):
+            step = build(SpeedConfig(compile=mode), ranks=ranks)
+            results[f"compiled {mode}"] = run(step, 2), step.model.state_dict()
     torch.save(results, out / f"rank{rank}.pt")
 
 
@@ -286,6 +294,9 @@ def test_two_ranks_get_the_same_bits_however_they_talk(tmp_path: Path) -> None:
             (losses, state), (expected, expected_state) = results[name], results[reference]
             assert torch.equal(losses, expected), name
             assert all(torch.equal(state[key], expected_state[key]) for key in state), name
+        for mode in ("blocks", "model"):
+            losses = results[f"compiled {mode}"][0]
+            torch.testing.assert_close(losses, results["waiting"][0], rtol=1e-3, atol=1e-4)
 
 
 # ---- on a GPU -------------------------------------------------------------------------------------

@@ -54,6 +54,7 @@ def pin_attention(
     dtype: torch.dtype,
     device: torch.device,
     say: Callable[[str], None],
+    agree: Callable[[str], str] = lambda choice: choice,
 ) -> None:
     """Pin the attention kernel of every block.
 
@@ -66,6 +67,7 @@ def pin_attention(
         dtype: of autocast.
         device: where the model lies.
         say: gets a line for each shape that was measured.
+        agree: gets this rank's choice and returns every rank's.
 
     Raises:
         ValueError: this device cannot run the chosen kernel on one of the shapes.
@@ -76,7 +78,7 @@ def pin_attention(
     for blocks, shape in attention_shapes(model, shadow, batch_size):
         if shape not in chosen:
             timings = _measure(shape, dtype, device) if choice == "auto" else {}
-            chosen[shape] = min(timings, key=timings.__getitem__) if timings else choice
+            chosen[shape] = agree(min(timings, key=timings.__getitem__)) if timings else choice
             if timings:
                 found = ", ".join(f"{name} {ms:.3f} ms" for name, ms in timings.items())
                 say(f"attention of {shape}: {chosen[shape]} ({found})")
@@ -121,19 +123,20 @@ def _encoder_shape(
 
 
 def _inputs(shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Query, key and value laid out as the blocks make them: (B, N, H, D) seen as (B, H, N, D)."""
+    """Query, key and value as the blocks make them: (B, H, N, D) seen in one projection's output."""
     generator = torch.Generator(device).manual_seed(0)
-    return [
-        torch.randn(
-            *(shape.batch_size, num_tokens, shape.num_heads, shape.head_dim),
-            generator=generator,
-            dtype=dtype,
-            device=device,
-        )
-        .requires_grad_(shape.has_backward)
-        .transpose(1, 2)
-        for num_tokens in (shape.num_queries, shape.num_keys, shape.num_keys)
-    ]
+
+    def project(num_tokens: int, parts: int) -> list[Tensor]:
+        width = parts * shape.num_heads * shape.head_dim
+        sizes = (shape.batch_size, num_tokens, width)
+        joint = torch.randn(sizes, generator=generator, dtype=dtype, device=device)
+        joint.requires_grad_(shape.has_backward)
+        split = joint.unflatten(-1, (parts, shape.num_heads, shape.head_dim))
+        return list(split.permute(2, 0, 3, 1, 4).unbind())
+
+    if shape.num_queries == shape.num_keys:
+        return project(shape.num_keys, 3)
+    return project(shape.num_queries, 1) + project(shape.num_keys, 2)
 
 
 def _run(shape: AttentionShape, name: str, inputs: list[Tensor]) -> None:

@@ -167,6 +167,39 @@ def check_model_fits(path: Path, stored: dict[str, Any], current: dict[str, Any]
         )
 
 
+def check_same_order(path: Path, stored: dict[str, Any], current: dict[str, Any]) -> None:
+    """Refuse another order of the samples in the middle of an epoch: some would come twice, others never.
+
+    Args:
+        path: of the checkpoint, for the message.
+        stored: the whole checkpoint.
+        current: section `data` of this run's configuration.
+
+    Raises:
+        CheckpointError: a setting of the order differs, and the epoch has begun.
+    """
+    place, data = stored["loader"], stored["config"]["data"]
+    names = [name for name in _names_of_order(data) + _names_of_order(current) if name in data]
+    then, now = ({name: one[name] for name in names} for one in (data, current))
+    lines = _differences(then, now, "data")
+    if lines and place["next_sample"]:
+        raise CheckpointError(
+            f"{path} lies inside epoch {place['epoch']}, {place['next_sample']} samples from its beginning, "
+            "and the order of the samples was changed:\n  "
+            + "\n  ".join(lines)
+            + "\nset these keys as in the checkpoint; they may change between two epochs, or in a new run"
+        )
+
+
+def _names_of_order(data: dict[str, Any]) -> list[str]:
+    """Settings that the order of the samples depends on, given what the others are."""
+    names = ["shuffle", "last_batch"]
+    if data.get("shuffle", True):
+        names.append("shuffle_block")
+        names += ["shuffle_window"] * (data.get("shuffle_block", 1) > 1)
+    return names
+
+
 def changed_settings(stored: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """One line for each setting of `data`, `optim` or `seed` that a resumed run has changed."""
     names = ("seed", "data", "optim")

@@ -147,7 +147,8 @@ class DataConfig:
     cache_quota_gib: float | None = None
     """Largest size of the shards in `cache_dir`. null: nine tenths of the free disk."""
     remote_deadline_s: float = 300.0
-    """Longest time to read one batch from a store, retries included; below the ranks' timeout of 600 s."""
+    """Longest time to read one batch from a store, retries included, and of several ranks to get the batches
+    of a step; below the ranks' timeout of 600 s."""
     storage_options: dict[str, Any] = field(default_factory=dict, repr=False)
     """Options of fsspec's file system, such as {endpoint_url: ..., anon: true}. Keys and tokens are better
     given by the environment; here they are replaced by *** in all files of the run."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ class DataGate:
         ledger: file that lists them, for the message.
         global_batch_size: samples in a step.
         stop_signal: gives the signal that asked this rank to stop, 0 for none.
+        deadline_s: longest time to wait for a step's batches where other ranks wait meanwhile; each batch may
+            come in time, and all of them too late for the collective.
         counts: from the checkpoint that the run continues; see `state_dict`.
     """
 
@@ -38,6 +42,7 @@ class DataGate:
         ledger: Path,
         global_batch_size: int,
         stop_signal: Callable[[], int],
+        deadline_s: float = math.inf,
         counts: dict[str, int] | None = None,
     ) -> None:
         self._loader = loader
@@ -46,6 +51,7 @@ class DataGate:
         self._ledger = ledger
         self._global_batch_size = global_batch_size
         self._stop_signal = stop_signal
+        self._deadline_s = deadline_s if ranks.world_size > 1 else math.inf
         self._bad_before = counts["bad"] if counts else 0
         self._position: LoaderState = loader.state
         self.samples = counts["samples"] if counts else 0
@@ -84,12 +90,31 @@ class DataGate:
 
     def _fetch(self, count: int) -> tuple[list[Batch], str]:
         try:
-            return [next(self._loader) for _ in range(count)], ""
+            return self._fetch_in_time(count), ""
         except (DataError, OSError) as error:
             return [], str(error)
         except Exception as error:  # unforeseen: the others must not wait for this rank in vain
             logger.exception("the data path of rank %d failed", self._ranks.rank)
             return [], f"{type(error).__name__}: {error}"
+
+    def _fetch_in_time(self, count: int) -> list[Batch]:
+        """The batches of a step.
+
+        Raises:
+            DataError: They come too slowly for the ranks that wait.
+        """
+        begun, batches = time.monotonic(), [next(self._loader)]
+        while len(batches) < count:
+            waited_s = time.monotonic() - begun
+            if waited_s > self._deadline_s:
+                raise DataError(
+                    f"{len(batches)} of the {count} micro-batches of a step took {waited_s:.1f} s, more than "
+                    f"data.remote_deadline_s={self._deadline_s:g}: the storage is too slow for so large a "
+                    "share of optim.global_batch_size. Copy the shards to a local disk (data.cache_dir), "
+                    "raise speed.num_readers, or look with `cmae profile`"
+                )
+            batches.append(next(self._loader))
+        return batches
 
     def _explain(self, error: str) -> str:
         errors = gather_values(error, self._ranks)

@@ -22,6 +22,7 @@ from cmae.train.checkpoint import (
     CheckpointError,
     changed_settings,
     check_model_fits,
+    check_same_order,
     find_checkpoint,
     load_checkpoint,
 )
@@ -210,6 +211,7 @@ def _load_complete(path: Path, config: Config) -> dict[str, Any]:
             f"run from them with --init_from {path}"
         )
     check_model_fits(path, state["config"]["model"], config.to_dict()["model"])
+    check_same_order(path, state, config.to_dict()["data"])
     return state
 
 
@@ -291,6 +293,7 @@ def _open_gate(
         ledger=config.run.out / LEDGER_FILE,
         global_batch_size=config.optim.global_batch_size,
         stop_signal=lambda: stop.number,
+        deadline_s=config.data.remote_deadline_s,
         counts=resumed.get("data_health") if resumed else None,
     )
 

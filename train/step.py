@@ -21,7 +21,7 @@ from cmae.model.shadow import TargetShadow, set_residual_dtype
 from cmae.pipeline import Batch
 from cmae.train.attention import pin_attention
 from cmae.train.config import OptimConfig, SpeedConfig
-from cmae.train.distributed import Ranks, RowGatherer, sum_over_ranks
+from cmae.train.distributed import Ranks, RowGatherer, from_first, sum_over_ranks
 from cmae.train.graphs import GraphedPasses
 from cmae.train.optim import build_optimizer
 
@@ -212,6 +212,7 @@ class TrainStep:
                 dtype=self.dtype,
                 device=self.ranks.device,
                 say=self._say,
+                agree=lambda choice: str(from_first(choice, self.ranks)),
             )
             self._is_pinned = True
         if self.graphs is not None:

@@ -9,10 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +21,7 @@ from cmae.pipeline.index import atomic_write
 from cmae.pipeline.urls import is_local
 from cmae.train.config import Config
 from cmae.train.distributed import threads_per_rank
+from cmae.train.machine import cpu_name, package_version
 
 FORMAT = 1
 _PACKAGES = ("cmae", "torch", "nvidia-dali-cuda130", "nvidia-nvimgcodec-cu13", "numpy")
@@ -101,7 +100,7 @@ def describe_circumstances(config: Config, device: torch.device) -> dict[str, An
     data = config.data
     paths = expand_shards(data.shards, storage_options=data.storage_options)
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": threads_per_rank(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "shards": shards_digest(paths),
@@ -109,7 +108,7 @@ def describe_circumstances(config: Config, device: torch.device) -> dict[str, An
         "remote": data.remote,
         "view_backend": config.speed.view_backend,
         "views": asdict(config.loader_views),
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": {name: package_version(name) for name in _PACKAGES},
     }
 
 
@@ -216,19 +215,3 @@ def _changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> l
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -19,7 +19,7 @@ from cmae.train.config import BatchSplit, Config
 from cmae.train.distributed import Ranks
 from cmae.train.pretrain import open_loader
 from cmae.train.profiling.resources import Costs
-from cmae.train.profiling.stretch import Reading, run_stretch
+from cmae.train.profiling.stretch import Reading, run_stretch, settle
 from cmae.train.profiling.switches import SwitchedSource
 from cmae.train.profiling.verdict import Trial
 
@@ -174,6 +174,7 @@ def _open(config: Config, ranks: Ranks, recorded: list[RawBatch]) -> Loader:
 
 
 def _time(loader: Loader, num_batches: int) -> Reading:
+    settle()  # the loader that was timed before fills its queue
     for _ in range(_WARM + 2):
         next(loader)
     size = len(next(loader).label)

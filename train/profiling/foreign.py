@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from cmae.train.machine import describe_machine, usable_cores
 from cmae.train.profiling.account import UNEXPLAINED
 from cmae.train.profiling.anatomy import dissect, python_ms
 from cmae.train.profiling.estimates import estimate, estimates
-from cmae.train.profiling.machine import describe_machine, usable_cores
 from cmae.train.profiling.phases import synchronise
 from cmae.train.profiling.records import Action, Estimate, Part, Phase, Profile, Verdict
 from cmae.train.profiling.resources import Costs, solve

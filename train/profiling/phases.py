@@ -18,7 +18,7 @@ from cmae.pipeline.loader import Wrap
 from cmae.pipeline.sources import Extent
 from cmae.train.distributed import Ranks, sum_over_ranks
 from cmae.train.profiling.page_cache import evict, resident_fraction, touch
-from cmae.train.profiling.stretch import Reading, draining, run_stretch
+from cmae.train.profiling.stretch import Reading, draining, run_stretch, settle
 from cmae.train.profiling.switches import SwitchedMaker, SwitchedSource
 from cmae.train.step import TrainStep
 from cmae.train.tuned import LoaderSettings
@@ -38,6 +38,8 @@ WHAT = {
     "loader_warm": "the loader alone, files in the page cache",
     "loader_full": "the loader alone, on storage as it was found",
 }
+
+_WITHOUT_LOADER = ("synthetic", "replay", "local", "replay_h2d")
 
 Step = Callable[[Sequence[Batch]], object]
 
@@ -105,8 +107,12 @@ class Bench:
 
     @property
     def place(self) -> LoaderState:
-        """Where samples begin that no phase has read."""
+        """Where samples begin that no phase has read; another bench may have gone further."""
         return self._place
+
+    @place.setter
+    def place(self, place: LoaderState) -> None:
+        self._place = place
 
     def phases(self) -> list[str]:
         """Phases that can be run here, `full` first: the others use what it read."""
@@ -139,6 +145,8 @@ class Bench:
             "feed": self._feed,
             "cold": self._cold,
         }
+        if phase in _WITHOUT_LOADER:
+            settle()
         return runs[phase]() if phase in runs else self._by_loader(phase)
 
     def _by_loader(self, phase: str) -> Reading:

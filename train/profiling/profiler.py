@@ -23,20 +23,29 @@ from cmae.pipeline.loader import Wrap
 from cmae.pipeline.sources import Source
 from cmae.train.config import BatchSplit, Config
 from cmae.train.distributed import Ranks, from_first, join_ranks
+from cmae.train.machine import describe_machine, usable_cores
 from cmae.train.pretrain import open_loader
 from cmae.train.profiling.account import UNEXPLAINED, Readings, account
 from cmae.train.profiling.anatomy import dissect, python_ms
 from cmae.train.profiling.config import ProfileConfig
 from cmae.train.profiling.estimates import estimate
 from cmae.train.profiling.experiments import override, run_trials
-from cmae.train.profiling.machine import describe_machine, usable_cores
 from cmae.train.profiling.nvml import GpuSampler
 from cmae.train.profiling.operations import measure_operations
 from cmae.train.profiling.phases import WHAT, Bench, Step, Subject, without_collectives
-from cmae.train.profiling.records import Action, Curve, Operation, Part, Phase, Profile, Verdict
-from cmae.train.profiling.resources import Costs, loader_rate
+from cmae.train.profiling.records import (
+    Action,
+    Curve,
+    Estimate,
+    Operation,
+    Part,
+    Phase,
+    Profile,
+    Verdict,
+)
+from cmae.train.profiling.resources import Costs, loader_limit
 from cmae.train.profiling.storage import StorageCurve, probe_storage
-from cmae.train.profiling.stretch import Reading, merge_snapshots
+from cmae.train.profiling.stretch import Reading, merge_snapshots, settle
 from cmae.train.profiling.switches import SwitchedMaker, SwitchedSource
 from cmae.train.profiling.verdict import Facts, draw_curves, judge, rank_actions
 from cmae.train.step import TrainStep, check_step
@@ -46,6 +55,9 @@ Say = Callable[[str], None]
 
 _TRIALS_S = 30.0
 """Of the budget, for trials and operations after the rounds."""
+
+_VERIFY_S = 40.0
+"""For one action, when three pairs have been measured."""
 
 _MOST_ROUNDS = 12
 """More tell little that is new."""
@@ -198,7 +210,15 @@ def measure(
     actions = from_first(rank_actions(facts), ranks)
     if options.verify:
         unread = replace(subject, start=rounds.end)
-        actions = verify(unread, config, actions, options=options, steps=rounds.steps, say=say)
+        actions = verify(
+            unread,
+            config,
+            actions,
+            options=options,
+            steps=rounds.steps,
+            base_rates=[one.images / one.wall_s for one in rounds.readings["full"]],
+            say=say,
+        )
     verdict = judge(facts)
     return Profile(
         created=created,
@@ -286,9 +306,13 @@ def verify(
     *,
     options: ProfileConfig,
     steps: int,
+    base_rates: Sequence[float],
     say: Say,
 ) -> tuple[Action, ...]:
-    """Apply the best actions that are settings, one by one, and measure the full run with each.
+    """Apply the best actions that are settings, one by one, and measure what the full run gains by each.
+
+    The run as it is and the run with the change take turns, so that drift of the machine since the profile
+    meets both; what is noted is the gain times the rate of the profile.
 
     Args:
         subject: of the run as it is; its `start` is where samples begin that nothing has read.
@@ -296,9 +320,12 @@ def verify(
         actions: best first.
         options: `verify` says how many.
         steps: timed steps in a stretch.
+        base_rates: images/s of this rank's full runs.
         say: called with a line for each action.
     """
-    measured, start = list(actions), subject.start
+    measured = list(actions)
+    bench = Bench(subject, steps=steps)
+    base = estimate([subject.ranks.world_size * rate for rate in base_rates])
     settings = [number for number, action in enumerate(actions) if action.overrides]
     for number in settings[: options.verify]:
         action = actions[number]
@@ -306,14 +333,34 @@ def verify(
         changed = override(config, action.overrides)
         with open_subject(changed, subject.ranks, subject.step, wrap=subject.wrap) as other:
             whole = _whole_bursts(steps, other.settings.num_readers)
-            bench = Bench(replace(other, start=start), steps=whole)
-            bench.run("full")
-            readings = [bench.run("full") for _ in range(options.rounds or 3)]
-            start = bench.place
-        world_size = subject.ranks.world_size
-        rate = estimate([world_size * one.images / one.wall_s for one in readings])
-        measured[number] = replace(action, measured_images_per_s=rate)
+            gain = estimate(_gains(bench, Bench(other, steps=whole), options, subject.ranks))
+        measured[number] = replace(action, measured_images_per_s=_scaled(gain, base.value))
     return tuple(measured)
+
+
+def _gains(bench: Bench, changed: Bench, options: ProfileConfig, ranks: Ranks) -> list[float]:
+    """Rate with a change over the rate without it, in neighbouring stretches of the full run.
+
+    Each reads files that neither has read before.
+    """
+    gains: list[float] = []
+    end = time.monotonic() + _VERIFY_S
+    for number in range(1 + (options.rounds or 7)):
+        rates = []
+        for one, other in ((bench, changed), (changed, bench)):
+            settle()
+            reading = one.run("full")
+            rates.append(reading.images / reading.wall_s)
+            other.place = one.place
+        gains += [rates[1] / rates[0]] * bool(number)  # the first pair warms up
+        is_over = number >= 3 and time.monotonic() > end
+        if from_first(is_over, ranks):
+            break
+    return gains
+
+
+def _scaled(value: Estimate, factor: float) -> Estimate:
+    return Estimate(value.value * factor, value.low * factor, value.high * factor, value.n)
 
 
 def _order(phases: Sequence[str], number: int) -> list[str]:
@@ -468,8 +515,11 @@ def _costs(subject: Subject, readings: Readings, cold_share: float) -> Costs:
         threads=float(threads),
         readers=read_warm.threads,
     )
-    efficiency = _rate(alone) / loader_rate(replace(costs, cold_share=0.0))
-    return replace(costs, efficiency=min(1.0, efficiency))
+    possible, binds = loader_limit(replace(costs, cold_share=0.0))
+    efficiency = min(1.0, _rate(alone) / possible)
+    if binds == "cores":
+        costs = replace(costs, core_efficiency=costs.core_efficiency * efficiency)
+    return replace(costs, efficiency=efficiency)
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,11 @@ class Costs:
     bandwidth_cold: float = math.inf
     """The same of reads that miss it."""
     efficiency: float = 1.0
-    """Measured rate of the loader alone over what this model says of it: hand-overs, the interpreter lock."""
+    """Measured rate of the loader alone over what this model says of it: hand-overs, the interpreter lock. It
+    costs the cores something only when it was measured on busy ones: threads that wait take no core."""
+    core_efficiency: float = 0.9
+    """The same of the cores. Where nothing was measured on busy ones: threads that share all cores with the
+    loader's other threads got 0.87 to 0.93 of them in runs on two cores (docs/design/0020)."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,12 @@ def solve(costs: Costs) -> Rate:
 
 def loader_rate(costs: Costs) -> float:
     """Rate of the loader alone: no step, and its cores to itself."""
-    return _maximise(replace(costs, step_cpu_s=0.0), without=("model",))[0]
+    return loader_limit(costs)[0]
+
+
+def loader_limit(costs: Costs) -> tuple[float, str]:
+    """That rate, and what binds then."""
+    return _maximise(replace(costs, step_cpu_s=0.0), without=("model",))
 
 
 def _maximise(costs: Costs, *, without: Sequence[str]) -> tuple[float, str]:
@@ -77,7 +86,10 @@ def _maximise(costs: Costs, *, without: Sequence[str]) -> tuple[float, str]:
     loader = costs.efficiency
     demands = {  # units that one warm image and one cold image take, and units there are in a second
         "model": (*both(costs.model_s), 1.0),
-        "cores": (*both(costs.step_cpu_s + costs.loader_cpu_s / loader), costs.cores),
+        "cores": (
+            *both(costs.step_cpu_s + costs.loader_cpu_s / costs.core_efficiency),
+            costs.cores,
+        ),
         "decode": (*both(costs.decode_s), costs.threads * loader),
         "feed": (*both(costs.feed_s), loader),
         "readers": (costs.read_warm_s, costs.read_cold_s, costs.readers * loader),

@@ -118,6 +118,16 @@ def process_cpu_s() -> float:
     return total
 
 
+def settle(*, limit_s: float = 2.0) -> None:
+    """Wait until this process does nothing: a loader that fills its queue must not slow what comes next."""
+    end = time.monotonic() + limit_s
+    while time.monotonic() < end:
+        before = process_cpu_s()
+        time.sleep(0.05)
+        if process_cpu_s() - before < 0.005:
+            return
+
+
 def _busy_s() -> float:
     """CPU seconds that the cores of this process spent on anything."""
     every = psutil.cpu_times(percpu=True)

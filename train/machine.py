@@ -1,4 +1,4 @@
-"""The machine that a profile was made on."""
+"""The machine that numbers were measured on."""
 
 from __future__ import annotations
 
@@ -37,9 +37,11 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 def cpu_name() -> str:
     """Model of the processor."""
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
 
 
