@@ -167,6 +167,31 @@ def copy_shard(file: RemoteFile, cache: ShardCache, *, keep: Sequence[RemoteFile
     return path
 
 
+def copy_unchecked(file: RemoteFile, cache: ShardCache, *, keep: Sequence[RemoteFile] = ()) -> Path:
+    """Copy a shard and its index as they are, for a look at what is wrong with them; return the copy.
+
+    Args:
+        file: the shard.
+        cache: where to; not the one that runs read, for whatever lies there is taken for checked.
+        keep: shards whose copies are not removed for this one.
+
+    Raises:
+        RemoteError, CacheFullError: See `ShardCache.fetch`.
+    """
+    path = cache.fetch(file, check=lambda path: None, keep={cache.path(one.url) for one in keep})
+    assert path is not None  # it waits
+    try:
+        data = file.remote.file(index_url(file.url)).read_all()
+    except RemoteError as error:
+        if not _is_missing(error):
+            raise
+        index_path(path).unlink(missing_ok=True)
+    else:
+        with atomic_write(index_path(path)) as out:
+            out.write(data)
+    return path
+
+
 def build_remote_indices(
     files: Sequence[RemoteFile],
     cache: ShardCache,
@@ -398,8 +423,23 @@ class RemoteFiles:
         if copy is None:
             data.data[:] = self._files[number].read(offset, offset + data.size)
             return data.size
-        self.num_copy_bytes += data.size
-        return os.preadv(copy.fileno(), [data.data], offset)
+        try:
+            count = os.preadv(copy.fileno(), [data.data], offset)
+        except OSError as error:  # the local disk's fault, not the sample's: the store still has it
+            self._forget_copy(number, error)
+            data.data[:] = self._files[number].read(offset, offset + data.size)
+            return data.size
+        self.num_copy_bytes += count
+        return count
+
+    def _forget_copy(self, number: int, error: OSError) -> None:
+        if self._copies.pop(number, None) is not None:
+            logger.warning(
+                "the copy of %s cannot be read (%s): its samples are read from the store; look after the "
+                "disk of data.cache_dir",
+                self._files[number].shown,
+                error,
+            )
 
     def check_unchanged(self, number: int) -> None:
         """Compare the shard with what it was at the beginning.

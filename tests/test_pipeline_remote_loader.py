@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import re
 import threading
 import time
@@ -337,15 +339,56 @@ def test_the_cache_outlives_the_store(
     assert_same(batches, expected)
 
 
+def test_a_failing_disk_of_the_cache_is_not_taken_for_bad_data(
+    server: FaultyServer,
+    expected: list[Batch],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with open_loader(urls(server), cache_dir=tmp_path / "c") as loader:
+        next(loader)
+        wait_for_copies(tmp_path / "c")
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", fail)
+    with open_loader(urls(server), cache_dir=tmp_path / "c") as loader:
+        assert_same([next(loader) for _ in expected], expected)
+        assert loader.bad_samples == 0
+    assert "the copy of" in caplog.text
+    assert "Input/output error" in caplog.text
+
+
+def copy_with_a_flipped_bit(shards: Path, to: Path) -> None:
+    """A store whose part-001.tar is not what its index says."""
+    to.mkdir()
+    for path in shards.iterdir():
+        (to / path.name).write_bytes(path.read_bytes())
+    damaged = bytearray((shards / "part-001.tar").read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (to / "part-001.tar").write_bytes(damaged)
+
+
+def test_verify_and_repair_take_damaged_shards_from_a_store(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy_with_a_flipped_bit(shards, tmp_path / "s")
+    with serve(tmp_path / "s") as server:
+        assert shards_cli.verify(urls(server), cache_dir=tmp_path / "c") == 1
+        told = capsys.readouterr()
+        assert re.search(r"part-001\.tar, 01-.*CRC32", told.out + told.err)
+        assert shards_cli.repair(urls(server), tmp_path / "clean", cache_dir=tmp_path / "c") == 0
+        # What was taken unchecked is nothing that a run would read.
+        assert not list((tmp_path / "c").glob("*/part-001.tar"))
+    assert shards_cli.verify(str(tmp_path / "clean" / "*.tar")) == 0
+
+
 def test_an_image_that_is_damaged_in_the_store_is_replaced_and_written_down(
     shards: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "s").mkdir()
-    for path in shards.iterdir():
-        (tmp_path / "s" / path.name).write_bytes(path.read_bytes())
-    damaged = bytearray((shards / "part-001.tar").read_bytes())
-    damaged[len(damaged) // 2] ^= 1
-    (tmp_path / "s" / "part-001.tar").write_bytes(damaged)
+    copy_with_a_flipped_bit(shards, tmp_path / "s")
     ledger = tmp_path / "bad.jsonl"
     with (
         serve(tmp_path / "s") as server,

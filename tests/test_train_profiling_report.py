@@ -379,6 +379,15 @@ class TestDiff:
         }
         assert findings["straggler"] == "only now"
 
+    def test_an_operation_that_costs_less_is_found(self) -> None:
+        before = decode_bound()
+        decode = replace(before.operations[0], cpu_ms=estimate(3.0, 0.2))
+        after = replace(before, operations=(decode, *before.operations[1:]))
+        diff = diff_profiles(before, after)
+        findings = {row.name: describe_change(row) for row in diff.operations}
+        assert findings.pop("decode") == "faster"
+        assert set(findings.values()) == {"within noise"}
+
     def test_settings_that_differ_are_listed(self) -> None:
         assert diff_profiles(decode_bound(), faster()).settings == (("speed.num_threads", 8, 16),)
 

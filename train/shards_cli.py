@@ -29,7 +29,12 @@ from cmae.pipeline.dataset_index import build_indices
 from cmae.pipeline.image_list import ImageSource, read_image_list, scan_image_folder
 from cmae.pipeline.presize import presized_line
 from cmae.pipeline.remote import Remote, RemoteConfig, RemoteFile
-from cmae.pipeline.remote_dataset import build_remote_indices, copy_shard, open_cache
+from cmae.pipeline.remote_dataset import (
+    build_remote_indices,
+    copy_shard,
+    copy_unchecked,
+    open_cache,
+)
 from cmae.pipeline.repair import REPAIRED_FILE, RepairPolicy, repair_shards
 from cmae.pipeline.shards import SKIPPED_FILE, write_shards
 from cmae.pipeline.stores import redact
@@ -176,7 +181,7 @@ def verify(
 ) -> int:
     """Read every byte of the shards and compare it with their indices; exit code 1 if anything is wrong.
 
-    Remote shards are copied to `cache_dir` and the copies are checked.
+    Remote shards are copied to `cache_dir`/unchecked as they are, and the copies are checked.
 
     Args:
         shards: Tar file, folder, quoted glob, braces such as train-{000000..000099}.tar, or several of them.
@@ -186,7 +191,7 @@ def verify(
         storage_options: Of fsspec's file system, such as {anon: true}, for URLs.
     """
     start = time.perf_counter()
-    paths = _local_copies(shards, cache_dir, storage_options)
+    paths = _local_copies(shards, cache_dir, storage_options, unchecked=True)
     with _progress("verifying shards", len(paths)) as advance:
         report = verify_shards(paths, decode=decode, workers=workers, progress=advance)
     _say_lines(
@@ -233,7 +238,7 @@ def repair(
         storage_options: Of fsspec's file system, such as {anon: true}, for URLs.
     """
     start = time.perf_counter()
-    paths = _local_copies(shards, cache_dir, storage_options)
+    paths = _local_copies(shards, cache_dir, storage_options, unchecked=True)
     policy = RepairPolicy(duplicates, unlabelled, reencode, decode)
     try:
         with _progress("repairing shards", 2 * len(paths)) as advance:
@@ -305,18 +310,26 @@ def _read_source(images: Path, list_file: Path | None) -> ImageSource:
 
 
 def _local_copies(
-    shards: str | list[str], cache_dir: Path | None, storage_options: dict[str, Any] | None
+    shards: str | list[str],
+    cache_dir: Path | None,
+    storage_options: dict[str, Any] | None,
+    *,
+    unchecked: bool = False,
 ) -> list[str]:
-    """Paths of local shards; of remote ones, those of their copies in the cache."""
+    """Paths of local shards; of remote ones, those of their copies in the cache.
+
+    Unchecked copies, damaged ones among them, lie in a folder of their own, where no run looks for shards.
+    """
     paths = expand_shards(shards, storage_options=storage_options)
+    if unchecked and cache_dir is not None:
+        cache_dir = cache_dir / "unchecked"
     remote = _remote_cache(paths, cache_dir, storage_options)
     if remote is None:
         return paths
     files, cache = remote
+    copy = partial(copy_unchecked if unchecked else copy_shard, cache=cache, keep=files)
     with _progress("copying shards", len(files)) as advance:
-        copies = run_threads(
-            partial(copy_shard, cache=cache, keep=files), files, workers=4, progress=advance
-        )
+        copies = run_threads(copy, files, workers=4, progress=advance)
     return [str(copy) for copy in copies]
 
 

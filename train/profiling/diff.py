@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,8 @@ class ProfileDiff:
     parts: tuple[Difference, ...]
     stages: tuple[Difference, ...]
     """Busy milliseconds of a thread for 1000 images, by stage."""
+    operations: tuple[Difference, ...]
+    """CPU milliseconds of an image, by operation."""
     shares: tuple[tuple[str, StageShares | None, StageShares | None], ...]
     settings: tuple[tuple[str, Any, Any], ...]
     """Settings and facts of the machine that are not equal."""
@@ -85,21 +87,25 @@ def diff_profiles(before: Profile, after: Profile) -> ProfileDiff:
         before: the older one, or the one to compare with.
         after: the newer one.
     """
-    parts = {part.name: part.ms for part in before.parts}
-    new_parts = {part.name: part.ms for part in after.parts}
+    both = (before, after)
+    parts = [{part.name: part.ms for part in one.parts} for one in both]
+    operations = [{cost.name: cost.cpu_ms for cost in one.operations} for one in both]
     shares = tuple(_shares(before, after))
     return ProfileDiff(
         before,
         after,
         step=Difference("step", "ms", before.step_ms, after.step_ms),
-        parts=tuple(
-            Difference(name, "ms", parts.get(name), new_parts.get(name))
-            for name in dict.fromkeys([*parts, *new_parts])
-        ),
+        parts=tuple(_differences(*parts)),
+        operations=tuple(_differences(*operations)),
         stages=tuple(_stage_differences(before, after, shares)),
         shares=shares,
         settings=tuple(_settings(before, after)),
     )
+
+
+def _differences(old: Mapping[str, Estimate], new: Mapping[str, Estimate]) -> Iterator[Difference]:
+    for name in dict.fromkeys([*old, *new]):
+        yield Difference(name, "ms", old.get(name), new.get(name))
 
 
 def _shares(
@@ -160,6 +166,8 @@ def print_diff(diff: ProfileDiff, console: Console) -> None:
     console.print(_table("Account of the step, ms", (*diff.parts, diff.step)))
     if diff.stages:
         console.print(_table("Busy thread time of 1000 images, ms", diff.stages))
+    if diff.operations:
+        console.print(_table("CPU time of an image by operation, ms", diff.operations))
     if diff.settings:
         table = Table(title="\nWhat else differs", title_justify="left", title_style="bold")
         for name in ("", "then", "now"):

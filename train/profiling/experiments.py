@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -24,6 +25,7 @@ from cmae.train.profiling.switches import SwitchedSource
 from cmae.train.profiling.verdict import Trial
 
 _WARM = 3  # batches that are not timed
+_STRETCH_S = 0.7
 
 
 def override(config: Config, overrides: Mapping[str, Any]) -> Config:
@@ -64,12 +66,12 @@ def run_trials(
     *,
     costs: Costs,
     say: Callable[[str], None],
-    rounds: int = 3,
+    rounds: int = 5,
 ) -> list[Trial]:
     """Measure the loader alone, from memory, as other settings of the views would have it.
 
-    The settings of the run are measured the same way, at the same time; a trial's costs are the measured
-    costs times the ratio of the two.
+    The settings of the run are measured the same way, in every round; a trial's costs are the measured costs
+    times the median ratio of the two in a round.
 
     Args:
         config: of the run.
@@ -85,39 +87,33 @@ def run_trials(
             stack.enter_context(_open(override(config, one.overrides), ranks, one.batches))
             for one in variants
         ]
+        count = math.ceil(4 * _STRETCH_S / _time(loaders[0], 4).wall_s)
         readings: list[list[Reading]] = [[] for _ in variants]
-        for _ in range(rounds):
-            for variant, loader, found in zip(variants, loaders, readings, strict=True):
+        for number in range(rounds):
+            turns = list(zip(variants, loaders, readings, strict=True))
+            for variant, loader, found in turns[:: 1 if number % 2 else -1]:
                 say(f"trial: {variant.what}")
-                found.append(_time(loader, len(recorded)))
-    base = _Measured.of(readings[0])
+                found.append(_time(loader, min(max(4, count), 64)))
     return [
-        _trial(variant, costs, base, _Measured.of(found))
+        _trial(variant, costs, readings[0], found)
         for variant, found in zip(variants[1:], readings[1:], strict=True)
     ]
 
 
-@dataclass(frozen=True)
-class _Measured:
-    images_per_s: float
-    cpu_s: float
-    """Of the process, for an image."""
-
-    @classmethod
-    def of(cls, readings: Sequence[Reading]) -> _Measured:
-        return cls(
-            statistics.median(one.images / one.wall_s for one in readings),
-            statistics.median(one.process_cpu_s / one.images for one in readings),
-        )
-
-
-def _trial(variant: _Variant, costs: Costs, base: _Measured, found: _Measured) -> Trial:
+def _trial(
+    variant: _Variant, costs: Costs, base: Sequence[Reading], found: Sequence[Reading]
+) -> Trial:
     """A trial's rate is taken for the decoder's: with files in memory little else can bind."""
+
+    def ratio(cost: Callable[[Reading], float]) -> float:
+        pairs = zip(base, found, strict=True)
+        return statistics.median(cost(changed) / cost(now) for now, changed in pairs)
+
     return Trial(
         variant.what,
         variant.overrides,
-        decode_s=costs.decode_s * base.images_per_s / found.images_per_s,
-        loader_cpu_s=costs.loader_cpu_s * found.cpu_s / base.cpu_s,
+        decode_s=costs.decode_s * ratio(lambda one: one.wall_s / one.images),
+        loader_cpu_s=costs.loader_cpu_s * ratio(lambda one: one.process_cpu_s / one.images),
         efficiency=costs.efficiency,
     )
 
@@ -182,7 +178,7 @@ def _time(loader: Loader, num_batches: int) -> Reading:
         "trial",
         lambda: next(loader),
         lambda batch: None,
-        count=max(4, num_batches),
+        count=num_batches,
         images_per_step=size,
         synchronise=lambda: None,
         snapshot=loader.snapshot,

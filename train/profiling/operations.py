@@ -28,7 +28,7 @@ from cmae.train.profiling.records import Operation
 from cmae.train.profiling.stretch import process_cpu_s
 from cmae.train.tuned import LoaderSettings
 
-_STRETCH_S = 0.5
+_STRETCH_S = 0.25
 """What a stretch with all operations should take."""
 
 _Job = tuple[RawBatch, ViewParams]
@@ -70,7 +70,7 @@ def measure_operations(
     device: torch.device,
     backend: Literal["auto", "host", "dali"],
     settings: LoaderSettings,
-    rounds: int = 3,
+    rounds: int = 7,
 ) -> tuple[Operation, ...]:
     """Time the views of encoded files in memory, made up to each operation, in turn.
 

@@ -133,6 +133,8 @@ class Bench:
             return self._run(phase)
 
     def _run(self, phase: str) -> Reading:
+        if phase in _WITHOUT_LOADER:
+            settle()
         if self._subject.ranks.world_size > 1:
             dist.barrier()
         runs: dict[str, Callable[[], Reading]] = {
@@ -145,8 +147,6 @@ class Bench:
             "feed": self._feed,
             "cold": self._cold,
         }
-        if phase in _WITHOUT_LOADER:
-            settle()
         return runs[phase]() if phase in runs else self._by_loader(phase)
 
     def _by_loader(self, phase: str) -> Reading:

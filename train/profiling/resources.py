@@ -47,8 +47,8 @@ class Costs:
     """Measured rate of the loader alone over what this model says of it: hand-overs, the interpreter lock. It
     costs the cores something only when it was measured on busy ones: threads that wait take no core."""
     core_efficiency: float = 0.9
-    """The same of the cores. Where nothing was measured on busy ones: threads that share all cores with the
-    loader's other threads got 0.87 to 0.93 of them in runs on two cores (docs/design/0020)."""
+    """The same of the cores. Where nothing was measured on busy ones: decoding threads that fill all cores,
+    beside the loader's other threads, got 0.8 to 0.95 of them in runs on two cores (docs/design/0020)."""
 
 
 @dataclass(frozen=True)
