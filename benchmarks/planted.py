@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import ctypes
 import io
+import json
 import mmap
 import os
 import signal
@@ -34,7 +35,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import webdataset as wds
-from harness import write_result
+from harness import describe_machine, write_result
 from PIL import Image
 
 from cmae.model import ModelConfig, draw_mask
@@ -369,6 +370,16 @@ def run_slow_rank(fault: Fault, folder: Path, options: ProfileConfig) -> Profile
     return load_profile(path)
 
 
+def replace_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Put rows that were measured again into a result file, each with the revision that it is from."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    revision = describe_machine()["git"]
+    again = {row["planted"]: row | {"revision": revision} for row in rows}
+    result["rows"] = [again.get(row["planted"], row) for row in result["rows"]]
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {path}")
+
+
 def main() -> None:
     """Plant every fault, print what was named, and write the result file."""
     parser = argparse.ArgumentParser(
@@ -379,6 +390,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument(
         "--verify", type=int, default=1, help="actions to apply and measure, of each fault"
+    )
+    parser.add_argument(
+        "--replace", type=Path, help="result file whose rows of these names are replaced"
     )
     parser.add_argument("--slow-rank", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -428,6 +442,8 @@ def main() -> None:
             print(
                 f"    {one['action']}: {one['predicted']:.1f} predicted, {one['measured']:.1f} measured"
             )
+    if arguments.replace is not None:
+        replace_rows(arguments.replace, rows)
     if not arguments.names:
         config = {"rounds": options.rounds, "steps": options.steps}
         write_result("planted", config=config, rows=rows)

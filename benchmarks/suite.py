@@ -30,7 +30,7 @@ from harness import ROOT, write_result
 PYTHON = sys.executable
 SECTIONS: dict[str, list[str]] = {
     "loader": [
-        *(PYTHON, "benchmarks/bench_loader.py", "--rounds", "3", "--batches", "3"),
+        *(PYTHON, "benchmarks/bench_loader.py", "--rounds", "5", "--batches", "3"),
         *("--colors", "exact", "none"),
     ],
     "reader": [PYTHON, "benchmarks/bench_reader.py"],
@@ -38,7 +38,7 @@ SECTIONS: dict[str, list[str]] = {
     "e2e": [PYTHON, "benchmarks/bench_e2e.py", "--rounds", "3", "--batch-size", "4"],
     "growth": [PYTHON, "benchmarks/bench_growth.py", "--rounds", "2"],
     "sweep": [PYTHON, "benchmarks/bench_sweep.py", "--rounds", "2"],
-    "profile": [PYTHON, "benchmarks/bench_profile.py", "--budget-s", "60"],
+    "profile": [PYTHON, "benchmarks/bench_profile.py", "--budget-s", "60", "--verify", "2"],
     "memory": [
         *(PYTHON, "benchmarks/bench_memory.py", "--batches", "2000", "--batch-size", "4"),
         *("--every", "100"),
@@ -51,7 +51,7 @@ LIMITS_S = {
     "e2e": 120,
     "growth": 180,
     "sweep": 180,
-    "profile": 120,
+    "profile": 170,
     "memory": 90,
 }
 """Seconds that a section may take; without one, all that is left."""

@@ -24,6 +24,7 @@ from cmae.train.profiling import profile_loader
 from cmae.train.profiling.config import ProfileConfig
 from cmae.train.profiling.experiments import override
 from cmae.train.profiling.page_cache import evict, resident_fraction, touch
+from cmae.train.profiling.phases import _spread_out
 from cmae.train.profiling.profiler import open_subject, verify
 from cmae.train.profiling.records import Profile, load_profile
 from cmae.train.profiling.switches import SwitchedSource
@@ -101,6 +102,13 @@ def test_a_slow_disk_is_named_and_more_readers_would_not_help(tmp_path: Path) ->
     for action in found.actions:
         if "batches at a time" in action.what:
             assert action.predicted_images_per_s < 1.3 * planted.BATCH_SIZE / best
+
+
+def test_files_to_evict_are_spread_over_all() -> None:
+    extents = [Extent("x", number, 1) for number in range(10)]
+    assert [one.offset for one in _spread_out(extents, 0.3)] == [3, 6, 9]
+    assert _spread_out(extents, 1.0) == extents
+    assert _spread_out(extents, 0.0) == []
 
 
 def test_python_in_the_training_thread_is_named(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -91,6 +92,8 @@ class Bench:
         self.steps = steps
         self.warm_up = True
         """Take a step that is not timed in front of each stretch."""
+        self.cold_share = 0.0
+        """Evict this share of the full run's files first: once all files were read, all would be warm."""
         # Batches that may be read before they are asked for.
         self._fill = max(_FILL, subject.settings.num_readers)
         self._ahead = self._fill + subject.settings.num_readers + subject.settings.prefetch + 4
@@ -166,6 +169,7 @@ class Bench:
             self._switch("storage", record=True)
         else:
             self._open_window()
+            evict(_spread_out(self._window, self.cold_share))
             found = resident_fraction(self._unread())
             if found is not None:
                 self.resident.append(found)
@@ -296,6 +300,15 @@ class Bench:
                 return take()
 
         return taken
+
+
+def _spread_out(extents: Sequence[Extent], share: float) -> list[Extent]:
+    """A share of them, evenly from all over."""
+    chosen = [
+        math.floor((number + 1) * share) > math.floor(number * share)
+        for number in range(len(extents))
+    ]
+    return [extent for extent, is_chosen in zip(extents, chosen, strict=True) if is_chosen]
 
 
 def _no_step(batches: Sequence[Batch]) -> None:

@@ -217,6 +217,7 @@ def measure(
             options=options,
             steps=rounds.steps,
             base_rates=[one.images / one.wall_s for one in rounds.readings["full"]],
+            cold_share=cold_share,
             say=say,
         )
     verdict = judge(facts)
@@ -307,6 +308,7 @@ def verify(
     options: ProfileConfig,
     steps: int,
     base_rates: Sequence[float],
+    cold_share: float = 0.0,
     say: Say,
 ) -> tuple[Action, ...]:
     """Apply the best actions that are settings, one by one, and measure what the full run gains by each.
@@ -321,10 +323,12 @@ def verify(
         options: `verify` says how many.
         steps: timed steps in a stretch.
         base_rates: images/s of this rank's full runs.
+        cold_share: share of the files that those missed in the page cache; as many are evicted here.
         say: called with a line for each action.
     """
     measured = list(actions)
     bench = Bench(subject, steps=steps)
+    bench.cold_share = cold_share if cold_share > 0.05 else 0.0
     base = estimate([subject.ranks.world_size * rate for rate in base_rates])
     settings = [number for number, action in enumerate(actions) if action.overrides]
     for number in settings[: options.verify]:
@@ -333,7 +337,9 @@ def verify(
         changed = override(config, action.overrides)
         with open_subject(changed, subject.ranks, subject.step, wrap=subject.wrap) as other:
             whole = _whole_bursts(steps, other.settings.num_readers)
-            gain = estimate(_gains(bench, Bench(other, steps=whole), options, subject.ranks))
+            beside = Bench(other, steps=whole)
+            beside.cold_share = bench.cold_share
+            gain = estimate(_gains(bench, beside, options, subject.ranks))
         measured[number] = replace(action, measured_images_per_s=_scaled(gain, base.value))
     return tuple(measured)
 
