@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from cmae.train.profiling.account import account
+from cmae.train.profiling.anatomy import Anatomy, python_ms
 from cmae.train.profiling.estimates import estimate, estimates
 from cmae.train.profiling.records import Estimate, Part
 from cmae.train.profiling.resources import Costs, cache_hits, loader_rate, solve
@@ -101,6 +102,17 @@ def test_ranks_split_the_replay_into_model_straggler_and_collective() -> None:
     assert found["model"] == pytest.approx(41)
     assert found["straggler"] == pytest.approx(14)
     assert found["collective"] == pytest.approx(5)
+
+
+def test_python_is_no_more_than_the_gaps_between_operators() -> None:
+    quick = Anatomy(
+        operators_ms=122.0, kernels_ms=0.0, gaps_ms=5.0
+    )  # its core was faster than usual
+    assert python_ms(166.0, 166.0, quick) == 5.0
+    assert python_ms(166.0, 166.0, replace(quick, operators_ms=64.0, gaps_ms=105.0)) == 102.0
+    assert python_ms(120.0, 166.0, quick) == 0.0
+    hidden = Anatomy(operators_ms=20.0, kernels_ms=90.0, gaps_ms=40.0)
+    assert python_ms(60.0, 100.0, hidden) == 10.0
 
 
 def test_drift_that_meets_both_phases_does_not_widen_their_difference() -> None:

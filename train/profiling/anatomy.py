@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +21,8 @@ class Anatomy:
     """Time of the training thread inside torch operators, waiting for the device included."""
     kernels_ms: float
     """Time in which the GPU ran something; 0 without a GPU."""
+    gaps_ms: float = math.inf
+    """Time of the training thread between operators: Python, and the profiler's own."""
 
 
 def dissect(step: Callable[[], object], device: torch.device) -> Anatomy:
@@ -28,7 +32,9 @@ def dissect(step: Callable[[], object], device: torch.device) -> Anatomy:
         activities.append(ProfilerActivity.CUDA)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it prints about itself
     with profile(activities=activities) as profiler:
+        begun = time.perf_counter()
         step()
+        wall_ms = 1000 * (time.perf_counter() - begun)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     events = list(profiler.events() or [])
@@ -39,7 +45,8 @@ def dissect(step: Callable[[], object], device: torch.device) -> Anatomy:
         event for event in on_cpu if event.name.startswith("aten::") and event.thread == mine
     ]
     kernels = [event for event in events if event.device_type.name == "CUDA"]
-    return Anatomy(_union_ms(operators), _union_ms(kernels))
+    operators_ms = _union_ms(operators)
+    return Anatomy(operators_ms, _union_ms(kernels), max(0.0, wall_ms - operators_ms))
 
 
 def _union_ms(events: Sequence[Any]) -> float:
@@ -54,7 +61,8 @@ def _union_ms(events: Sequence[Any]) -> float:
 def python_ms(cpu_ms: float, step_ms: float, anatomy: Anatomy) -> float:
     """Python's part of a step: CPU time of the training thread outside operators, where nothing hides it.
 
-    On a GPU, what the training thread does while kernels run costs nothing.
+    It is no more than the gaps between operators in the step that was looked at, which may have run while the
+    core was faster. On a GPU, what the training thread does while kernels run costs nothing.
     """
-    outside = max(0.0, cpu_ms - anatomy.operators_ms)
+    outside = min(max(0.0, cpu_ms - anatomy.operators_ms), anatomy.gaps_ms)
     return min(outside, max(0.0, step_ms - anatomy.kernels_ms))

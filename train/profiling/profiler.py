@@ -54,7 +54,7 @@ from cmae.train.tuned import loader_settings
 Say = Callable[[str], None]
 
 _TRIALS_S = 30.0
-"""Of the budget, for trials and operations after the rounds."""
+"""Of the budget, for trials and operations after the rounds; at most a quarter of it."""
 
 _VERIFY_S = 40.0
 """For one action, when three pairs have been measured."""
@@ -246,7 +246,8 @@ def measure(
 
 def run_rounds(subject: Subject, options: ProfileConfig, *, say: Say) -> Rounds:
     """Calibrate, then run every phase once a round until the rounds or the time are used up; at least two."""
-    deadline = time.monotonic() + options.budget_s - _TRIALS_S * options.trials
+    reserve_s = min(_TRIALS_S, options.budget_s / 4) * options.trials
+    deadline = time.monotonic() + options.budget_s - reserve_s
     bench = Bench(subject, steps=1)
     bench.steps = _plan(bench, subject, options, deadline=deadline, say=say)
     bench.resident.clear()
