@@ -28,7 +28,7 @@ from cmae.pipeline.remote_dataset import Reading, choose_reading, order_of_use
 from cmae.pipeline.sources import IndexedSource, Source, StreamSource
 from cmae.pipeline.survey import stated_presized
 from cmae.pipeline.urls import expand_shards, is_local, is_remote
-from cmae.pipeline.views import ViewConfig
+from cmae.pipeline.views import ViewConfig, ViewStep
 
 _DEFAULT_REMOTE = RemoteConfig()
 Wrap = Callable[[Source, ViewMaker], tuple[Source, ViewMaker]]
@@ -260,10 +260,10 @@ def build_loader(
         if state is None:
             state = LoaderState(seed, epoch=0, next_sample=0, digest=opened.digest)
         _check_state(state, seed=seed, digest=opened.digest)
-        maker = _open_maker(
+        maker = open_maker(
             views,
             device,
-            backend=_pick_backend(backend, device),
+            backend=backend,
             batch_size=batch_size,
             num_threads=num_threads or len(os.sched_getaffinity(0)),
             hw_decoder_load=hw_decoder_load,
@@ -284,23 +284,30 @@ def build_loader(
     return Loader(opened, maker, feed=feed, health=health, state=state, presized=presized)
 
 
-def _open_maker(
+def open_maker(
     views: ViewConfig,
     device: torch.device,
     *,
-    backend: Literal["dali", "host"],
+    backend: Literal["auto", "dali", "host"],
     batch_size: int,
     num_threads: int,
     hw_decoder_load: float,
+    last_step: ViewStep = "color",
 ) -> ViewMaker:
-    if backend == "host":
-        return HostViews(views, num_threads=num_threads)
+    """What makes the views of a loader; for `last_step` see the makers.
+
+    Raises:
+        ValueError: The backend is unknown, or cannot work on this device.
+    """
+    if _pick_backend(backend, device) == "host":
+        return HostViews(views, num_threads=num_threads, last_step=last_step)
     return GraphViews(
         views,
         device,
         batch_size=batch_size,
         num_threads=num_threads,
         hw_decoder_load=hw_decoder_load,
+        last_step=last_step,
     )
 
 

@@ -180,11 +180,8 @@ def copy_unchecked(file: RemoteFile, cache: ShardCache, *, keep: Sequence[Remote
     """
     path = cache.fetch(file, check=lambda path: None, keep={cache.path(one.url) for one in keep})
     assert path is not None  # it waits
-    try:
-        data = file.remote.file(index_url(file.url)).read_all()
-    except RemoteError as error:
-        if not _is_missing(error):
-            raise
+    data = _read_if_there(file.remote.file(index_url(file.url)))
+    if data is None:
         index_path(path).unlink(missing_ok=True)
     else:
         with atomic_write(index_path(path)) as out:
@@ -238,12 +235,9 @@ def _ensure_index(file: RemoteFile, cache: ShardCache, rebuild: bool) -> tuple[S
 def _checksum_check(file: RemoteFile) -> Check:
     """What a shard without an index is held to: `x.tar.sha256`, as sha256sum writes it, if it is there."""
     address, mark, query = file.url.partition("?")
-    try:
-        line = file.remote.file(f"{address}.sha256{mark}{query}").read_all()
-    except RemoteError as error:
-        if _is_missing(error):
-            return lambda path: None
-        raise
+    line = _read_if_there(file.remote.file(f"{address}.sha256{mark}{query}"))
+    if line is None:
+        return lambda path: None
     return partial(check_sha256, expected=line.split()[0].decode().lower())
 
 
@@ -257,6 +251,16 @@ def check_sha256(path: Path, *, expected: str) -> None:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
         raise ChecksumError(f"SHA-256 {found}, the .sha256 beside it says {expected}")
+
+
+def _read_if_there(file: RemoteFile) -> bytes | None:
+    """A small object; None where there is none."""
+    try:
+        return file.read_all()
+    except RemoteError as error:
+        if _is_missing(error):
+            return None
+        raise
 
 
 def _is_missing(error: RemoteError) -> bool:
@@ -420,17 +424,18 @@ class RemoteFiles:
             data.data[:] = fetched[: data.size]
             return data.size
         copy = self._copies.get(number)
-        if copy is None:
-            data.data[:] = self._files[number].read(offset, offset + data.size)
-            return data.size
-        try:
-            count = os.preadv(copy.fileno(), [data.data], offset)
-        except OSError as error:  # the local disk's fault, not the sample's: the store still has it
-            self._forget_copy(number, error)
-            data.data[:] = self._files[number].read(offset, offset + data.size)
-            return data.size
-        self.num_copy_bytes += count
-        return count
+        if copy is not None:
+            try:
+                count = os.preadv(copy.fileno(), [data.data], offset)
+            except (
+                OSError
+            ) as error:  # the local disk's fault, not the sample's: the store still has it
+                self._forget_copy(number, error)
+            else:
+                self.num_copy_bytes += count
+                return count
+        data.data[:] = self._files[number].read(offset, offset + data.size)
+        return data.size
 
     def _forget_copy(self, number: int, error: OSError) -> None:
         if self._copies.pop(number, None) is not None:

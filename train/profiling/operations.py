@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from typing import Any, Literal
@@ -19,8 +19,7 @@ import torch
 
 from cmae.pipeline import ViewConfig, ViewParams, draw_view_params
 from cmae.pipeline.feed import ViewMaker
-from cmae.pipeline.graph import GraphViews
-from cmae.pipeline.host import HostViews
+from cmae.pipeline.loader import open_maker
 from cmae.pipeline.sources import RawBatch
 from cmae.pipeline.views import ViewStep
 from cmae.train.profiling.estimates import estimates
@@ -88,11 +87,19 @@ def measure_operations(
     prefixes = (*_GEOMETRY, *(_COLOR if views.has_color else ()))
     with ExitStack() as stack:
         makers = {
-            one.name: stack.enter_context(
-                closing(_maker(views, one, recorded, device, backend, settings))
+            one.name: open_maker(
+                views,
+                device,
+                backend=backend,
+                batch_size=max(len(raw.records) for raw in recorded),
+                num_threads=settings.num_threads,
+                hw_decoder_load=settings.hw_decoder_load,
+                last_step=one.last_step,
             )
             for one in prefixes
         }
+        for maker in makers.values():
+            stack.callback(maker.close)
         jobs = _choose(makers[prefixes[-1].name], [(raw, _params(views, raw)) for raw in recorded])
         if not jobs:
             return ()
@@ -100,7 +107,8 @@ def measure_operations(
         for number in range(rounds + 1):  # the first is not counted: allocations, caches
             for one in prefixes:
                 reading = _time(makers[one.name], one.jobs(jobs), device)
-                readings[one.name] += [reading] * bool(number)
+                if number:
+                    readings[one.name].append(reading)
     return _differences([one.name for one in prefixes], readings)
 
 
@@ -109,27 +117,6 @@ class _Reading:
     cpu_ms: float
     """Of the process, for an image."""
     wall_ms: float
-
-
-def _maker(
-    views: ViewConfig,
-    prefix: _Prefix,
-    recorded: Sequence[RawBatch],
-    device: torch.device,
-    backend: str,
-    settings: LoaderSettings,
-) -> ViewMaker:
-    threads = settings.num_threads
-    if backend == "host" or (backend == "auto" and device.type == "cpu"):
-        return HostViews(views, num_threads=threads, last_step=prefix.last_step)
-    return GraphViews(
-        views,
-        device,
-        batch_size=max(len(raw.records) for raw in recorded),
-        num_threads=threads,
-        hw_decoder_load=settings.hw_decoder_load,
-        last_step=prefix.last_step,
-    )
 
 
 def _params(views: ViewConfig, raw: RawBatch) -> ViewParams:

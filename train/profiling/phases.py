@@ -85,15 +85,15 @@ class Bench:
     Args:
         subject: what is profiled.
         steps: timed steps in a stretch.
+        cold_share: evict this share of the full run's files first: once all were read, all would be warm.
     """
 
-    def __init__(self, subject: Subject, *, steps: int) -> None:
+    def __init__(self, subject: Subject, *, steps: int, cold_share: float = 0.0) -> None:
         self._subject = subject
         self.steps = steps
         self.warm_up = True
         """Take a step that is not timed in front of each stretch."""
-        self.cold_share = 0.0
-        """Evict this share of the full run's files first: once all files were read, all would be warm."""
+        self._cold_share = cold_share
         # Batches that may be read before they are asked for.
         self._fill = max(_FILL, subject.settings.num_readers)
         self._ahead = self._fill + subject.settings.num_readers + subject.settings.prefetch + 4
@@ -169,7 +169,7 @@ class Bench:
             self._switch("storage", record=True)
         else:
             self._open_window()
-            evict(_spread_out(self._window, self.cold_share))
+            evict(_spread_out(self._window, self._cold_share))
             found = resident_fraction(self._unread())
             if found is not None:
                 self.resident.append(found)

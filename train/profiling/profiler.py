@@ -328,8 +328,8 @@ def verify(
         say: called with a line for each action.
     """
     measured = list(actions)
-    bench = Bench(subject, steps=steps)
-    bench.cold_share = cold_share if cold_share > 0.05 else 0.0
+    cold_share = cold_share if cold_share > 0.05 else 0.0
+    bench = Bench(subject, steps=steps, cold_share=cold_share)
     base = estimate([subject.ranks.world_size * rate for rate in base_rates])
     settings = [number for number, action in enumerate(actions) if action.overrides]
     for number in settings[: options.verify]:
@@ -338,8 +338,7 @@ def verify(
         changed = override(config, action.overrides)
         with open_subject(changed, subject.ranks, subject.step, wrap=subject.wrap) as other:
             whole = _whole_bursts(steps, other.settings.num_readers)
-            beside = Bench(other, steps=whole)
-            beside.cold_share = bench.cold_share
+            beside = Bench(other, steps=whole, cold_share=cold_share)
             gain = estimate(_gains(bench, beside, options, subject.ranks))
         measured[number] = replace(action, measured_images_per_s=_scaled(gain, base.value))
     return tuple(measured)
@@ -359,7 +358,8 @@ def _gains(bench: Bench, changed: Bench, options: ProfileConfig, ranks: Ranks) -
             reading = one.run("full")
             rates.append(reading.images / reading.wall_s)
             other.place = one.place
-        gains += [rates[1] / rates[0]] * bool(number)  # the first pair warms up
+        if number:  # the first pair warms up
+            gains.append(rates[1] / rates[0])
         is_over = number >= 3 and time.monotonic() > end
         if from_first(is_over, ranks):
             break
