@@ -383,7 +383,7 @@ class _OpenFiles:
     ) -> None:
         self.paths = list(paths)
         self._digests = digests
-        self._max_open = max_open or _half_of_the_file_limit()
+        self._max_open = max_open or _half_of_the_free_files()
         self._first_delay_s = first_delay_s
         self._files: OrderedDict[int, Any] = OrderedDict()
         self._seen: dict[int, _Identity] = {}
@@ -470,9 +470,11 @@ class _OpenFiles:
         self._seen[number] = now
 
 
-def _half_of_the_file_limit() -> int:
+def _half_of_the_free_files() -> int:
+    """Of those that this process may still open."""
     soft: int = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return max(16, soft // 2)
+    in_use: int = psutil.Process().num_fds()
+    return max(16, (soft - in_use) // 2)
 
 
 _NUM_TRIES = 6
