@@ -32,7 +32,7 @@ from cmae.model import ModelConfig, build_model, draw_mask
 from cmae.pipeline import Batch, ViewConfig, build_loader, synthetic_batches
 from cmae.train.config import OptimConfig, SpeedConfig
 from cmae.train.distributed import Ranks
-from cmae.train.step import TrainStep
+from cmae.train.loop.step import TrainStep
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -27,8 +27,8 @@ import numpy as np
 from harness import summarise, write_result
 
 from cmae.pipeline import EpochPlan, LoaderState
-from cmae.pipeline.dataset_index import DatasetIndex
-from cmae.pipeline.index import ShardIndex, index_path, save_index, tar_digest
+from cmae.pipeline.formats.dataset_index import DatasetIndex
+from cmae.pipeline.formats.shard_index import ShardIndex, index_path, save_index, tar_digest
 
 SAMPLES_PER_SHARD = 10_000
 BATCH_SIZE = 256

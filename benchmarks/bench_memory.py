@@ -27,8 +27,8 @@ from PIL import Image
 
 from cmae.model import ModelConfig, draw_mask
 from cmae.pipeline import ViewConfig, build_loader
-from cmae.pipeline.dataset_index import build_indices
-from cmae.pipeline.urls import expand_shards
+from cmae.pipeline.formats.dataset_index import build_indices
+from cmae.pipeline.sources.expand import expand_shards
 
 MIB = 2**20
 

@@ -27,8 +27,8 @@ from peers import image_places, read_image
 from PIL import Image
 
 from cmae.pipeline import ViewConfig, draw_view_params
-from cmae.pipeline.index import load_index
-from cmae.pipeline.presize import presize_mark
+from cmae.pipeline.formats.presized import presize_mark
+from cmae.pipeline.formats.shard_index import load_index
 
 WINDOWS = 4
 """Windows compared for each image."""

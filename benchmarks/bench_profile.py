@@ -26,10 +26,10 @@ from harness import write_result
 
 from cmae.train.config import Config, DataConfig, OptimConfig, SpeedConfig
 from cmae.train.distributed import Ranks
+from cmae.train.profiling.analysis.records import Action, Profile
 from cmae.train.profiling.config import ProfileConfig
 from cmae.train.profiling.profiler import measure, open_subject, profile
-from cmae.train.profiling.records import Action, Profile
-from cmae.train.profiling.report import prediction_error
+from cmae.train.profiling.report.terminal import prediction_error
 
 ON_GPU = torch.cuda.is_available()
 STEP_S = 0.02

@@ -27,9 +27,9 @@ from bench_data import prepare_shards
 from harness import Measurement, interleave, summarise, time_batches, write_result
 
 from cmae.pipeline import EpochPlan, LoaderState
-from cmae.pipeline.dataset_index import DatasetIndex
-from cmae.pipeline.jpeg import inspect_jpeg
-from cmae.pipeline.sources import IndexedSource
+from cmae.pipeline.formats.dataset_index import DatasetIndex
+from cmae.pipeline.formats.jpeg import inspect_jpeg
+from cmae.pipeline.sources.indexed import IndexedSource
 
 
 def source_run(

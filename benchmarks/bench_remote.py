@@ -30,16 +30,13 @@ from bench_data import prepare_shards
 from harness import ROOT, Measurement, interleave, summarise, write_result
 
 from cmae.pipeline import EpochPlan, LoaderState, RemoteConfig
-from cmae.pipeline.dataset_index import DatasetIndex
-from cmae.pipeline.remote import Remote
-from cmae.pipeline.remote_dataset import (
-    Reading,
-    choose_reading,
-    copy_shard,
-    open_cache,
-    order_of_use,
-)
-from cmae.pipeline.sources import IndexedSource, StreamSource
+from cmae.pipeline.formats.dataset_index import DatasetIndex
+from cmae.pipeline.loader.remote_order import order_of_use
+from cmae.pipeline.remote.client import Remote
+from cmae.pipeline.remote.files import Reading, choose_reading
+from cmae.pipeline.remote.index import copy_shard, open_cache
+from cmae.pipeline.sources.indexed import IndexedSource
+from cmae.pipeline.sources.stream import StreamSource
 
 BATCH = 64
 

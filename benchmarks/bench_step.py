@@ -36,10 +36,10 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from cmae.model import ModelConfig, build_model, count_multiply_adds, draw_mask
 from cmae.model.decoder import Decoder
 from cmae.pipeline import Batch, ViewConfig, synthetic_batches
-from cmae.train.bench import GPUS, is_named, measure_matmul_tflops
+from cmae.train.commands.bench import GPUS, is_named, measure_matmul_tflops
 from cmae.train.config import OptimConfig, SpeedConfig
 from cmae.train.distributed import Ranks
-from cmae.train.step import TrainStep
+from cmae.train.loop.step import TrainStep
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")

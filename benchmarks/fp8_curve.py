@@ -20,10 +20,10 @@ from typing import Any
 import matplotlib as mpl
 from harness import ROOT, write_result
 
-from cmae.train.cli import build_config_parser, read_config
-from cmae.train.demo_data import write_demo_shards
-from cmae.train.metrics import read_metrics
-from cmae.train.pretrain import pretrain
+from cmae.train.commands.demo_data import write_demo_shards
+from cmae.train.config_parser import build_config_parser, read_config
+from cmae.train.loop.pretrain import pretrain
+from cmae.train.monitor.metrics import read_metrics
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

@@ -30,7 +30,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
 from cmae.pipeline import ViewConfig
-from cmae.pipeline.index import load_index
+from cmae.pipeline.formats.shard_index import load_index
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """Online and target views of a batch."""

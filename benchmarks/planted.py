@@ -40,16 +40,16 @@ from PIL import Image
 
 from cmae.model import ModelConfig, draw_mask
 from cmae.pipeline import Batch, ViewConfig
-from cmae.pipeline.feed import ViewMaker
-from cmae.pipeline.index import build_index, index_path, save_index
-from cmae.pipeline.sources import Extent, Source
+from cmae.pipeline.formats.shard_index import build_index, index_path, save_index
+from cmae.pipeline.sources.records import Extent, Source
+from cmae.pipeline.views.backend import ViewMaker
+from cmae.train.commands.demo_data import PHOTOGRAPHS, load_photograph
 from cmae.train.config import Config, DataConfig, OptimConfig, RunConfig, SpeedConfig
-from cmae.train.demo_data import PHOTOGRAPHS, load_photograph
 from cmae.train.distributed import Ranks, from_first, join_ranks
+from cmae.train.profiling.analysis.records import Profile, load_profile
 from cmae.train.profiling.config import ProfileConfig
-from cmae.train.profiling.page_cache import evict
+from cmae.train.profiling.measure.page_cache import evict
 from cmae.train.profiling.profiler import measure, open_subject
-from cmae.train.profiling.records import Profile, load_profile
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 BATCH_SIZE = 8
@@ -304,7 +304,7 @@ def plant(fault: Fault, folder: Path, options: ProfileConfig) -> Profile:
     if fault.cold:
         for path in folder.glob("*.tar"):
             evict([Extent(str(path), 0, path.stat().st_size)])
-    mask = mock.patch("cmae.train.pretrain.draw_mask", slow_mask(fault.mask_s))
+    mask = mock.patch("cmae.train.loop.pretrain.draw_mask", slow_mask(fault.mask_s))
     ranks = Ranks(0, 1, torch.device("cpu"))
     with (
         mask,

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cmae.kernels.backend import Backend, jit, on_device, refuse_backward, tl, use_triton
-from cmae.kernels.patch_gather import KERNEL_DTYPES
+from cmae.kernels.images import KERNEL_DTYPES
 
 _MAX_DIM = 512  # a program holds whole rows of queries and of gradients; half as many in two halves
 _MAX_VALUES = 1 << 31  # offsets inside the kernels are 32-bit

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cmae.kernels.backend import Backend, jit, on_device, refuse_backward, tl, use_triton
-from cmae.kernels.patch_gather import (
+from cmae.kernels.images import (
     KERNEL_DTYPES,
     Images,
     Triple,

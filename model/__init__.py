@@ -1,13 +1,13 @@
 """Tensors in, tensors out: the CMAE and MAE models."""
 
+from cmae.model.analysis.flops import count_multiply_adds, count_parameters
 from cmae.model.cmae import CMAE, build_model
 from cmae.model.config import ModelConfig
-from cmae.model.cost import count_multiply_adds, count_parameters
+from cmae.model.export.checkpoints import from_authors, from_mae, to_timm
 from cmae.model.heads import set_all_reduce
-from cmae.model.importers import from_authors, from_mae, to_timm
 from cmae.model.losses import Losses
 from cmae.model.masking import draw_mask
-from cmae.model.momentum import momentum_at
+from cmae.train.loop.schedules import momentum_at
 
 __all__ = [
     "CMAE",

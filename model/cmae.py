@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from cmae.kernels.images import Images
 from cmae.kernels.masked_mse import masked_mse
-from cmae.kernels.patch_gather import Images
 from cmae.model.config import ModelConfig
 from cmae.model.decoder import Decoder
 from cmae.model.encoder import VisionTransformer
@@ -24,7 +24,7 @@ from cmae.model.masking import complement
 from cmae.model.pixels import to_config_normalisation
 
 if TYPE_CHECKING:
-    from cmae.model.shadow import TargetShadow
+    from cmae.model.target_copy import TargetShadow
 
 Encoder = VisionTransformer | HybridEncoder
 
@@ -202,7 +202,7 @@ class CMAE(nn.Module):
         """Predicted pixels of all patches, in patch order, rows in (py, px, channel) order.
 
         Values are in the space of the loss: with norm_pix_loss each patch has its own mean and
-        scale; `cmae.model.pictures.to_pixels` takes them back to 0..255.
+        scale; `cmae.model.export.images.to_pixels` takes them back to 0..255.
 
         Raises:
             ValueError: the model has no pixel decoder, or shapes do not fit.

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from cmae.kernels.patch_gather import Images, patch_gather
+from cmae.kernels.images import Images
+from cmae.kernels.patch_gather import patch_gather
 from cmae.model.blocks import LayerNorm, MeanBlock, build_blocks, enter_residual
 from cmae.model.config import ModelConfig
 from cmae.model.pixels import to_config_normalisation

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 
-from cmae.kernels.patch_gather import Images
+from cmae.kernels.images import Images
 from cmae.model.blocks import LayerNorm, MeanBlock, build_blocks, enter_residual
 from cmae.model.config import ModelConfig
 from cmae.model.encoder import PatchEmbed, all_ids

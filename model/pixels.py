@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cmae.kernels.patch_gather import Images
+from cmae.kernels.images import Images
 from cmae.model.config import STANDARD_MEAN, STANDARD_STD, ModelConfig
 
 

@@ -1,14 +1,17 @@
 """Tar shards in, batches of views and masks out. Knows no model; rank and world size are integers to it."""
 
 from cmae.pipeline.batch import Batch, LoaderState
-from cmae.pipeline.counters import LoaderSnapshot, StageSnapshot
-from cmae.pipeline.health import DataError
-from cmae.pipeline.loader import Loader, build_loader
-from cmae.pipeline.plan import EpochPlan
-from cmae.pipeline.remote import FillProgress, RemoteConfig, RemoteError
-from cmae.pipeline.synthetic import synthetic_batches
-from cmae.pipeline.urls import expand_shards
-from cmae.pipeline.views import ViewConfig, ViewParams, draw_view_params
+from cmae.pipeline.errors import DataError, RemoteError
+from cmae.pipeline.loader.factory import build_loader
+from cmae.pipeline.loader.loader import Loader
+from cmae.pipeline.loader.synthetic import synthetic_batches
+from cmae.pipeline.remote.client import RemoteConfig
+from cmae.pipeline.remote.progress import FillProgress
+from cmae.pipeline.sampling.epoch_plan import EpochPlan
+from cmae.pipeline.sources.expand import expand_shards
+from cmae.pipeline.stage_stats import LoaderSnapshot, StageSnapshot
+from cmae.pipeline.views.config import ViewConfig
+from cmae.pipeline.views.params import ViewParams, draw_view_params
 
 __all__ = [
     "Batch",

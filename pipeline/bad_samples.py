@@ -9,14 +9,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from cmae.pipeline.errors import DataError
+
 logger = logging.getLogger(__name__)
 
 BEFORE_FIRST_EPOCH = -1
 """`BadSample.epoch` of a record that the index leaves out of every epoch."""
-
-
-class DataError(RuntimeError):
-    """The data cannot be used: too many bad records, or a shard that cannot be read at all."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -50,3 +51,7 @@ class Batch:
     epoch: int
     state: LoaderState
     """The position after this batch: what a checkpoint taken now has to hold."""
+
+
+DrawMask = Callable[[Int64[Tensor, " B"], int], tuple[Tensor, Tensor]]
+"""(sample_index, epoch) -> (ids_keep, ids_mask), on the device of sample_index."""

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from jaxtyping import Int64
 
-from cmae.pipeline.jpeg import JpegKind
+from cmae.pipeline.formats.jpeg import JpegKind
 
 _BINS_PER_DECADE = 20  # a bin is 12 % wide
 _FIRST_DECADE, _NUM_DECADES = -6, 9  # 1 us to 1000 s; the first and last bin take what lies outside

@@ -13,7 +13,7 @@ import webdataset as wds
 from PIL import Image
 from shard_data import NUM_IMAGES, jpeg, tars, write
 
-from cmae.pipeline.index import build_index, index_path, save_index
+from cmae.pipeline.formats.shard_index import build_index, index_path, save_index
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
 

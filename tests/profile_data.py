@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cmae.train.profiling.records import (
+from cmae.train.profiling.analysis.records import (
     Action,
     Curve,
     Estimate,

@@ -11,10 +11,10 @@ import numpy as np
 import webdataset as wds
 from PIL import Image
 
-from cmae.pipeline.image_list import scan_image_folder
-from cmae.pipeline.index import ShardIndex, build_index, index_path, save_index
-from cmae.pipeline.shards import WriteReport, write_shards
-from cmae.pipeline.verify import VerifyReport
+from cmae.pipeline.formats.shard_index import ShardIndex, build_index, index_path, save_index
+from cmae.pipeline.shards.image_folder import scan_image_folder
+from cmae.pipeline.shards.verify import VerifyReport
+from cmae.pipeline.shards.write import WriteReport, write_shards
 
 NUM_IMAGES = 24
 

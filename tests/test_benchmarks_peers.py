@@ -13,7 +13,7 @@ import torch
 from pipeline_data import jpeg, photo, write_tar
 
 from cmae.pipeline import ViewConfig
-from cmae.pipeline.index import build_index, index_path, save_index
+from cmae.pipeline.formats.shard_index import build_index, index_path, save_index
 
 ROOT = Path(__file__).resolve().parent.parent
 VIEWS = {"img_size": 32, "master_size": 40, "target_shift": 8}

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from test_train_pretrain import arguments
 
-from cmae.train.metrics import read_metrics
+from cmae.train.monitor.metrics import read_metrics
 
 pytest.importorskip("triton")
 

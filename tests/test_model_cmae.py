@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cmae.model import CMAE, ModelConfig, build_model, draw_mask
-from cmae.model.pictures import masked_pixels, to_pixels, unpatchify
+from cmae.model.export.images import masked_pixels, to_pixels, unpatchify
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
 SMALL |= {"decoder_embed_dim": 32, "decoder_depth": 2, "decoder_num_heads": 2}

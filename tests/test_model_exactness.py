@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cmae.model import ModelConfig, draw_mask, from_authors, from_mae
-from cmae.model.importers import _published_heads
+from cmae.model.export.checkpoints import published_heads
 
 IMG, PATCH, DIM, HEADS, DEPTH = 32, 8, 32, 2, 2
 DEC, DEC_HEADS, DEC_DEPTH, FEATURE_DEPTH, HIDDEN, PROJ = 16, 2, 3, 2, 24, 12
@@ -446,7 +446,7 @@ def test_import_asks_for_the_heads_that_weights_cannot_tell():
 
 def test_import_takes_the_published_number_of_heads():
     heads = {(384, 12): 6, (768, 12): 12, (768, 8): 8, (1024, 24): 16, (1280, 32): 16}
-    assert {size: _published_heads(*size) for size in heads} == heads
+    assert {size: published_heads(*size) for size in heads} == heads
 
 
 @pytest.mark.parametrize("family", ["mae", "authors"])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cmae.model import CMAE, ModelConfig, build_model
-from cmae.model.shadow import FP8, Fp8Linear, TargetShadow, to_fp8
+from cmae.model.target_copy import FP8, Fp8Linear, TargetShadow, to_fp8
 
 SMALL = ModelConfig(
     img_size=32,

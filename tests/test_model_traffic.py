@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cmae.model import ModelConfig, build_model, count_multiply_adds
-from cmae.model.traffic import (
+from cmae.model.analysis.roofline import (
     Operation,
     Precision,
     count_memory,

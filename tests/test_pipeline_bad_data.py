@@ -14,9 +14,9 @@ from PIL import Image
 from pipeline_data import jpeg, photo, toy_mask, write_tar
 
 from cmae.pipeline import DataError, Loader, ViewConfig, build_loader
-from cmae.pipeline.dataset_index import build_indices
-from cmae.pipeline.health import BadLimit, BadSample, Health
-from cmae.pipeline.index import index_path, load_index
+from cmae.pipeline.bad_samples import BadLimit, BadSample, Health
+from cmae.pipeline.formats.dataset_index import build_indices
+from cmae.pipeline.formats.shard_index import index_path, load_index
 
 VIEWS = ViewConfig(img_size=32, master_size=40, target_shift=8)
 NUM = 40

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from cmae.pipeline.buffers import BufferPool
+from cmae.pipeline.buffer_pool import BufferPool
 
 HOLDERS = {
     "slice": lambda data: data[3:5],

@@ -12,10 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchvision.transforms import functional as tv
 
-from cmae.pipeline.color import apply_color, color_chain
-from cmae.pipeline.color_host import HostColor
-from cmae.pipeline.reference import reference_color
-from cmae.pipeline.views import ViewConfig, ViewParams, draw_view_params
+from cmae.pipeline.views.color_batch import apply_color, color_chain
+from cmae.pipeline.views.color_image import HostColor
+from cmae.pipeline.views.config import ViewConfig
+from cmae.pipeline.views.params import ViewParams, draw_view_params
+from cmae.pipeline.views.reference import reference_color
 
 N = 24
 

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from pipeline_data import toy_mask, write_photo_shards
 
-from cmae.pipeline import LoaderSnapshot, ViewConfig, build_loader, counters
-from cmae.pipeline.counters import Histogram, KindTable, QueueDepth, Stage, State
-from cmae.pipeline.dataset_index import build_indices
-from cmae.pipeline.jpeg import JpegKind
-from cmae.pipeline.sources import IndexedSource
+from cmae.pipeline import LoaderSnapshot, ViewConfig, build_loader
+from cmae.pipeline import stage_stats as counters
+from cmae.pipeline.formats.dataset_index import build_indices
+from cmae.pipeline.formats.jpeg import JpegKind
+from cmae.pipeline.sources.indexed import IndexedSource
+from cmae.pipeline.stage_stats import Histogram, KindTable, QueueDepth, Stage, State
 
 VIEWS = ViewConfig(img_size=32, master_size=40, target_shift=8)
 BATCH = 8

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from shard_data import assert_equal, indexed_shard, jpeg, shard, write_tar
 
-from cmae.pipeline.dataset_index import DatasetIndex, build_indices
-from cmae.pipeline.index import build_index, index_path, load_index, save_index
-from cmae.pipeline.jpeg import JpegKind
+from cmae.pipeline.formats.dataset_index import DatasetIndex, build_indices
+from cmae.pipeline.formats.jpeg import JpegKind
+from cmae.pipeline.formats.shard_index import build_index, index_path, load_index, save_index
 
 
 def test_a_bad_image_keeps_its_position_and_is_left_out_of_the_dataset(tmp_path: Path) -> None:

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from pipeline_data import toy_mask, write_photo_shards
 
 from cmae.pipeline import EpochPlan, LoaderState, ViewConfig, build_loader
-from cmae.pipeline import plan as plan_module
-from cmae.pipeline.dataset_index import DatasetIndex, build_indices
-from cmae.pipeline.sources import IndexedSource
-from cmae.pipeline.views import draw_view_params
+from cmae.pipeline.formats.dataset_index import DatasetIndex, build_indices
+from cmae.pipeline.sampling import epoch_plan as plan_module
+from cmae.pipeline.sources.indexed import IndexedSource
+from cmae.pipeline.views.params import draw_view_params
 
 VIEWS = ViewConfig(img_size=16, master_size=16, target_shift=0)
 SIZES = (61, 80, 45, 24)  # 210 uneven shards

@@ -16,7 +16,7 @@ import pytest
 from pipeline_data import jpeg, photo, toy_mask, write_photo_shards, write_tar
 
 from cmae.pipeline import ViewConfig, build_loader
-from cmae.pipeline.dataset_index import build_indices
+from cmae.pipeline.formats.dataset_index import build_indices
 
 VIEWS = ViewConfig(img_size=16, master_size=16, target_shift=0)
 

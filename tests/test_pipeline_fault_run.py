@@ -14,8 +14,8 @@ from fault_data import bit_flip, noise, truncated
 from pipeline_data import toy_mask, write_tar
 
 from cmae.pipeline import ViewConfig, build_loader
-from cmae.pipeline.dataset_index import build_indices
-from cmae.pipeline.health import BEFORE_FIRST_EPOCH, read_ledger
+from cmae.pipeline.bad_samples import BEFORE_FIRST_EPOCH, read_ledger
+from cmae.pipeline.formats.dataset_index import build_indices
 
 VIEWS = ViewConfig(img_size=16, master_size=16, target_shift=0)
 NUM, PER_SHARD = 5000, 1000

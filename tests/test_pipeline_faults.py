@@ -23,10 +23,10 @@ from PIL import Image
 from pipeline_data import jpeg, toy_mask, write_tar
 
 from cmae.pipeline import Loader, ViewConfig, build_loader
-from cmae.pipeline.dataset_index import build_indices
-from cmae.pipeline.health import BEFORE_FIRST_EPOCH, BadLimit, BadSample, Health, read_ledger
-from cmae.pipeline.index import StaleIndexError, index_path
-from cmae.pipeline.verify import verify_shards
+from cmae.pipeline.bad_samples import BEFORE_FIRST_EPOCH, BadLimit, BadSample, Health, read_ledger
+from cmae.pipeline.formats.dataset_index import build_indices
+from cmae.pipeline.formats.shard_index import StaleIndexError, index_path
+from cmae.pipeline.shards.verify import verify_shards
 
 VIEWS = ViewConfig(img_size=32, master_size=40, target_shift=8)
 NUM = 24

@@ -12,10 +12,11 @@ import pytest
 from pipeline_data import write_photo_shards
 
 from cmae.pipeline import DataError, EpochPlan, LoaderState
-from cmae.pipeline import sources as sources_module
-from cmae.pipeline.dataset_index import DatasetIndex, build_indices
-from cmae.pipeline.index import tar_digest
-from cmae.pipeline.sources import IndexedSource, _OpenFiles
+from cmae.pipeline.formats.dataset_index import DatasetIndex, build_indices
+from cmae.pipeline.formats.shard_index import tar_digest
+from cmae.pipeline.sources import indexed as sources_module
+from cmae.pipeline.sources.indexed import IndexedSource
+from cmae.pipeline.sources.local_files import OpenFiles
 
 
 @pytest.fixture
@@ -25,14 +26,14 @@ def shards(tmp_path: Path) -> list[Path]:
     return paths
 
 
-def open_files(shards: list[Path], **options) -> _OpenFiles:
+def open_files(shards: list[Path], **options) -> OpenFiles:
     digests = [tar_digest(path) for path in shards]
-    return _OpenFiles(
+    return OpenFiles(
         [str(path) for path in shards], digests=digests, first_delay_s=0.001, **options
     )
 
 
-def read(files: _OpenFiles, number: int, *, offset: int = 100, size: int = 5000) -> bytes:
+def read(files: OpenFiles, number: int, *, offset: int = 100, size: int = 5000) -> bytes:
     data = np.empty(size, np.uint8)
     return data[: files.read_into(data, number, offset=offset)].tobytes()
 

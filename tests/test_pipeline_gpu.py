@@ -13,15 +13,15 @@ from PIL import Image
 from pipeline_data import jpeg, photo, toy_mask, write_tar
 
 from cmae.pipeline import ViewConfig, build_loader, draw_view_params
-from cmae.pipeline.index import build_index, index_path, save_index
-from cmae.pipeline.reference import reference_views
+from cmae.pipeline.formats.shard_index import build_index, index_path, save_index
+from cmae.pipeline.views.reference import reference_views
 
 pytestmark = pytest.mark.gpu
 VIEWS = ViewConfig(color="none")
 
 
 def test_mixed_decode_gives_the_references_pixels() -> None:
-    from cmae.pipeline.graph import GraphViews
+    from cmae.pipeline.views.dali import GraphViews
 
     files = [jpeg(photo(h, w, seed=h)) for h, w in [(180, 240), (400, 300), (97, 501), (260, 256)]]
     sizes = np.array([Image.open(io.BytesIO(file)).size for file in files])
@@ -73,7 +73,7 @@ def test_batches_after_an_undecodable_one_still_come(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["exact", "fast"])
 def test_colour_on_a_batch_is_the_hosts_and_never_waits(mode: str) -> None:
-    from cmae.pipeline.color import apply_color
+    from cmae.pipeline.views.color_batch import apply_color
 
     pixels = torch.from_numpy(np.stack([photo(224, 224, seed=i) for i in range(64)]))
     sizes = np.full(64, 300)

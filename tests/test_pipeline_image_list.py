@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from shard_data import NUM_IMAGES, jpeg
 
-from cmae.pipeline.image_list import read_image_list, scan_image_folder
+from cmae.pipeline.shards.image_folder import read_image_list, scan_image_folder
 
 
 def test_classes_are_numbered_as_imagefolder_numbers_them(images: Path) -> None:

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from shard_data import assert_equal, indexed_shard, jpeg, shard, write_tar
 
-from cmae.pipeline.index import (
+from cmae.pipeline.formats.atomic import atomic_write
+from cmae.pipeline.formats.shard_index import (
     StaleIndexError,
-    atomic_write,
     build_index,
     index_path,
     load_index,

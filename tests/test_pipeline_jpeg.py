@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cmae.pipeline.jpeg import BadImageError, JpegInfo, JpegKind, inspect_jpeg
-from cmae.pipeline.tar import iter_records
+from cmae.pipeline.formats.jpeg import BadImageError, JpegInfo, JpegKind, inspect_jpeg
+from cmae.pipeline.formats.tar import iter_records
 
 
 def encode(mode: str = "RGB", size: tuple[int, int] = (31, 17), **options: object) -> bytes:

@@ -19,22 +19,14 @@ import pytest
 import torch
 from pipeline_data import toy_mask, write_photo_shards
 
-from cmae.pipeline import (
-    Batch,
-    DataError,
-    EpochPlan,
-    Loader,
-    LoaderState,
-    ViewConfig,
-    build_loader,
-    host,
-    plan,
-)
-from cmae.pipeline.dataset_index import DatasetIndex, build_indices
-from cmae.pipeline.host import HostViews
-from cmae.pipeline.reference import reference_views
-from cmae.pipeline.sources import IndexedSource
-from cmae.pipeline.views import draw_view_params
+from cmae.pipeline import Batch, DataError, EpochPlan, Loader, LoaderState, ViewConfig, build_loader
+from cmae.pipeline.formats.dataset_index import DatasetIndex, build_indices
+from cmae.pipeline.sampling import epoch_plan as plan
+from cmae.pipeline.sources.indexed import IndexedSource
+from cmae.pipeline.views import cpu as host
+from cmae.pipeline.views.cpu import HostViews
+from cmae.pipeline.views.params import draw_view_params
+from cmae.pipeline.views.reference import reference_views
 
 VIEWS = ViewConfig(img_size=32, master_size=40, target_shift=8)
 SIZES = (13, 20, 11, 9)  # 53 samples

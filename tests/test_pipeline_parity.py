@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 from pipeline_data import jpeg, photo
 
-from cmae.pipeline.graph import GraphViews
-from cmae.pipeline.host import HostViews
-from cmae.pipeline.reference import reference_views
-from cmae.pipeline.views import ViewConfig, draw_view_params
+from cmae.pipeline.views.config import ViewConfig
+from cmae.pipeline.views.cpu import HostViews
+from cmae.pipeline.views.dali import GraphViews
+from cmae.pipeline.views.params import draw_view_params
+from cmae.pipeline.views.reference import reference_views
 
 CPU = torch.device("cpu")
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cmae.pipeline.plan import EpochPlan
-from cmae.pipeline.randomness import hash_words
+from cmae.pipeline.sampling.counter_rng import hash_words
+from cmae.pipeline.sampling.epoch_plan import EpochPlan
 
 SIZES = st.integers(1, 400)
 

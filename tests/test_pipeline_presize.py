@@ -14,14 +14,21 @@ from pipeline_data import jpeg, photo, toy_mask
 from shard_data import contents, tars
 
 from cmae.pipeline import ViewConfig, build_loader
-from cmae.pipeline.dataset_index import DatasetIndex
-from cmae.pipeline.image_list import scan_image_folder
-from cmae.pipeline.index import StaleIndexError, build_index, index_path, load_index, save_index
-from cmae.pipeline.jpeg import BadImageError, inspect_jpeg
-from cmae.pipeline.presize import needs_presize, presize_jpeg, presize_mark
-from cmae.pipeline.shards import WriteReport, write_shards
-from cmae.pipeline.verify import verify_shards
-from cmae.train import shards_cli
+from cmae.pipeline.formats.dataset_index import DatasetIndex
+from cmae.pipeline.formats.jpeg import BadImageError, inspect_jpeg
+from cmae.pipeline.formats.presized import presize_mark
+from cmae.pipeline.formats.shard_index import (
+    StaleIndexError,
+    build_index,
+    index_path,
+    load_index,
+    save_index,
+)
+from cmae.pipeline.shards.image_folder import scan_image_folder
+from cmae.pipeline.shards.presize import needs_presize, presize_jpeg
+from cmae.pipeline.shards.verify import verify_shards
+from cmae.pipeline.shards.write import WriteReport, write_shards
+from cmae.train.commands import shards as shards_cli
 
 SIZES = [(60, 90), (64, 200), (65, 80), (130, 100), (40, 300), (200, 200)]
 LARGE = [2, 3, 5]  # those whose shorter side exceeds 64

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cmae.pipeline.randomness import hash_words, uniforms
+from cmae.pipeline.sampling.counter_rng import hash_words, uniforms
 
 SAMPLES = np.arange(20_000, dtype=np.int64)
 

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 from remote_servers import FaultyServer, serve, serve_s3
 
-from cmae.pipeline import stores
-from cmae.pipeline.remote import Remote, RemoteConfig, RemoteError, Span, open_stream
-from cmae.pipeline.stores import Pace, open_filesystem, redact, redact_options
+from cmae.pipeline.errors import RemoteError
+from cmae.pipeline.remote import stores
+from cmae.pipeline.remote.client import Remote, RemoteConfig, Span, open_stream
+from cmae.pipeline.remote.schemes import redact, redact_options
+from cmae.pipeline.remote.stores import Pace, open_filesystem
 
 # Else gcsfs first asks by gRPC, which the fake does not speak, what kind of bucket it is.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"

@@ -18,12 +18,13 @@ import pytest
 from pipeline_data import write_photo_shards
 from remote_servers import FaultyServer, serve
 
-from cmae.pipeline import cache as cache_module
-from cmae.pipeline.cache import CacheFullError, ShardCache
-from cmae.pipeline.dataset_index import build_indices
-from cmae.pipeline.index import index_path
-from cmae.pipeline.remote import Remote, RemoteConfig, RemoteError, RemoteFile
-from cmae.pipeline.remote_dataset import check_copy, copy_shard, fetch_index
+from cmae.pipeline.errors import RemoteError
+from cmae.pipeline.formats.dataset_index import build_indices
+from cmae.pipeline.formats.shard_index import index_path
+from cmae.pipeline.remote import cache as cache_module
+from cmae.pipeline.remote.cache import CacheFullError, ShardCache
+from cmae.pipeline.remote.client import Remote, RemoteConfig, RemoteFile
+from cmae.pipeline.remote.index import check_copy, copy_shard, fetch_index
 
 PART = 2_000
 NUM_SHARDS = 4

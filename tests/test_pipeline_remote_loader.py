@@ -31,13 +31,14 @@ from cmae.pipeline import (
     build_loader,
     expand_shards,
 )
-from cmae.pipeline.cache import ShardCache
-from cmae.pipeline.dataset_index import DatasetIndex, build_indices
-from cmae.pipeline.index import index_path
-from cmae.pipeline.remote import Remote
-from cmae.pipeline.remote_dataset import RemoteFiles, order_of_use
-from cmae.pipeline.stores import Pace
-from cmae.train import shards_cli
+from cmae.pipeline.formats.dataset_index import DatasetIndex, build_indices
+from cmae.pipeline.formats.shard_index import index_path
+from cmae.pipeline.loader.remote_order import order_of_use
+from cmae.pipeline.remote.cache import ShardCache
+from cmae.pipeline.remote.client import Remote
+from cmae.pipeline.remote.files import RemoteFiles
+from cmae.pipeline.remote.stores import Pace
+from cmae.train.commands import shards as shards_cli
 
 VIEWS = ViewConfig(img_size=32, master_size=40, target_shift=8)
 SIZES = (13, 20, 11, 9)  # 53 samples: 3 steps of 16, so 6 batches an epoch

@@ -22,17 +22,17 @@ from PIL import Image
 from pipeline_data import jpeg, photo
 from shard_data import problem_lines, write_tar
 
-from cmae.pipeline.index import build_index, index_path, load_index, save_index
-from cmae.pipeline.repair import (
+from cmae.pipeline.formats.shard_index import build_index, index_path, load_index, save_index
+from cmae.pipeline.formats.tar import iter_records, iter_tar
+from cmae.pipeline.shards.recover import Damage, salvage_tar
+from cmae.pipeline.shards.repair import (
     REPAIRED_FILE,
     RepairPolicy,
     RepairReport,
     reencode_as_jpeg,
     repair_shards,
 )
-from cmae.pipeline.salvage import Damage, salvage_tar
-from cmae.pipeline.tar import iter_records, iter_tar
-from cmae.pipeline.verify import verify_shards
+from cmae.pipeline.shards.verify import verify_shards
 
 NUM = 20
 
@@ -217,7 +217,7 @@ def test_stopped_and_run_again_it_writes_what_is_missing(tmp_path, monkeypatch):
     out = tmp_path / "out"
     written = []
     monkeypatch.setattr(
-        "cmae.pipeline.repair.build_index",
+        "cmae.pipeline.shards.repair.build_index",
         lambda path: (
             written.append(path.name) or (build_index(path) if len(written) < 3 else 1 / 0)
         ),

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from shard_data import NUM_IMAGES, contents, jpeg, read_with_webdataset, tars, write
 
-from cmae.pipeline import shards as shards_module
-from cmae.pipeline.image_list import ImageSource, scan_image_folder
-from cmae.pipeline.index import build_index, index_path, load_index
-from cmae.pipeline.shards import WriteReport, write_shards
-from cmae.pipeline.tar import iter_records
-from cmae.pipeline.verify import VerifyReport, verify_shards
+from cmae.pipeline.formats.shard_index import build_index, index_path, load_index
+from cmae.pipeline.formats.tar import iter_records
+from cmae.pipeline.shards import write as shards_module
+from cmae.pipeline.shards.image_folder import ImageSource, scan_image_folder
+from cmae.pipeline.shards.verify import VerifyReport, verify_shards
+from cmae.pipeline.shards.write import WriteReport, write_shards
 
 
 def test_keys_are_unique_and_survive_webdataset(tmp_path: Path) -> None:

@@ -7,9 +7,10 @@ import pytest
 from PIL import Image
 from shard_data import tars, write
 
-from cmae.pipeline.image_list import scan_image_folder
-from cmae.pipeline.shards import write_shards
-from cmae.pipeline.survey import contact_sheet, shard_statistics
+from cmae.pipeline.shards.contact_sheet import contact_sheet
+from cmae.pipeline.shards.image_folder import scan_image_folder
+from cmae.pipeline.shards.statistics import shard_statistics
+from cmae.pipeline.shards.write import write_shards
 
 
 def test_statistics_are_those_of_the_images(images: Path, tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import pytest
 import webdataset as wds
 from shard_data import jpeg, shard, write_tar
 
-from cmae.pipeline.index import build_index
-from cmae.pipeline.tar import TarError, TarMember, iter_records, iter_tar
+from cmae.pipeline.formats.shard_index import build_index
+from cmae.pipeline.formats.tar import TarError, TarMember, iter_records, iter_tar
 
 
 def test_grouping_is_that_of_webdataset(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from cmae.pipeline.threads import run_threads
+from cmae.pipeline.formats.parallel import run_threads
 
 
 def test_run_threads_keeps_order_and_drops_the_rest_after_an_error() -> None:

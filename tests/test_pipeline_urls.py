@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from cmae.pipeline.urls import expand_shards, is_local
+from cmae.pipeline.remote.schemes import is_local
+from cmae.pipeline.sources.expand import expand_shards
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import pytest
 import webdataset as wds
 from shard_data import jpeg, problem_lines, tars
 
-from cmae.pipeline.image_list import read_image_list
-from cmae.pipeline.index import build_index, index_path, load_index, save_index
-from cmae.pipeline.shards import write_shards
-from cmae.pipeline.verify import Decode, verify_shards
+from cmae.pipeline.formats.shard_index import build_index, index_path, load_index, save_index
+from cmae.pipeline.shards.image_folder import read_image_list
+from cmae.pipeline.shards.verify import Decode, verify_shards
+from cmae.pipeline.shards.write import write_shards
 
 
 def overwrite(path: Path, offset: int, data: bytes) -> None:
@@ -26,7 +26,9 @@ def test_a_flipped_bit_is_found_and_named(
     # Small shards lie within the digest's reach: look past it, as for the middle of a large one.
     index = load_index(written[1])
     overwrite(written[1], int(index.offset[2]) + 900, b"\x55")
-    monkeypatch.setattr("cmae.pipeline.index.tar_digest", lambda path: index.tar_digest)
+    monkeypatch.setattr(
+        "cmae.pipeline.formats.shard_index.tar_digest", lambda path: index.tar_digest
+    )
     report = verify_shards(written[1:2])
     assert [problem.key for problem in report.problems] == [index.keys[2]]
     assert "CRC32" in report.problems[0].what

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torchvision.transforms import RandomResizedCrop
 
-from cmae.pipeline.randomness import uniforms
-from cmae.pipeline.views import CROP_TRIES, JITTER_ORDERS, ViewConfig, draw_view_params
+from cmae.pipeline.sampling.counter_rng import uniforms
+from cmae.pipeline.views.config import ViewConfig
+from cmae.pipeline.views.params import CROP_TRIES, JITTER_ORDERS, draw_view_params
 
 N = 20_000
 

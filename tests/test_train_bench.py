@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from cmae.model import ModelConfig, count_multiply_adds
-from cmae.train.bench import GPUS, Gpu, estimate_step, find_measured, measure_device
-from cmae.train.cli import main
+from cmae.train.commands.bench import GPUS, Gpu, estimate_step, find_measured, measure_device
+from cmae.train.commands.main import main
 from cmae.train.config import Config, OptimConfig, SpeedConfig
 
 VIT_B = Config()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cmae.train.checkpoint import (
+from cmae.train.loop.checkpoint import (
     Checkpointer,
     CheckpointError,
     changed_settings,

@@ -7,9 +7,15 @@ from pathlib import Path
 import pytest
 
 from cmae.model import ModelConfig
-from cmae.train.cli import build_config_parser, main, read_config, recipe_names, with_underscores
+from cmae.train.commands.main import main
 from cmae.train.config import BatchSplit, Config
-from cmae.train.recorder import write_config
+from cmae.train.config_parser import (
+    build_config_parser,
+    read_config,
+    recipe_names,
+    with_underscores,
+)
+from cmae.train.monitor.run_log import write_config
 
 
 def parse(*arguments: str) -> Config:

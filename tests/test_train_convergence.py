@@ -16,9 +16,9 @@ from torch import Tensor
 
 from cmae.model import Losses, ModelConfig, build_model, draw_mask
 from cmae.pipeline import Batch, ViewConfig, build_loader
-from cmae.train import graphs
 from cmae.train.config import OptimConfig, SpeedConfig
-from cmae.train.step import TrainStep
+from cmae.train.loop import graphs
+from cmae.train.loop.step import TrainStep
 
 MODEL = ModelConfig(
     img_size=32,
@@ -107,7 +107,7 @@ def test_static_buffers_leave_every_bit(
     batches: list[Batch], reference: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(graphs, "capture", lambda function: function)
-    monkeypatch.setattr("cmae.train.step.check_step", lambda *_: None)
+    monkeypatch.setattr("cmae.train.loop.step.check_step", lambda *_: None)
     assert torch.equal(curve(batches, SpeedConfig(cuda_graphs=True)), reference)
 
 

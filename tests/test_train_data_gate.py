@@ -17,13 +17,13 @@ from fault_data import bit_flip, noise
 from pipeline_data import write_tar
 from test_train_pretrain import arguments, run
 
-from cmae.pipeline.dataset_index import build_indices
-from cmae.pipeline.health import BadLimit, read_ledger
-from cmae.train import pretrain
-from cmae.train.checkpoint import list_checkpoints, load_checkpoint
-from cmae.train.data_gate import DataGate
+from cmae.pipeline.bad_samples import BadLimit, read_ledger
+from cmae.pipeline.formats.dataset_index import build_indices
 from cmae.train.distributed import Ranks
-from cmae.train.metrics import read_metrics
+from cmae.train.loop import pretrain
+from cmae.train.loop.checkpoint import list_checkpoints, load_checkpoint
+from cmae.train.loop.step_batches import DataGate
+from cmae.train.monitor.metrics import read_metrics
 
 NUM = 40
 

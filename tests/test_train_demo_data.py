@@ -11,10 +11,10 @@ from PIL import Image
 from rich.console import Console
 
 from cmae.pipeline import expand_shards
-from cmae.pipeline.index import load_index
-from cmae.train import demo_data
-from cmae.train.demo import MARGIN, _conclude
-from cmae.train.demo_data import (
+from cmae.pipeline.formats.shard_index import load_index
+from cmae.train.commands import demo_data
+from cmae.train.commands.demo import MARGIN, conclude
+from cmae.train.commands.demo_data import (
     CELL_PX,
     PHOTOGRAPHS,
     TILE_MEAN,
@@ -121,4 +121,4 @@ def test_demo_fails_unless_every_baseline_is_clearly_beaten(
     tmp_path: Path, strongest: str, ahead: float, code: int
 ) -> None:
     accuracies = {"pretrained": 0.5 + ahead, "random": 0.1, "pixels": 0.1, strongest: 0.5}
-    assert _conclude(Console(quiet=True), accuracies, tmp_path) == code
+    assert conclude(Console(quiet=True), accuracies, tmp_path) == code

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from cmae.train import doctor
-from cmae.train.doctor import Check
+from cmae.train.commands import doctor
+from cmae.train.commands.doctor import Check
 
 GIB = 2**30
 

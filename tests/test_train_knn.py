@@ -14,7 +14,7 @@ from torch import Tensor
 from webdataset import TarWriter
 
 from cmae.model import CMAE, ModelConfig, build_model
-from cmae.train.knn import extract_features, knn_accuracy, load_eval_images
+from cmae.train.evaluation.knn import extract_features, knn_accuracy, load_eval_images
 
 
 @pytest.fixture(scope="module")

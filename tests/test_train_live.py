@@ -17,10 +17,10 @@ import torch
 from profile_data import loader
 from rich.console import Console
 
-from cmae.pipeline.counters import LoaderSnapshot
+from cmae.pipeline.stage_stats import LoaderSnapshot
+from cmae.train.commands.top import condition, frame, stragglers, sum_windows, top, verdict
 from cmae.train.distributed import Ranks
-from cmae.train.live import LivePublisher, LiveStatus, live_folder, read_live
-from cmae.train.top import condition, frame, stragglers, sum_windows, top, verdict
+from cmae.train.monitor.status import LivePublisher, LiveStatus, live_folder, read_live
 
 NOW = 1_800_000_000.0
 CPU = torch.device("cpu")

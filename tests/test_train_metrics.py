@@ -8,7 +8,7 @@ import torch
 
 from cmae.model import Losses
 from cmae.train.distributed import Ranks
-from cmae.train.metrics import MetricLog, MetricWindow, describe, read_metrics
+from cmae.train.monitor.metrics import MetricLog, MetricWindow, describe, read_metrics
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 

@@ -9,7 +9,8 @@ from torch import nn
 
 from cmae.model import ModelConfig, build_model
 from cmae.train.config import OptimConfig
-from cmae.train.optim import build_optimizer, build_schedule, parameter_groups
+from cmae.train.loop.optim import build_optimizer, parameter_groups
+from cmae.train.loop.schedules import build_schedule
 
 SMALL = ModelConfig(
     img_size=32,

@@ -13,17 +13,17 @@ from PIL import Image
 
 from cmae.model import CMAE, ModelConfig, build_model, draw_mask
 from cmae.pipeline import Batch, LoaderState
-from cmae.train.pictures import (
+from cmae.train.commands.reconstruct import reconstruct
+from cmae.train.monitor.images import (
     GAP_PX,
     GRAY,
     MARGIN_PX,
     TITLE_PX,
     draw_sheet,
     first_batch_picture,
-    reconstruct,
     reconstruction_picture,
 )
-from cmae.train.plots import loss_plot
+from cmae.train.monitor.plots import loss_plot
 
 SIZE, PATCH, ENLARGED = 16, 4, 144
 CONFIG = ModelConfig(
@@ -132,7 +132,7 @@ def test_long_sheets_go_on_to_the_right(tmp_path: Path) -> None:
 def test_reconstruct_command_takes_image_files(
     model: CMAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cmae.train.pictures.load_model", lambda _: model)
+    monkeypatch.setattr("cmae.train.monitor.images.load_model", lambda _: model)
     wide = np.zeros((30, 60, 3), np.uint8)
     wide[:, 15:45] = 200
     Image.fromarray(wide).save(tmp_path / "a.png")

@@ -15,13 +15,14 @@ import pytest
 import torch
 
 from cmae.model import ModelConfig, build_model
-from cmae.pipeline.image_list import scan_image_folder
-from cmae.pipeline.shards import write_shards
-from cmae.train.checkpoint import list_checkpoints, load_checkpoint
-from cmae.train.cli import build_config_parser, main, read_config
-from cmae.train.metrics import read_metrics
-from cmae.train.pretrain import Outcome, pretrain
-from cmae.train.weights import load_model, save_model
+from cmae.pipeline.shards.image_folder import scan_image_folder
+from cmae.pipeline.shards.write import write_shards
+from cmae.train.commands.main import main
+from cmae.train.config_parser import build_config_parser, read_config
+from cmae.train.loop.checkpoint import list_checkpoints, load_checkpoint
+from cmae.train.loop.pretrain import Outcome, pretrain
+from cmae.train.loop.weights import load_model, save_model
+from cmae.train.monitor.metrics import read_metrics
 
 MODEL = {
     "img_size": 32,

@@ -9,13 +9,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cmae.train.profiling.account import account
-from cmae.train.profiling.anatomy import Anatomy, python_ms
-from cmae.train.profiling.estimates import estimate, estimates
-from cmae.train.profiling.records import Estimate, Part
-from cmae.train.profiling.resources import Costs, cache_hits, loader_rate, solve
-from cmae.train.profiling.stretch import Reading
-from cmae.train.profiling.verdict import Facts, judge, rank_actions
+from cmae.train.profiling.analysis.bootstrap import estimate, estimates
+from cmae.train.profiling.analysis.bottleneck_model import Costs, cache_hits, loader_rate, solve
+from cmae.train.profiling.analysis.breakdown import account
+from cmae.train.profiling.analysis.records import Estimate, Part
+from cmae.train.profiling.analysis.verdict import Facts, judge, rank_actions
+from cmae.train.profiling.measure.python_time import Anatomy, python_ms
+from cmae.train.profiling.measure.timing import Reading
 
 COSTS = Costs(
     model_s=0.01,

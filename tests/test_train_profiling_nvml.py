@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from cmae.train.profiling import nvml
-from cmae.train.profiling.nvml import GpuReader, GpuSampler, NoNvmlError, bus_id_of, gpu_reader
+from cmae.train.monitor import gpu as nvml
+from cmae.train.monitor.gpu import GpuReader, GpuSampler, NoNvmlError, bus_id_of, gpu_reader
 
 CUDA = torch.device("cuda", 0)
 BUS_ID = "00000000:3b:00.0"

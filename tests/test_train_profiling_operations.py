@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from cmae.pipeline import LoaderState, ViewConfig
-from cmae.pipeline.color_host import HostColor
-from cmae.pipeline.dataset_index import DatasetIndex
-from cmae.pipeline.plan import EpochPlan
-from cmae.pipeline.sources import IndexedSource, RawBatch
-from cmae.pipeline.urls import expand_shards
-from cmae.train.profiling.operations import measure_operations
-from cmae.train.profiling.records import Operation
-from cmae.train.tuned import LoaderSettings
+from cmae.pipeline.formats.dataset_index import DatasetIndex
+from cmae.pipeline.sampling.epoch_plan import EpochPlan
+from cmae.pipeline.sources.expand import expand_shards
+from cmae.pipeline.sources.indexed import IndexedSource
+from cmae.pipeline.sources.records import RawBatch
+from cmae.pipeline.views.color_image import HostColor
+from cmae.train.loop.loader_settings import LoaderSettings
+from cmae.train.profiling.analysis.records import Operation
+from cmae.train.profiling.measure.operations import measure_operations
 
 VIEWS = ViewConfig(img_size=32, master_size=40, target_shift=8, jitter_prob=1.0)
 SETTINGS = LoaderSettings(num_threads=1, prefetch=2, num_readers=1, hw_decoder_load=0.0)

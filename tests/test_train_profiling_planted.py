@@ -18,16 +18,17 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from cmae.pipeline.sources import Extent, IndexedSource
-from cmae.train.cli import main
+from cmae.pipeline.sources.indexed import IndexedSource
+from cmae.pipeline.sources.records import Extent
+from cmae.train.commands.main import main
 from cmae.train.profiling import profile_loader
+from cmae.train.profiling.analysis.records import Profile, load_profile
 from cmae.train.profiling.config import ProfileConfig
-from cmae.train.profiling.experiments import override
-from cmae.train.profiling.page_cache import evict, resident_fraction, touch
-from cmae.train.profiling.phases import _spread_out
+from cmae.train.profiling.measure.page_cache import evict, resident_fraction, touch
+from cmae.train.profiling.measure.phases import spread_out
+from cmae.train.profiling.measure.switches import SwitchedSource
+from cmae.train.profiling.measure.trials import override
 from cmae.train.profiling.profiler import open_subject, verify
-from cmae.train.profiling.records import Profile, load_profile
-from cmae.train.profiling.switches import SwitchedSource
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
@@ -106,9 +107,9 @@ def test_a_slow_disk_is_named_and_more_readers_would_not_help(tmp_path: Path) ->
 
 def test_files_to_evict_are_spread_over_all() -> None:
     extents = [Extent("x", number, 1) for number in range(10)]
-    assert [one.offset for one in _spread_out(extents, 0.3)] == [3, 6, 9]
-    assert _spread_out(extents, 1.0) == extents
-    assert _spread_out(extents, 0.0) == []
+    assert [one.offset for one in spread_out(extents, 0.3)] == [3, 6, 9]
+    assert spread_out(extents, 1.0) == extents
+    assert spread_out(extents, 0.0) == []
 
 
 def test_python_in_the_training_thread_is_named(tmp_path: Path) -> None:

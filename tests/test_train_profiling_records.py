@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cmae.train.profiling.records import (
+from cmae.train.profiling.analysis.records import (
     Action,
     Curve,
     Estimate,

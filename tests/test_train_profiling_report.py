@@ -15,20 +15,20 @@ import pytest
 from profile_data import decode_bound, estimate, faster
 from rich.console import Console
 
-from cmae.pipeline.counters import Histogram
-from cmae.train.profiling.charts import (
+from cmae.pipeline.stage_stats import Histogram
+from cmae.train.commands.profile import profile_tools
+from cmae.train.profiling.analysis.records import Curve, Part, Profile, Verdict
+from cmae.train.profiling.analysis.stages import loader_phase, loader_window, stage_shares
+from cmae.train.profiling.report.charts import (
     latency_histogram,
     line_chart,
     step_histogram,
     waterfall_rows,
 )
-from cmae.train.profiling.commands import profile_tools
-from cmae.train.profiling.diff import Difference, describe_change, diff_profiles, print_diff
-from cmae.train.profiling.html import write_diff_html, write_html
-from cmae.train.profiling.records import Curve, Part, Profile, Verdict
-from cmae.train.profiling.report import format_number, print_profile
-from cmae.train.profiling.stages import loader_phase, loader_window, stage_shares
-from cmae.train.profiling.trace import write_trace
+from cmae.train.profiling.report.diff import Difference, describe_change, diff_profiles, print_diff
+from cmae.train.profiling.report.html import write_diff_html, write_html
+from cmae.train.profiling.report.terminal import format_number, print_profile
+from cmae.train.profiling.report.trace import write_trace
 
 
 def printed(profile: Profile, width: int = 140) -> str:

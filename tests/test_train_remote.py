@@ -12,12 +12,13 @@ from rich.console import Console
 from test_train_pretrain import arguments
 
 from cmae.pipeline import FillProgress
-from cmae.train import metrics as metrics_module
-from cmae.train.checkpoint import list_checkpoints, load_checkpoint
-from cmae.train.cli import build_config_parser, main, read_config
+from cmae.train.commands.main import main
 from cmae.train.config import Config
-from cmae.train.metrics import ColdStart, Display, read_metrics
-from cmae.train.recorder import write_config
+from cmae.train.config_parser import build_config_parser, read_config
+from cmae.train.loop.checkpoint import list_checkpoints, load_checkpoint
+from cmae.train.monitor import metrics as metrics_module
+from cmae.train.monitor.metrics import ColdStart, Display, read_metrics
+from cmae.train.monitor.run_log import write_config
 
 SECRET = "8f3e-very-secret"
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cmae.pipeline.index import index_path, load_index
-from cmae.train import shards_cli
-from cmae.train.cli import main
+from cmae.pipeline.formats.shard_index import index_path, load_index
+from cmae.train.commands import shards as shards_cli
+from cmae.train.commands.main import main
 
 
 @pytest.fixture

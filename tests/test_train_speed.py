@@ -20,11 +20,12 @@ from torch._dynamo.utils import counters
 from cmae.model import ModelConfig, build_model
 from cmae.model.blocks import pin_sdpa
 from cmae.pipeline import Batch
-from cmae.train import attention, graphs
-from cmae.train.attention import AttentionShape, attention_shapes, pin_attention
 from cmae.train.config import OptimConfig, SpeedConfig
 from cmae.train.distributed import Ranks, join_ranks
-from cmae.train.step import HostFlag, TrainStep, check_step
+from cmae.train.loop import graphs
+from cmae.train.loop import sdpa as attention
+from cmae.train.loop.sdpa import AttentionShape, attention_shapes, pin_attention
+from cmae.train.loop.step import HostFlag, TrainStep, check_step
 
 BF16 = replace(OPTIM, precision="bf16")
 
@@ -74,7 +75,7 @@ def eager_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
         return function
 
     monkeypatch.setattr(graphs, "capture", capture)
-    monkeypatch.setattr("cmae.train.step.check_step", lambda *_: None)
+    monkeypatch.setattr("cmae.train.loop.step.check_step", lambda *_: None)
 
 
 @pytest.mark.usefixtures("eager_graphs")

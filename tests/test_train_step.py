@@ -16,7 +16,7 @@ from cmae.model import Losses, ModelConfig, build_model, draw_mask
 from cmae.pipeline import Batch, LoaderState
 from cmae.train.config import OptimConfig, SpeedConfig
 from cmae.train.distributed import Ranks, join_ranks
-from cmae.train.step import TrainStep
+from cmae.train.loop.step import TrainStep
 
 SMALL = ModelConfig(
     img_size=32,

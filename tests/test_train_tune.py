@@ -12,17 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from cmae.train.cli import build_config_parser, main, read_config
+from cmae.train.commands.main import main
 from cmae.train.config import Config, SpeedConfig
-from cmae.train.tune import TuneOptions, build_grid
-from cmae.train.tune_search import Result, Search, Window
-from cmae.train.tuned import (
-    LoaderSettings,
+from cmae.train.config_parser import build_config_parser, read_config
+from cmae.train.loop.loader_settings import LoaderSettings, default_settings, loader_settings
+from cmae.train.tuning.run import TuneOptions, build_grid
+from cmae.train.tuning.search import Result, Search, Window
+from cmae.train.tuning.tuned import (
     TunedEntry,
-    default_settings,
     describe_circumstances,
     find_tuned,
-    loader_settings,
     store_tuned,
     tune_path,
 )

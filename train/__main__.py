@@ -1,5 +1,5 @@
 """`python -m cmae.train` is the command `cmae`, for launchers that start modules (torchrun -m)."""
 
-from cmae.train.cli import main
+from cmae.train.commands.main import main
 
 raise SystemExit(main())

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from cmae.model import ModelConfig
 from cmae.pipeline import ViewConfig
-from cmae.pipeline.stores import REDACTED, redact_options
+from cmae.pipeline.remote.schemes import REDACTED, redact_options
 from cmae.train.distributed import COLLECTIVE_TIMEOUT_S
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-
-from cmae.train.doctor import cgroup_limit, driver_version
 
 
 def usable_cores() -> float:
@@ -51,3 +51,28 @@ def package_version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def driver_version() -> str | None:
+    """Version of the NVIDIA driver, such as 580.65.06; None where there is none."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        output = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (subprocess.SubprocessError, OSError):
+        return None
+    return output.stdout.strip().split("\n")[0] or None
+
+
+def cgroup_limit(root: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """CPU cores that the container's quota allows; None without a quota. Reads cgroup v2 and v1."""
+    v2, quota_v1 = root / "cpu.max", root / "cpu" / "cpu.cfs_quota_us"
+    if v2.exists():
+        quota, period = v2.read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    if quota_v1.exists():
+        quota_us = int(quota_v1.read_text())
+        period_us = int((root / "cpu" / "cpu.cfs_period_us").read_text())
+        return quota_us / period_us if quota_us > 0 else None
+    return None

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from cmae.model.analysis.flops import count_multiply_adds, count_parameters
 from cmae.model.config import ModelConfig
-from cmae.model.cost import count_multiply_adds, count_parameters
 
 PARTS = ("target", "encoder", "pixel decoder", "feature decoder", "heads", "losses")
 _HALF, _FULL = 2, 4  # bytes of a number

@@ -213,14 +213,14 @@ def _encoder_fields(
     return {
         "embed_dim": embed_dim,
         "depth": depth,
-        "num_heads": _published_heads(embed_dim, depth),
+        "num_heads": published_heads(embed_dim, depth),
         "mlp_ratio": hidden / embed_dim,
         "patch_size": patch_size,
         "img_size": math.isqrt(num_patches) * patch_size,
     }
 
 
-def _published_heads(embed_dim: int, depth: int) -> int:
+def published_heads(embed_dim: int, depth: int) -> int:
     """Heads of 64 channels, but for H (80) and the authors' own small model (96)."""
     special = {(1280, 32): 16, (768, 8): 8}
     return special.get((embed_dim, depth), max(1, embed_dim // 64))

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from cmae.kernels.patch_gather import Images, normalise_rows, raw_rows
+from cmae.kernels.images import Images, normalise_rows, raw_rows
 from cmae.model.config import ModelConfig
 from cmae.model.encoder import all_ids
 from cmae.model.pixels import to_config_normalisation

@@ -12,7 +12,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from cmae.pipeline.index import (
+from cmae.pipeline.formats.jpeg import JpegKind
+from cmae.pipeline.formats.parallel import no_progress, run_threads
+from cmae.pipeline.formats.presized import sum_counts
+from cmae.pipeline.formats.shard_index import (
     COLUMNS,
     Columns,
     ShardIndex,
@@ -26,9 +29,6 @@ from cmae.pipeline.index import (
     read_keys,
     save_index,
 )
-from cmae.pipeline.jpeg import JpegKind
-from cmae.pipeline.presize import sum_counts
-from cmae.pipeline.threads import no_progress, run_threads
 
 
 class IndexResult(NamedTuple):

@@ -209,3 +209,15 @@ def _describe(head: bytes) -> str:
     if head[:16].isascii() and head[:16].decode("ascii").isprintable():
         return f"text {head[:16].decode('ascii')!r}"
     return f"bytes {head[:8].hex(' ')}"
+
+
+def inspect_decodable(data: bytes) -> JpegInfo:
+    """Header of a JPEG that the decoders accept.
+
+    Raises:
+        BadImageError: No JPEG, or of a kind that GPU decoders refuse.
+    """
+    info = inspect_jpeg(data)
+    if not info.kind.decodable:
+        raise BadImageError(f"a {info.kind.name.lower()} JPEG, which GPU decoders refuse")
+    return info

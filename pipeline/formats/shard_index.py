@@ -14,22 +14,24 @@ import threading
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from cmae.pipeline.jpeg import MAX_PIXELS, BadImageError, JpegInfo, JpegKind, inspect_jpeg
-from cmae.pipeline.presize import presize_mark, summarise_marks
-from cmae.pipeline.tar import KEY_AND_EXTENSION, TarError, TarRecord, iter_records, iter_tar
+from cmae.pipeline.formats.atomic import atomic_write
+from cmae.pipeline.formats.jpeg import MAX_PIXELS, BadImageError, JpegInfo, JpegKind, inspect_jpeg
+from cmae.pipeline.formats.presized import presize_mark, summarise_marks
+from cmae.pipeline.formats.tar import KEY_AND_EXTENSION, TarError, TarRecord, iter_records, iter_tar
 
 FORMAT_VERSION = 1
+
 PRESIZED_FORMAT_VERSION = 2
 """Of the index of a shard with pre-resized images, whose label an older reader would not pass on."""
+
 INDEX_SUFFIX = ".index.npz"
 
 DIGEST_BYTES = 64 * 1024
@@ -217,21 +219,6 @@ def _no_images(tar_path: str | Path) -> str:
     common = Counter(match[2] if match else "(none)" for match in matches).most_common(5)
     found = ", ".join(f"{count} x {extension}" for extension, count in common) or "no files at all"
     return f"{tar_path}: no member ends in .jpg or .jpeg right after its key; extensions found: {found}"
-
-
-@contextmanager
-def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file that becomes `path` when the block ends well, and vanishes otherwise."""
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())  # else a power cut can leave the new name on empty contents
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_index(index: ShardIndex, path: str | Path) -> None:

@@ -3,150 +3,36 @@
 from __future__ import annotations
 
 import os
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 
-from cmae.pipeline.batch import Batch, LoaderState
-from cmae.pipeline.counters import LoaderSnapshot, State
-from cmae.pipeline.dataset_index import DatasetIndex
-from cmae.pipeline.feed import DrawMask, Feed, ViewMaker
-from cmae.pipeline.graph import GraphViews
-from cmae.pipeline.health import BEFORE_FIRST_EPOCH, BadLimit, BadSample, Health
-from cmae.pipeline.host import HostViews
-from cmae.pipeline.index import index_path
-from cmae.pipeline.plan import EpochPlan
-from cmae.pipeline.presize import presized_line
-from cmae.pipeline.remote import Remote, RemoteConfig
-from cmae.pipeline.remote_dataset import Reading, choose_reading, order_of_use
-from cmae.pipeline.sources import IndexedSource, Source, StreamSource
-from cmae.pipeline.survey import stated_presized
-from cmae.pipeline.urls import expand_shards, is_local, is_remote
-from cmae.pipeline.views import ViewConfig, ViewStep
+from cmae.pipeline.bad_samples import BEFORE_FIRST_EPOCH, BadLimit, BadSample, Health
+from cmae.pipeline.batch import DrawMask, LoaderState
+from cmae.pipeline.formats.dataset_folder import stated_presized
+from cmae.pipeline.formats.dataset_index import DatasetIndex
+from cmae.pipeline.formats.presized import presized_line
+from cmae.pipeline.formats.shard_index import index_path
+from cmae.pipeline.loader.loader import Loader, Wrap
+from cmae.pipeline.loader.prefetcher import Feed
+from cmae.pipeline.loader.remote_order import order_of_use
+from cmae.pipeline.remote.client import Remote, RemoteConfig
+from cmae.pipeline.remote.files import Reading, choose_reading
+from cmae.pipeline.remote.schemes import is_local, is_remote
+from cmae.pipeline.sampling.epoch_plan import EpochPlan
+from cmae.pipeline.sources.expand import expand_shards
+from cmae.pipeline.sources.indexed import IndexedSource
+from cmae.pipeline.sources.records import Source
+from cmae.pipeline.sources.stream import StreamSource
+from cmae.pipeline.views.backend import ViewMaker
+from cmae.pipeline.views.config import ViewConfig, ViewStep
+from cmae.pipeline.views.cpu import HostViews
+from cmae.pipeline.views.dali import GraphViews
 
 _DEFAULT_REMOTE = RemoteConfig()
-Wrap = Callable[[Source, ViewMaker], tuple[Source, ViewMaker]]
-
-
-class Loader:
-    """Endless iterator over one rank's batches; epochs follow one another.
-
-    Nothing is computed in the calling thread: `next` takes a finished batch from a queue. Close it, or use
-    it as a context manager; a loader that is only dropped closes itself.
-    """
-
-    num_samples: int | None
-    """Samples in the data set; None for a stream."""
-    steps_per_epoch: int | None
-    """Optimiser steps in an epoch, equal on every rank; None for a stream."""
-    presized: str
-    """Says which of the images are not the original files (`cmae shards write --max-size`); '' if all are."""
-
-    def __init__(
-        self,
-        source: Source,
-        maker: ViewMaker,
-        *,
-        feed: Feed,
-        health: Health,
-        state: LoaderState,
-        presized: str = "",
-    ) -> None:
-        self.num_samples = source.num_samples
-        self.steps_per_epoch = source.steps_per_epoch
-        self.presized = presized
-        self._source = source
-        self._maker = maker
-        self._feed = feed
-        self._health = health
-        self._state = state
-        self._num_batches = 0
-        self._finalizer = weakref.finalize(self, feed.close)
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Batch:
-        """The next batch.
-
-        Raises:
-            DataError: Too many bad samples, or a shard that cannot be read.
-        """
-        ready = self._feed.get()
-        if ready.event is not None:
-            _hand_over(ready.batch, ready.event)
-        self._health.add(len(ready.batch.label), ready.bad)
-        self._num_batches += 1
-        self._state = ready.batch.state
-        return ready.batch
-
-    @property
-    def state(self) -> LoaderState:
-        """The position after the last batch handed out; batches made ahead do not count."""
-        return self._state
-
-    @property
-    def bad_samples(self) -> int:
-        """Bad records behind the batches handed out so far."""
-        return self._health.bad_samples
-
-    @property
-    def wait_s(self) -> float:
-        """Seconds that `next` was blocked so far."""
-        return self._feed.ready.seconds(State.STARVED)
-
-    def snapshot(self) -> LoaderSnapshot:
-        """All counters as of now; may be called from any thread at any time.
-
-        The stages count batches made ahead; `batches`, `samples` and `bad_samples` those handed out.
-        """
-        time_s, depth = self._feed.depth.read()
-        finish, ready = self._feed.stage.snapshot(), self._feed.ready.snapshot()
-        ready = replace(
-            ready, blocked_s=finish.blocked_s
-        )  # the feed's: the same wait, seen from the queue
-        stages = (self._source.stage.snapshot(), self._maker.stage.snapshot(), finish, ready)
-        return LoaderSnapshot(
-            time_s=time_s,
-            stages={stage.name: stage for stage in stages},
-            batches=self._num_batches,
-            samples=ready.items,
-            wait_s=ready.starved_s,
-            queue_depth_mean=depth,
-            bad_samples=self.bad_samples,
-            views_by_kind={} if self._maker.kinds is None else self._maker.kinds.snapshot(),
-        )
-
-    def close(self) -> None:
-        """Stop and join all threads. May be called again."""
-        self._finalizer()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-def _hand_over(batch: Batch, event: torch.cuda.Event) -> None:
-    """Order the caller's stream after the feed's, and keep memory from reuse until its work is done."""
-    stream = torch.cuda.current_stream(batch.online.device)
-    stream.wait_event(event)
-    for name in ("online", "target", "ids_keep", "ids_mask", "sample_index", "label"):
-        tensor = getattr(batch, name)
-        if tensor is not None:
-            tensor.record_stream(stream)
 
 
 def build_loader(
@@ -254,7 +140,7 @@ def build_loader(
         )
     else:
         opened = StreamSource(paths, seed=seed, shuffle=shuffle, remote=Remote(remote), **place)
-        presized = stated_presized(paths)
+        presized = stated_presized([path for path in paths if is_local(path)])
     with ExitStack() as undo:  # what is open is closed again where a later part cannot be had
         undo.callback(opened.close)
         if state is None:

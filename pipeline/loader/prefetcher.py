@@ -8,56 +8,21 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Int64
 from torch import Tensor
 
-from cmae.pipeline.batch import Batch, LoaderState
-from cmae.pipeline.counters import KindTable, QueueDepth, Stage, State
-from cmae.pipeline.health import BadSample
-from cmae.pipeline.host import Views
-from cmae.pipeline.sources import RawBatch, Source
-from cmae.pipeline.views import ViewConfig, ViewParams, draw_view_params
-
-DrawMask = Callable[[Int64[Tensor, " B"], int], tuple[Tensor, Tensor]]
-"""(sample_index, epoch) -> (ids_keep, ids_mask), on the device of sample_index."""
-
-
-class ViewMaker(Protocol):
-    """Turns encoded images and drawn parameters into pixels, asynchronously."""
-
-    stage: Stage
-    """Counts of the threads that make the views."""
-
-    @property
-    def kinds(self) -> KindTable | None:
-        """Counts by JPEG kind, where they can be had."""
-
-    def depth(self, batch_size: int) -> int:
-        """Batches to have submitted at once, so that no worker is ever without work."""
-
-    def submit(
-        self,
-        encoded: list[UInt8[np.ndarray, " n"]],
-        params: ViewParams,
-        *,
-        cells: Int64[np.ndarray, " B"] | None = None,
-    ) -> Any:
-        """Start a batch and return its handle; `cells` of `kinds` are where its images count."""
-
-    def collect(self, job: Any) -> Views:
-        """Wait for a batch."""
-
-    def cancel(self) -> None:
-        """Drop work that has not begun; `collect` fails for it, in whatever thread."""
-
-    def close(self) -> None:
-        """Release threads and memory."""
+from cmae.pipeline.bad_samples import BadSample
+from cmae.pipeline.batch import Batch, DrawMask, LoaderState
+from cmae.pipeline.sources.records import RawBatch, Source
+from cmae.pipeline.stage_stats import QueueDepth, Stage, State
+from cmae.pipeline.views.backend import ViewMaker, Views
+from cmae.pipeline.views.config import ViewConfig
+from cmae.pipeline.views.params import draw_view_params
 
 
 @dataclass(frozen=True)

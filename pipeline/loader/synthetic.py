@@ -6,9 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from cmae.pipeline.batch import Batch, LoaderState
-from cmae.pipeline.feed import DrawMask
-from cmae.pipeline.views import ViewConfig
+from cmae.pipeline.batch import Batch, DrawMask, LoaderState
+from cmae.pipeline.views.config import ViewConfig
 
 
 def synthetic_batches(

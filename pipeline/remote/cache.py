@@ -27,9 +27,11 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from cmae.pipeline.index import INDEX_SUFFIX
-from cmae.pipeline.remote import RemoteError, RemoteFile
-from cmae.pipeline.stores import ObjectInfo, redact
+from cmae.pipeline.errors import RemoteError
+from cmae.pipeline.formats.shard_index import INDEX_SUFFIX
+from cmae.pipeline.remote.client import RemoteFile
+from cmae.pipeline.remote.schemes import redact
+from cmae.pipeline.remote.stores import ObjectInfo
 
 _POLL_S = 0.1
 _PARTS_AHEAD = 8

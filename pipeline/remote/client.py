@@ -19,14 +19,15 @@ from typing import IO, Any, Literal, NamedTuple, TypeVar
 
 import fsspec.asyn
 
-from cmae.pipeline.health import DataError
-from cmae.pipeline.stores import (
+from cmae.pipeline.errors import RemoteError
+from cmae.pipeline.remote.progress import FillProgress
+from cmae.pipeline.remote.schemes import redact
+from cmae.pipeline.remote.stores import (
     NoRangesError,
     ObjectChangedError,
     ObjectInfo,
     Pace,
     open_store,
-    redact,
 )
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 _PERMANENT_STATUS = frozenset({400, 401, 403, 404, 405, 410, 412, 414, 416, 501, 505})
+
 _PERMANENT = (
     FileNotFoundError,
     PermissionError,
@@ -41,6 +43,7 @@ _PERMANENT = (
     NotADirectoryError,
     ObjectChangedError,
 )
+
 _CLIENT_PACKAGES = frozenset(
     {
         "aiohttp",
@@ -55,25 +58,6 @@ _CLIENT_PACKAGES = frozenset(
     }
 )
 """Their exceptions are about the transfer; what else is no OSError is a fault of a program."""
-
-
-class RemoteError(DataError):
-    """A remote shard could not be read in time, or not at all."""
-
-
-@dataclass(frozen=True)
-class FillProgress:
-    """How far the fetching of indices or shards has come."""
-
-    what: Literal["indices", "shards"]
-    num_done: int
-    num_total: int
-    bytes_done: int
-    bytes_total: int
-    """0 where it is not known beforehand."""
-    bytes_per_s: float
-    eta_s: float | None
-    """Seconds to the end at the mean rate so far; None as long as there is no rate."""
 
 
 @dataclass(frozen=True)

@@ -20,21 +20,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import fsspec
 from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 
+from cmae.pipeline.remote.schemes import redact, split_scheme
+
 if TYPE_CHECKING:
     import aiohttp
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
-_SECRET_WORDS = "key|secret|token|passw|credential|authori|cookie"
-_SECRET_NAME = re.compile(rf"{_SECRET_WORDS}|^auth$|^proxy_auth$", re.IGNORECASE)
-_SECRET_QUERY = re.compile(
-    rf"([?&][^=&#\s]*(?:{_SECRET_WORDS}|sig|auth)[^=&#\s]*=)[^&#\s'\"]+", re.IGNORECASE
-)
-_SECRET_USER = re.compile(r"(://)[^/@\s]+@")
-_GCS_METHODS = ("anon", "cache", "cloud", "browser", "google_default")  # values of gcsfs's `token`
-_MD5 = re.compile(r"[0-9a-f]{32}")
 
-REDACTED = "***"
-"""Stands for a secret wherever settings and URLs are written."""
+
+_MD5 = re.compile(r"[0-9a-f]{32}")
 
 
 class ObjectInfo(NamedTuple):
@@ -89,11 +83,6 @@ class Store(Protocol):
 
     def stream(self, *, version: str) -> AsyncIterator[bytes]:
         """All bytes from the first on, for servers without ranges."""
-
-
-def split_scheme(url: str) -> str:
-    """`https://host/x` -> `https`."""
-    return url.split(":", 1)[0].lower()
 
 
 def open_filesystem(url: str, storage_options: Mapping[str, Any] | None = None) -> Any:
@@ -288,23 +277,3 @@ def _digest_md5(header: str) -> str:
     """The MD5 of an RFC 3230 `Digest:` header, which is about the whole object also in a range's answer."""
     found = re.search(r"\bmd5=([A-Za-z0-9+/=]+)", header, re.IGNORECASE)
     return _hex(found[1]) if found else ""
-
-
-def redact(text: str) -> str:
-    """Hide passwords and signatures in the URLs of a text."""
-    return _SECRET_USER.sub(rf"\1{REDACTED}@", _SECRET_QUERY.sub(rf"\1{REDACTED}", text))
-
-
-def redact_options(value: Any, name: str = "") -> Any:
-    """Hide the values of keys such as `key`, `secret` and `token` in nested settings, and those in URLs."""
-    if (
-        _SECRET_NAME.search(name)
-        and not isinstance(value, bool | None)
-        and value not in _GCS_METHODS
-    ):
-        return REDACTED
-    if isinstance(value, Mapping):
-        return {key: redact_options(item, str(key)) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [redact_options(item, name) for item in value]
-    return redact(value) if isinstance(value, str) else value

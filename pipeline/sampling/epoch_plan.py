@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int64
 
-from cmae.pipeline.randomness import hash_words
+from cmae.pipeline.sampling.counter_rng import hash_words
 
 # Far from the lanes of the views: a sample's place in the epoch must say nothing about its crop.
 _BLOCK_LANE, _SAMPLE_LANE = 1 << 20, (1 << 20) + 1

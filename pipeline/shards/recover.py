@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from cmae.pipeline.tar import (
+from cmae.pipeline.formats.tar import (
     TAR_BLOCK,
     TarError,
     TarGroup,

@@ -23,9 +23,12 @@ import numpy as np
 from PIL import Image
 from webdataset.writer import TarWriter
 
-from cmae.pipeline.index import (
+from cmae.pipeline.formats.atomic import atomic_write
+from cmae.pipeline.formats.dataset_folder import CLASSES_FILE, DATASET_FILE, load_classes
+from cmae.pipeline.formats.jpeg import MAX_PIXELS, BadImageError
+from cmae.pipeline.formats.parallel import no_progress, run_threads
+from cmae.pipeline.formats.shard_index import (
     StaleIndexError,
-    atomic_write,
     build_index,
     index_path,
     load_index,
@@ -33,13 +36,9 @@ from cmae.pipeline.index import (
     save_index,
     tar_digest,
 )
-from cmae.pipeline.jpeg import MAX_PIXELS, BadImageError
-from cmae.pipeline.salvage import Damage, salvage_groups
-from cmae.pipeline.shards import CLASSES_FILE, DATASET_FILE
-from cmae.pipeline.survey import load_classes
-from cmae.pipeline.tar import IMAGE_EXTENSIONS, NO_LABEL, TarGroup, TarRecord, record_of
-from cmae.pipeline.threads import no_progress, run_threads
-from cmae.pipeline.verify import Decode, IndexedBytes, check_image
+from cmae.pipeline.formats.tar import IMAGE_EXTENSIONS, NO_LABEL, TarGroup, TarRecord, record_of
+from cmae.pipeline.shards.recover import Damage, salvage_groups
+from cmae.pipeline.shards.verify import Decode, IndexedBytes, check_image
 
 REPAIRED_FILE = "repaired.jsonl"
 _OTHER_IMAGES = frozenset({"png", "webp", "bmp", "gif", "tif", "tiff"})

@@ -15,7 +15,17 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from cmae.pipeline.index import (
+from cmae.pipeline.formats.dataset_folder import CLASSES_FILE, load_classes
+from cmae.pipeline.formats.jpeg import (
+    BadImageError,
+    JpegInfo,
+    JpegKind,
+    find_zero_block,
+    inspect_decodable,
+)
+from cmae.pipeline.formats.parallel import no_progress, run_threads
+from cmae.pipeline.formats.presized import presized_line, sum_counts
+from cmae.pipeline.formats.shard_index import (
     ShardIndex,
     StaleIndexError,
     build_index,
@@ -23,13 +33,8 @@ from cmae.pipeline.index import (
     load_index,
     load_index_unchecked,
 )
-from cmae.pipeline.jpeg import BadImageError, JpegInfo, JpegKind, find_zero_block
-from cmae.pipeline.presize import presized_line, sum_counts
-from cmae.pipeline.salvage import Damage, salvage_groups
-from cmae.pipeline.shards import CLASSES_FILE, inspect_decodable
-from cmae.pipeline.survey import load_classes
-from cmae.pipeline.tar import NO_LABEL, TAR_BLOCK, TarError, TarRecord, record_of
-from cmae.pipeline.threads import no_progress, run_threads
+from cmae.pipeline.formats.tar import NO_LABEL, TAR_BLOCK, TarError, TarRecord, record_of
+from cmae.pipeline.shards.recover import Damage, salvage_groups
 
 
 class Problem(NamedTuple):

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
@@ -27,31 +26,29 @@ import numpy as np
 import PIL
 from webdataset.writer import TarWriter
 
-from cmae.pipeline.image_list import ImageSource, SourceImage
-from cmae.pipeline.index import (
+from cmae.pipeline.formats.atomic import atomic_write
+from cmae.pipeline.formats.dataset_folder import CLASSES_FILE, DATASET_FILE, SKIPPED_FILE
+from cmae.pipeline.formats.jpeg import BadImageError, JpegInfo, inspect_decodable
+from cmae.pipeline.formats.parallel import no_progress, run_threads
+from cmae.pipeline.formats.presized import presize_mark, sum_counts
+from cmae.pipeline.formats.shard_index import (
     IndexRow,
     ShardIndex,
-    StaleIndexError,
-    atomic_write,
     index_path,
     index_row,
     load_index,
     save_index,
 )
-from cmae.pipeline.jpeg import BadImageError, JpegInfo, inspect_jpeg
-from cmae.pipeline.presize import (
-    check_presize,
-    needs_presize,
-    presize_jpeg,
-    presize_mark,
-    sum_counts,
+from cmae.pipeline.formats.tar import NO_LABEL, TAR_BLOCK, TarRecord
+from cmae.pipeline.shards.image_folder import ImageSource, SourceImage
+from cmae.pipeline.shards.output_folder import (
+    check_space,
+    claim_folder,
+    is_finished,
+    tidy_skipped,
+    write_json,
 )
-from cmae.pipeline.tar import NO_LABEL, TAR_BLOCK, TarRecord
-from cmae.pipeline.threads import no_progress, run_threads
-
-CLASSES_FILE = "classes.json"
-DATASET_FILE = "dataset.json"
-SKIPPED_FILE = "skipped.jsonl"
+from cmae.pipeline.shards.presize import check_presize, needs_presize, presize_jpeg
 
 
 class WriteReport(NamedTuple):
@@ -135,14 +132,14 @@ def write_shards(
         "max_size": max_size,
         "quality": None if max_size is None else quality,
     }
-    _claim_folder(out, settings)
+    claim_folder(out, settings)
     shards = list(_plan_shards(source.images, out, settings))
-    todo = [shard for shard in shards if not _is_finished(shard.path)]
-    _check_space(out, sum(shard.num_bytes for shard in todo))
+    todo = [shard for shard in shards if not is_finished(shard.path)]
+    check_space(out, sum(shard.num_bytes for shard in todo))
     progress(len(source.images) - sum(len(shard.images) for shard in todo))
-    _write_json(out / DATASET_FILE, {"complete": False, "settings": settings})
+    write_json(out / DATASET_FILE, {"complete": False, "settings": settings})
     if source.classes:
-        _write_json(out / CLASSES_FILE, list(source.classes))
+        write_json(out / CLASSES_FILE, list(source.classes))
     writer = _ShardWriter(out / SKIPPED_FILE, settings, strict=strict, progress=progress)
     run_threads(writer.write, todo, workers=workers, stop=writer.stop)
     return _finish(out, settings, shards, source, num_already_written=len(shards) - len(todo))
@@ -220,18 +217,6 @@ def _read_source(image: SourceImage) -> bytes:
     return data
 
 
-def inspect_decodable(data: bytes) -> JpegInfo:
-    """Header of a JPEG that the decoders accept.
-
-    Raises:
-        BadImageError: No JPEG, or of a kind that GPU decoders refuse.
-    """
-    info = inspect_jpeg(data)
-    if not info.kind.decodable:
-        raise BadImageError(f"a {info.kind.name.lower()} JPEG, which GPU decoders refuse")
-    return info
-
-
 def _add_to_tar(tar: TarWriter, image: SourceImage, data: bytes, info: JpegInfo) -> IndexRow:
     label = {} if image.label == NO_LABEL else {"cls": str(image.label).encode()}
     tar.write({"__key__": image.key, "jpg": data, **label})
@@ -246,6 +231,43 @@ def _padded(num_bytes: int) -> int:
 
 def _bytes_in_tar(num_bytes: int) -> int:
     return 3 * TAR_BLOCK + _padded(num_bytes)  # two headers and the label
+
+
+def _finish(
+    out: Path,
+    settings: dict[str, Any],
+    shards: Sequence[_Shard],
+    source: ImageSource,
+    *,
+    num_already_written: int,
+) -> WriteReport:
+    num_skipped = tidy_skipped(out / SKIPPED_FILE)
+    report = WriteReport(
+        num_shards=len(shards),
+        num_already_written=num_already_written,
+        num_samples=len(source.images) - num_skipped,
+        num_skipped=num_skipped,
+        num_bytes=sum(shard.path.stat().st_size for shard in shards),
+        presized=sum_counts(load_index(shard.path).presized for shard in shards),
+    )
+    if not report.num_samples:
+        raise ValueError(
+            f"none of the {num_skipped} files is a JPEG that can be decoded; {out / SKIPPED_FILE} says why"
+        )
+    summary = {
+        "complete": True,
+        "num_samples": report.num_samples,
+        "num_shards": report.num_shards,
+        "num_bytes": report.num_bytes,
+        "num_classes": len(source.classes),
+        "num_skipped": num_skipped,
+        "presized": report.presized,
+        "shards": f"{out.name}-{{000000..{len(shards) - 1:06d}}}.tar",
+        "created_by": f"cmae {metadata.version('cmae')}, Pillow {PIL.__version__}",
+        "settings": settings,
+    }
+    write_json(out / DATASET_FILE, summary)
+    return report
 
 
 def _plan_shards(
@@ -277,102 +299,3 @@ def _source_digest(source: ImageSource) -> str:
         line = f"{image.key}\0{image.label}\0{image.num_bytes}\n"
         digest.update(line.encode(errors="surrogateescape"))
     return digest.hexdigest()[:16]
-
-
-def _claim_folder(out: Path, settings: dict[str, Any]) -> None:
-    """Refuse a folder with shards that these settings did not write; remove what a killed run left."""
-    summary = out / DATASET_FILE
-    if summary.exists():
-        before = json.loads(summary.read_text()).get("settings", {})
-        changed = [name for name in settings if before.get(name) != settings[name]]
-        if changed:
-            what = ", ".join(
-                "the source images"
-                if name == "source"
-                else f"{name}: {before.get(name)} -> {settings[name]}"
-                for name in changed
-            )
-            raise ValueError(
-                f"{out} holds shards of another source or settings ({what}): use the same again "
-                "to continue, remove the folder, or write to another one"
-            )
-    elif foreign := sorted(out.glob("*.tar")):
-        raise ValueError(
-            f"{out} holds {len(foreign)} tar file(s) such as {foreign[0].name} and no {DATASET_FILE}: "
-            "write to a folder of its own"
-        )
-    for leftover in out.glob(".*.partial"):
-        leftover.unlink()
-
-
-def _is_finished(tar_path: Path) -> bool:
-    try:
-        load_index(tar_path)
-    except (FileNotFoundError, StaleIndexError):
-        return False
-    return True
-
-
-def _check_space(out: Path, needed: int) -> None:
-    free = shutil.disk_usage(out).free
-    if needed > free:
-        raise ValueError(
-            f"the shards still to be written need {needed / 2**30:.1f} GiB and {out} has "
-            f"{free / 2**30:.1f} GiB free: make room, or write to another disk"
-        )
-
-
-def _write_json(path: Path, value: Any) -> None:
-    with atomic_write(path) as file:
-        file.write(json.dumps(value, indent=1).encode() + b"\n")
-
-
-def _finish(
-    out: Path,
-    settings: dict[str, Any],
-    shards: Sequence[_Shard],
-    source: ImageSource,
-    *,
-    num_already_written: int,
-) -> WriteReport:
-    num_skipped = _tidy_skipped(out / SKIPPED_FILE)
-    report = WriteReport(
-        num_shards=len(shards),
-        num_already_written=num_already_written,
-        num_samples=len(source.images) - num_skipped,
-        num_skipped=num_skipped,
-        num_bytes=sum(shard.path.stat().st_size for shard in shards),
-        presized=sum_counts(load_index(shard.path).presized for shard in shards),
-    )
-    if not report.num_samples:
-        raise ValueError(
-            f"none of the {num_skipped} files is a JPEG that can be decoded; {out / SKIPPED_FILE} says why"
-        )
-    summary = {
-        "complete": True,
-        "num_samples": report.num_samples,
-        "num_shards": report.num_shards,
-        "num_bytes": report.num_bytes,
-        "num_classes": len(source.classes),
-        "num_skipped": num_skipped,
-        "presized": report.presized,
-        "shards": f"{out.name}-{{000000..{len(shards) - 1:06d}}}.tar",
-        "created_by": f"cmae {metadata.version('cmae')}, Pillow {PIL.__version__}",
-        "settings": settings,
-    }
-    _write_json(out / DATASET_FILE, summary)
-    return report
-
-
-def _tidy_skipped(path: Path) -> int:
-    """Sort the lines by shard and drop those of a shard that was begun twice; return how many are left."""
-    if not path.exists():
-        return 0
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    unique = sorted(
-        {line["path"]: line for line in lines}.values(),
-        key=lambda line: (line["shard"], line["path"]),
-    )
-    with atomic_write(path) as file:
-        file.writelines(json.dumps(line).encode() + b"\n" for line in unique)
-    return len(unique)

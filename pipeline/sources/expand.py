@@ -9,25 +9,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cmae.pipeline.remote import Remote, RemoteConfig
-from cmae.pipeline.stores import open_filesystem, redact, split_scheme
+from cmae.pipeline.remote.client import Remote, RemoteConfig
+from cmae.pipeline.remote.schemes import is_local, is_remote, redact, split_scheme
+from cmae.pipeline.remote.stores import open_filesystem
 
-_SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+:")  # two letters at least: C:\ is a path
 _RANGE = re.compile(r"^(\d+)\.\.(\d+)$")
+
 _BRACES = re.compile(r"\{(\d+\.\.\d+|[^{}]*,[^{}]*)\}")
+
 _TAR_NAME = re.compile(r"\.(tar(\.\w+)?|tgz)$")
+
 _GLOB_CHARACTERS = re.compile(r"[*?\[]")
+
 _LIST_DEADLINE_S = 60.0
-
-
-def is_local(url: str) -> bool:
-    """Whether the shard is a file that can be read at any offset, not a `pipe:`, http or s3 URL."""
-    return _SCHEME.match(url) is None
-
-
-def is_remote(url: str) -> bool:
-    """Whether fsspec reads it: neither a local file nor a `pipe:`."""
-    return not is_local(url) and not url.startswith("pipe:")
 
 
 def expand_shards(

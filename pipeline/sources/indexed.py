@@ -7,128 +7,33 @@ through whole shards and continues at the start of one.
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import hashlib
-import heapq
 import logging
-import os
-import resource
-import subprocess
-import threading
 import time
 import zlib
-from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
-import psutil
-from jaxtyping import Int32, Int64, UInt8
+from jaxtyping import Int64, UInt8
 
+from cmae.pipeline.bad_samples import BadSample
 from cmae.pipeline.batch import LoaderState
-from cmae.pipeline.buffers import BufferPool
-from cmae.pipeline.counters import Stage, State
-from cmae.pipeline.dataset_index import DatasetIndex
-from cmae.pipeline.health import BadSample, DataError
-from cmae.pipeline.index import tar_digest
-from cmae.pipeline.jpeg import BadImageError, JpegKind, inspect_jpeg
-from cmae.pipeline.plan import EpochPlan
-from cmae.pipeline.randomness import hash_words
-from cmae.pipeline.remote import Remote, RemoteConfig
-from cmae.pipeline.remote_dataset import RemoteFiles, open_shard
-from cmae.pipeline.stores import redact
-from cmae.pipeline.tar import TarError, iter_records
+from cmae.pipeline.buffer_pool import BufferPool
+from cmae.pipeline.errors import DataError
+from cmae.pipeline.formats.dataset_index import DatasetIndex
+from cmae.pipeline.formats.jpeg import BadImageError, inspect_jpeg
+from cmae.pipeline.remote.files import RemoteFiles
+from cmae.pipeline.sampling.epoch_plan import EpochPlan
+from cmae.pipeline.sources.local_files import PASSING_ERRORS, OpenFiles
+from cmae.pipeline.sources.records import Extent, RawBatch, Record
+from cmae.pipeline.stage_stats import Stage, State
 
 logger = logging.getLogger(__name__)
 
 _MAX_BAD_RUN = 100  # bad records or lost shards in a row, after which no substitute is looked for
-_STREAM_LANE = 1 << 21  # away from the lanes of views and plan
-
-
-@dataclass(frozen=True)
-class Record:
-    """One encoded image that passed its checks."""
-
-    data: UInt8[np.ndarray, " n"]
-    height: int
-    width: int
-    label: int
-    sample_id: int
-    position: int
-    """Where it lies: its number in the data set (indexed), or in the shard (stream)."""
-    key: str = ""
-    kind: int = JpegKind.BASELINE
-
-
-@dataclass
-class RawBatch:
-    """Encoded samples of one micro-batch. A slot keeps its id even when another record fills it."""
-
-    records: list[Record]
-    sample_index: Int64[np.ndarray, " B"]
-    epoch: int
-    state: LoaderState
-    """The position after this batch."""
-    bad: list[BadSample]
-    """Records that could not be used, met on the way to this batch."""
-    num_own: int
-    """Slots from this one on are padding: the epoch had these samples before (last_batch='pad')."""
-
-    @property
-    def encoded(self) -> list[UInt8[np.ndarray, " n"]]:
-        """The files' bytes."""
-        return [record.data for record in self.records]
-
-    @property
-    def height(self) -> Int32[np.ndarray, " B"]:
-        """Of the stored images."""
-        return np.array([record.height for record in self.records], dtype=np.int32)
-
-    @property
-    def width(self) -> Int32[np.ndarray, " B"]:
-        """Of the stored images."""
-        return np.array([record.width for record in self.records], dtype=np.int32)
-
-    @property
-    def kind(self) -> UInt8[np.ndarray, " B"]:
-        """JpegKind of each image."""
-        return np.array([record.kind for record in self.records], dtype=np.uint8)
-
-    @property
-    def label(self) -> Int64[np.ndarray, " B"]:
-        """-1 = none."""
-        return np.array([record.label for record in self.records], dtype=np.int64)
-
-
-class Source(Protocol):
-    """What the loader needs of a source."""
-
-    digest: str
-    num_samples: int | None
-    steps_per_epoch: int | None
-    stage: Stage
-    """Counts of the reading threads."""
-
-    def batches(self, state: LoaderState) -> Iterator[RawBatch]:
-        """Batches from `state` on, without end."""
-
-    def replace(self, raw: RawBatch, bad: dict[int, str]) -> None:
-        """Note that no decoder takes the records in these slots, and fill the slots with others."""
-
-    def close(self) -> None:
-        """Release threads and files; another thread's call of `batches` may fail from now on."""
-
-
-class Extent(NamedTuple):
-    """Bytes of a file."""
-
-    path: str
-    offset: int
-    size: int
 
 
 class _Row(NamedTuple):
@@ -182,7 +87,7 @@ class IndexedSource:
         self.stage = Stage("read", threads=num_readers, first_state=State.BLOCKED)
         self._index = index
         self._remote = remote
-        self._files = remote or _OpenFiles(index.paths, digests=index.tar_digests)
+        self._files = remote or OpenFiles(index.paths, digests=index.tar_digests)
         self._lost: dict[
             int, tuple[float, str]
         ] = {}  # shard -> when to try it again, and why it failed
@@ -240,7 +145,7 @@ class IndexedSource:
         if self._remote is not None:
             self._remote.close()  # first: reads under way end at once, and not at their deadline
         self._pool.shutdown(cancel_futures=True)
-        if isinstance(self._files, _OpenFiles):
+        if isinstance(self._files, OpenFiles):
             self._files.close()
 
     def _places(
@@ -365,315 +270,7 @@ class IndexedSource:
         return BadSample(path, key, number, reason, epoch)
 
 
-class _OpenFiles:
-    """Reads at offsets of many files, of which only the most recently used stay open.
-
-    Network file systems lose files for a moment: such reads are tried again on a new handle.
-    """
-
-    # A uniform order draws every sample from another shard: fewer open files than shards, and most samples
-    # would open one.
-    def __init__(
-        self,
-        paths: Sequence[str],
-        *,
-        digests: Sequence[str],
-        max_open: int | None = None,
-        first_delay_s: float = 0.2,
-    ) -> None:
-        self.paths = list(paths)
-        self._digests = digests
-        self._max_open = max_open or _half_of_the_free_files()
-        self._first_delay_s = first_delay_s
-        self._files: OrderedDict[int, Any] = OrderedDict()
-        self._seen: dict[int, _Identity] = {}
-        self._lock = threading.Lock()
-
-    def read_into(self, data: UInt8[np.ndarray, " n"], number: int, *, offset: int) -> int:
-        """Fill `data` from a file; returns how much there was.
-
-        Raises:
-            DataError: The file is another one than when it was first opened.
-            OSError: It cannot be read, six times in a row where trying again can help.
-        """
-        for attempt in range(_NUM_TRIES):
-            try:
-                return self._read(data, number, offset)
-            except OSError as error:
-                if error.errno not in _PASSING_ERRORS:
-                    raise
-                path = self.paths[number]
-                if attempt == _NUM_TRIES - 1:
-                    raise OSError(
-                        error.errno, f"{error.strerror}, {_NUM_TRIES} times in a row", path
-                    ) from error
-                logger.warning("%s: %s; opening it again", path, error.strerror)
-                with self._lock:
-                    self._files.pop(number, None)
-                time.sleep(self._first_delay_s * 2**attempt)
-        raise AssertionError("unreachable")
-
-    def close(self) -> None:
-        """Close all files."""
-        with self._lock:
-            while self._files:
-                self._files.popitem()[1].close()
-
-    def check_unchanged(self, number: int) -> None:
-        """Compare the file under this name with the one that was opened first.
-
-        Raises:
-            DataError: It is another one, and its index no longer belongs to it.
-        """
-        with contextlib.suppress(
-            FileNotFoundError
-        ):  # deleted, and still open: nothing to compare with
-            self._compare(number, _Identity.of(os.stat(self.paths[number])))
-
-    def _read(self, data: UInt8[np.ndarray, " n"], number: int, offset: int) -> int:
-        with self._lock:
-            file = self._files.pop(number, None)
-            if file is None:
-                file = Path(self.paths[number]).open("rb", buffering=0)  # noqa: SIM115  # kept open
-                self._compare(number, _Identity.of(os.fstat(file.fileno())))
-            self._files[number] = file
-            if len(self._files) > self._max_open:
-                # Only forgotten: it closes when the last reader in another thread lets go of it.
-                self._files.popitem(last=False)
-        num_read = 0
-        try:
-            # Network file systems may return less than was asked for.
-            while more := os.preadv(file.fileno(), [data.data[num_read:]], offset + num_read):
-                num_read += more
-                if num_read == data.size:
-                    break
-        except OSError:  # a stale handle stays stale: the next read opens the file again
-            with self._lock:
-                self._files.pop(number, None)
-            raise
-        return num_read
-
-    def _compare(self, number: int, now: _Identity) -> None:
-        before = self._seen.setdefault(number, now)
-        if now == before:
-            return
-        path = self.paths[number]
-        if tar_digest(path) != self._digests[number]:  # a copy of the same contents is welcome
-            raise DataError(
-                f"{path} was replaced during the run: {before} when it was opened first, {now} now, with "
-                "other contents than its index describes. Start the run again when the shards no longer "
-                "change, with fresh indices (`cmae shards index`)"
-            )
-        logger.warning(
-            "%s was replaced by a file of the same contents: %s, now %s", path, before, now
-        )
-        self._seen[number] = now
-
-
-def _half_of_the_free_files() -> int:
-    """Of those that this process may still open."""
-    soft: int = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    in_use: int = psutil.Process().num_fds()
-    return max(16, (soft - in_use) // 2)
-
-
-_NUM_TRIES = 6
 _LOST_FOR_S = 60.0
-_PASSING_ERRORS = (errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.EAGAIN, errno.EREMOTEIO)
-"""A server that restarts or fails over gives these for some seconds."""
-_LOST_ERRORS = (errno.ENOENT, errno.ENOTDIR, errno.ENXIO, errno.ENODEV, *_PASSING_ERRORS)
+
+_LOST_ERRORS = (errno.ENOENT, errno.ENOTDIR, errno.ENXIO, errno.ENODEV, *PASSING_ERRORS)
 """The shard or its disk is gone; anything else is a fault of this machine or this program."""
-
-
-class _Identity(NamedTuple):
-    """What tells one file from another of the same name."""
-
-    size: int
-    modified_ns: int
-    inode: int
-
-    @classmethod
-    def of(cls, status: os.stat_result) -> _Identity:
-        return cls(status.st_size, status.st_mtime_ns, status.st_ino)
-
-    def __str__(self) -> str:
-        modified = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.modified_ns / 1e9))
-        return f"{self.size} bytes of {modified}, inode {self.inode}"
-
-
-class StreamSource:
-    """Reads whole shards front to back with webdataset: pipes, http, object stores, tars without an index.
-
-    Shards are dealt to ranks in an order drawn for each epoch, and samples are shuffled inside
-    a sliding window of one shard. A bad record is skipped before decoding, or replaced by its neighbour in
-    the batch after. Ranks hold different numbers of samples, so their epochs end at different batches.
-
-    Resume is by shard: the state counts shards done, and a shard that was begun is read again.
-    """
-
-    num_samples: int | None = None
-    steps_per_epoch: int | None = None
-
-    def __init__(
-        self,
-        urls: Sequence[str],
-        *,
-        seed: int,
-        rank: int,
-        world_size: int,
-        batch_size: int,
-        shuffle: bool = True,
-        shuffle_window: int = 1024,
-        remote: Remote | None = None,
-    ) -> None:
-        if len(urls) < world_size:
-            raise ValueError(
-                f"shards lists {len(urls)} for world_size={world_size} ranks: a stream deals whole shards. "
-                "Write more shards, or an index with `cmae shards index`"
-            )
-        # A signature that was renewed does not make other data.
-        names = "\n".join(map(redact, urls))
-        self.digest = hashlib.sha256(names.encode()).hexdigest()[:16]
-        # Reading happens in the thread that asks for batches, and between them it is elsewhere.
-        self.stage = Stage("read", threads=1, first_state=State.BLOCKED)
-        self._urls = list(urls)
-        self._remote = remote or Remote(RemoteConfig())
-        self._seed = seed
-        self._rank, self._world_size, self._batch_size = rank, world_size, batch_size
-        self._bad: list[BadSample] = []  # since the last batch
-        self._is_closed = False
-        self._stream: IO[bytes] | None = None  # the shard being read
-        self._shuffle = shuffle
-        self._window = shuffle_window if shuffle else 1
-        if rank == 0:
-            logger.warning(
-                "streaming %d shards: resume is by shard, so a run that is continued sees samples of the "
-                "shard it was reading again; `cmae shards index` makes it exact",
-                len(urls),
-            )
-
-    def batches(self, state: LoaderState) -> Iterator[RawBatch]:
-        """Batches from the beginning of the shard that `state` names, without end."""
-        epoch, done = state.epoch, state.next_sample
-        while True:
-            num_batches = 0
-            for raw in self._epoch(epoch, done):
-                num_batches += 1
-                yield raw
-            if num_batches == 0 and done == 0:
-                raise DataError(
-                    f"rank {self._rank}'s shards hold fewer than batch_size={self._batch_size} good samples "
-                    f"in epoch {epoch}; lower the batch size or the number of ranks"
-                )
-            epoch, done = epoch + 1, 0
-
-    def replace(self, raw: RawBatch, bad: dict[int, str]) -> None:
-        """Fill each slot with the next good record of the batch."""
-        size = len(raw.records)
-        for slot, reason in bad.items():
-            record = raw.records[slot]
-            url = redact(self._urls[record.sample_id >> 32])
-            raw.bad.append(BadSample(url, record.key, record.position, reason, raw.epoch))
-        if len(bad) == size:
-            raise DataError(f"none of the {size} samples of a batch can be decoded: {bad[0]}")
-        for slot in bad:
-            good = next(i % size for i in range(slot + 1, slot + size) if i % size not in bad)
-            raw.records[slot] = raw.records[good]
-
-    def close(self) -> None:
-        """End a read under way, remote or from a pipe; the shard closes with its generator."""
-        self._is_closed = True
-        self._remote.close()
-        process: subprocess.Popen[bytes] | None = getattr(self._stream, "proc", None)
-        if process is not None and process.poll() is None:  # its number may be another's by now
-            _end_with_children(process.pid)
-
-    def _epoch(self, epoch: int, done: int) -> Iterator[RawBatch]:
-        mine = self._shard_order(epoch)[done:][self._rank :: self._world_size]
-        batch: list[Record] = []
-        self.stage.switch(State.BUSY)
-        for round_, number in enumerate(mine):
-            state = LoaderState(self._seed, epoch, done + round_ * self._world_size, self.digest)
-            for record in self._shuffled(self._shard(number, epoch), epoch):
-                batch.append(record)
-                if len(batch) < self._batch_size:
-                    continue
-                ids = np.array([record.sample_id for record in batch], dtype=np.int64)
-                num_bytes = sum(record.data.size for record in batch)
-                self.stage.add(items=len(batch), num_bytes=num_bytes)
-                self.stage.switch(State.BLOCKED)
-                yield RawBatch(batch, ids, epoch, state, self._bad, len(batch))
-                self.stage.switch(State.BUSY)
-                batch, self._bad = [], []
-
-    def _shard_order(self, epoch: int) -> list[int]:
-        numbers = np.arange(len(self._urls))
-        if self._shuffle:
-            numbers = numbers[np.argsort(self._keys(numbers, epoch), kind="stable")]
-        return [int(number) for number in numbers]
-
-    def _shuffled(self, records: Iterable[Record], epoch: int) -> Iterator[Record]:
-        """Give out the smallest random key among the next few records."""
-        heap: list[tuple[int, int, Record]] = []
-        for record in records:
-            key = int(self._keys(np.array([record.sample_id]), epoch)[0]) if self._shuffle else 0
-            heapq.heappush(heap, (key, record.position, record))
-            if len(heap) >= self._window:
-                yield heapq.heappop(heap)[2]
-        while heap:
-            yield heapq.heappop(heap)[2]
-
-    def _keys(self, numbers: np.ndarray, epoch: int) -> np.ndarray:
-        return hash_words(
-            self._seed, epoch, sample_index=numbers, num_lanes=1, first_lane=_STREAM_LANE
-        )[:, 0]
-
-    def _shard(self, number: int, epoch: int) -> Iterator[Record]:
-        """Good records of one shard."""
-        url, name = self._urls[number], redact(self._urls[number])
-        position = -1
-        try:
-            if self._is_closed:
-                return
-            with contextlib.closing(open_shard(url, self._remote)) as stream:
-                self._stream = stream
-                if self._is_closed:  # by another thread, which may not have seen this stream
-                    self.close()
-                for position, found in enumerate(iter_records(stream, name=name)):
-                    try:
-                        height, width, kind, _ = inspect_jpeg(found.image)
-                        if not kind.decodable:
-                            raise BadImageError(
-                                f"a JPEG of kind {kind.name}, which no decoder takes"
-                            )
-                    except BadImageError as error:
-                        self._bad.append(BadSample(name, found.key, position, str(error), epoch))
-                        continue
-                    data, sample_id = (
-                        np.frombuffer(found.image, np.uint8),
-                        (number << 32) | position,
-                    )
-                    yield Record(
-                        data,
-                        height,
-                        width,
-                        found.label,
-                        sample_id=sample_id,
-                        position=position,
-                        key=found.key,
-                        kind=kind,
-                    )
-        except (
-            TarError,
-            OSError,
-        ) as error:  # the rest of the shard is lost, the other shards are not
-            self._bad.append(BadSample(name, "", position + 1, str(error), epoch))
-
-
-def _end_with_children(pid: int) -> None:
-    """Terminate the command of a pipe: its shell, and what the shell started, which holds the pipe open."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        shell = psutil.Process(pid)
-        for process in (*shell.children(recursive=True), shell):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.terminate()

@@ -3,7 +3,7 @@
 On a GPU the chain runs on the whole batch. What decides there is the number of launches, and that the host
 never waits: which samples an operation touches is known on the host, samples are sorted so that each
 operation works on a slice, and all parameters go up in one copy. On a CPU images go one by one
-(cmae.pipeline.color_host).
+(cmae.pipeline.views.color_image).
 
 Values are integers 0..255 held in fp32, and every 'exact' operation rounds where torchvision's uint8
 functions round, so that the chain equals theirs and does not drift.
@@ -20,8 +20,8 @@ from jaxtyping import Float, Float32, Int64, Shaped, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-from cmae.pipeline.color_host import HostColor
-from cmae.pipeline.color_params import (
+from cmae.pipeline.views.color_image import HostColor
+from cmae.pipeline.views.color_math import (
     HUE_CENTRES,
     HUE_SCALE,
     LUMA,
@@ -29,7 +29,7 @@ from cmae.pipeline.color_params import (
     gaussian_taps,
     twist_matrices,
 )
-from cmae.pipeline.views import JITTER_ORDERS, ViewParams
+from cmae.pipeline.views.params import JITTER_ORDERS, ViewParams
 
 _CONTRAST, _SATURATION, _HUE = 1, 2, 3  # numbers in JITTER_ORDERS
 

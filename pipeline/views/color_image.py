@@ -1,4 +1,4 @@
-"""The target view's colour chain for one image on a CPU core; same results as cmae.pipeline.color, less time.
+"""The target view's colour chain for one image on a CPU core: the results of color_batch in less time.
 
 A pixel operation costs a core what its bytes cost, and torch's dispatch as much again. So an image stays in
 uint8 planes (150 kB at 224 px, the core's cache), numpy works on them in place, sums and differences of
@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from jaxtyping import Float32, UInt8
 
-from cmae.pipeline.color_params import (
+from cmae.pipeline.views.color_math import (
     HUE_CENTRES,
     HUE_SCALE,
     LUMA,
@@ -23,7 +23,7 @@ from cmae.pipeline.color_params import (
     gaussian_taps,
     twist_matrices,
 )
-from cmae.pipeline.views import JITTER_ORDERS, ViewParams
+from cmae.pipeline.views.params import JITTER_ORDERS, ViewParams
 
 Plane = npt.NDArray[np.float32]
 

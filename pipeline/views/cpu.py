@@ -15,27 +15,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import nvidia.nvimgcodec as nvimgcodec
 import torch
 from jaxtyping import Int32, Int64, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-from cmae.pipeline.buffers import BufferPool
-from cmae.pipeline.color_host import HostColor
-from cmae.pipeline.counters import KindTable, Stage, State
-from cmae.pipeline.views import ViewConfig, ViewParams, ViewStep
-
-UNDECODABLE = "the JPEG decoder gave up"
-
-
-@dataclass(frozen=True)
-class Views:
-    """A batch of views, or, when a sample could not be decoded, which ones and why."""
-
-    online: UInt8[Tensor, "B H W 3"] | None
-    target: UInt8[Tensor, "B H W 3"] | None
-    bad: dict[int, str]
+from cmae.pipeline.buffer_pool import BufferPool
+from cmae.pipeline.stage_stats import KindTable, Stage, State
+from cmae.pipeline.views.backend import UNDECODABLE, Views, WindowDecoder
+from cmae.pipeline.views.color_image import HostColor
+from cmae.pipeline.views.config import ViewConfig, ViewStep
+from cmae.pipeline.views.params import ViewParams
 
 
 @dataclass(frozen=True)
@@ -167,34 +157,6 @@ class HostViews:
         return bad
 
 
-class WindowDecoder:
-    """Decodes windows of JPEGs to RGB; one for each thread."""
-
-    def __init__(self) -> None:
-        self._decoder = nvimgcodec.Decoder(
-            device_id=nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY,
-            max_num_cpu_threads=1,
-            backends=[nvimgcodec.Backend(nvimgcodec.CPU_ONLY)],
-            options=":fancy_upsampling=1",
-        )
-        self._params = nvimgcodec.DecodeParams(
-            color_spec=nvimgcodec.SRGB, apply_exif_orientation=False
-        )
-
-    def decode(
-        self, encoded: UInt8[np.ndarray, " n"], crop: np.ndarray
-    ) -> UInt8[Tensor, "h w 3"] | None:
-        """The window (top, left, height, width) of a JPEG, or None when it cannot be decoded."""
-        top, left, height, width = map(int, crop)
-        region = nvimgcodec.Region(top, left, top + height, left + width)
-        try:
-            stream = nvimgcodec.CodeStream(encoded).get_sub_code_stream(region=region)
-        except RuntimeError:  # the header is not one it knows
-            return None
-        image = self._decoder.decode(stream, params=self._params)
-        return None if image is None else torch.from_numpy(np.asarray(image))
-
-
 class _Worker:
     """What one thread needs to make views: a decoder must not be shared, nor working memory."""
 
@@ -248,19 +210,6 @@ class _Worker:
         square = resized[0].permute(1, 2, 0)
         pixels: UInt8[np.ndarray, "s s 3"] = (square.flip(1) if flip else square).numpy()
         return pixels
-
-
-def find_undecodable(
-    encoded: Sequence[UInt8[np.ndarray, " n"]], params: ViewParams
-) -> dict[int, str]:
-    """Decode samples one by one to find out which of them failed a batch."""
-    decoder = WindowDecoder()
-    return {
-        i: UNDECODABLE
-        for i, data in enumerate(encoded)
-        if decoder.decode(data, params.crop[i]) is None
-        or decoder.decode(data, params.target_crop[i]) is None
-    }
 
 
 def _cut(

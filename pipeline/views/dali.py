@@ -1,8 +1,8 @@
 """Views by NVIDIA DALI: one graph definition for the GPU ('mixed' decode) and, for its tests, the CPU.
 
 The graph holds the geometry: window decode, one bicubic resize to the master, flip, two cuts. Colour runs
-after it on the whole batch (cmae.pipeline.color); docs/design/0003-colour-chain.md has the reason.
-The CPU graph exists so that the GPU's graph can be checked anywhere; cmae.pipeline.host is the faster
+after it on the whole batch (color_batch.py); docs/design/0003-colour-chain.md has the reason.
+The CPU graph exists so that the GPU's graph can be checked anywhere; cmae.pipeline.views.cpu is the faster
 way on a CPU.
 """
 
@@ -23,10 +23,11 @@ from nvidia.dali.tensors import TensorCPU, TensorListCPU
 from PIL import Image
 from torch.utils.dlpack import from_dlpack
 
-from cmae.pipeline.color import apply_color
-from cmae.pipeline.counters import Stage, State
-from cmae.pipeline.host import Views, find_undecodable
-from cmae.pipeline.views import ViewConfig, ViewParams, ViewStep, draw_view_params
+from cmae.pipeline.stage_stats import Stage, State
+from cmae.pipeline.views.backend import Views, find_undecodable
+from cmae.pipeline.views.color_batch import apply_color
+from cmae.pipeline.views.config import ViewConfig, ViewStep
+from cmae.pipeline.views.params import ViewParams, draw_view_params
 
 
 def build_view_graph(

@@ -13,7 +13,8 @@ from jaxtyping import UInt8
 from PIL import Image
 from torchvision.transforms import functional as tv
 
-from cmae.pipeline.views import JITTER_ORDERS, ViewConfig, ViewParams
+from cmae.pipeline.views.config import ViewConfig
+from cmae.pipeline.views.params import JITTER_ORDERS, ViewParams
 
 
 def reference_views(

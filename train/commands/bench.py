@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cmae.model import ModelConfig, count_multiply_adds
-from cmae.model.traffic import (
+from cmae.model.analysis.roofline import (
     PARTS,
     Precision,
     count_memory,

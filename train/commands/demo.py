@@ -26,13 +26,13 @@ from rich.console import Console
 from rich.table import Table
 
 from cmae.model import CMAE, build_model, draw_mask
-from cmae.train.checkpoint import list_checkpoints
-from cmae.train.cli import build_config_parser, read_config
-from cmae.train.demo_data import PHOTOGRAPHS, TILE_MEAN, TILE_STD, write_demo_shards
-from cmae.train.knn import EvalImages, extract_features, knn_accuracy, load_eval_images
-from cmae.train.pictures import draw_reconstructions
-from cmae.train.pretrain import pretrain
-from cmae.train.weights import load_model
+from cmae.train.commands.demo_data import PHOTOGRAPHS, TILE_MEAN, TILE_STD, write_demo_shards
+from cmae.train.config_parser import build_config_parser, read_config
+from cmae.train.evaluation.knn import EvalImages, extract_features, knn_accuracy, load_eval_images
+from cmae.train.loop.checkpoint import list_checkpoints
+from cmae.train.loop.pretrain import pretrain
+from cmae.train.loop.weights import load_model
+from cmae.train.monitor.images import draw_reconstructions
 
 MARGIN = 0.10
 """By how much the accuracy must exceed that of both baselines; three seeds were 15 to 19 points ahead."""
@@ -77,7 +77,7 @@ def demo(out: Path = Path("runs/demo"), seed: int = 0) -> int:
         accuracies = _score(model, build_model(config.model, seed=seed), train, val)
         _draw(model, val, out / "reconstruction.png", seed)
     _print_table(console, accuracies)
-    return _conclude(console, accuracies, out)
+    return conclude(console, accuracies, out)
 
 
 def _score(
@@ -121,7 +121,7 @@ def _print_table(console: Console, accuracies: dict[str, float]) -> None:
     console.print(table)
 
 
-def _conclude(console: Console, accuracies: dict[str, float], out: Path) -> int:
+def conclude(console: Console, accuracies: dict[str, float], out: Path) -> int:
     for name, what in {
         "reconstruction.png": "original, masked input, reconstruction of validation tiles",
         "first_batch.png": "what the network was shown in its first step",

@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from cmae.pipeline.image_list import scan_image_folder
-from cmae.pipeline.shards import write_shards
+from cmae.pipeline.shards.image_folder import scan_image_folder
+from cmae.pipeline.shards.write import write_shards
 
 PHOTOGRAPHS = (
     "astronaut",

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import io
 import os
 import platform
 import resource
 import shutil
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -21,12 +19,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cmae.train.machine import cgroup_limit, driver_version
+
 Status = Literal["ok", "warn", "fail"]
 
 _GIB = 2**30
+
 _MIN_DRIVER = {12: 525, 13: 580}
 """Oldest NVIDIA driver branch for each CUDA major version."""
+
 _REINSTALL = "pip install --upgrade --force-reinstall {}"
+
 _COLOURS: dict[Status, str] = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
@@ -91,9 +94,6 @@ def collect_checks() -> list[Check]:
             found = f"{type(error).__name__}: {error}"
             checks.append(Check(name, found, "fail", "this check itself failed: please report it"))
     return checks
-
-
-# --- software -------------------------------------------------------------------------------------
 
 
 def check_python(version: tuple[int, ...] = sys.version_info[:3]) -> Check:
@@ -194,21 +194,6 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:200] or type(error).__name__
 
 
-# --- GPU ------------------------------------------------------------------------------------------
-
-
-def driver_version() -> str | None:
-    """Version of the NVIDIA driver, such as 580.65.06; None where there is none."""
-    if shutil.which("nvidia-smi") is None:
-        return None
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        output = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-    except (subprocess.SubprocessError, OSError):
-        return None
-    return output.stdout.strip().split("\n")[0] or None
-
-
 def check_cuda() -> Check:
     """Whether torch can use a GPU, and why not."""
     import torch
@@ -287,22 +272,6 @@ def describe_gpu(
     elif free < 0.8 * total:
         status, fix = "warn", "another process uses this GPU: see nvidia-smi"
     return Check(f"GPU {number}", found, status, fix)
-
-
-# --- machine --------------------------------------------------------------------------------------
-
-
-def cgroup_limit(root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """CPU cores that the container's quota allows; None without a quota. Reads cgroup v2 and v1."""
-    v2, quota_v1 = root / "cpu.max", root / "cpu" / "cpu.cfs_quota_us"
-    if v2.exists():
-        quota, period = v2.read_text().split()
-        return None if quota == "max" else int(quota) / int(period)
-    if quota_v1.exists():
-        quota_us = int(quota_v1.read_text())
-        period_us = int((root / "cpu" / "cpu.cfs_period_us").read_text())
-        return quota_us / period_us if quota_us > 0 else None
-    return None
 
 
 def check_cpu() -> Check:

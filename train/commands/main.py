@@ -4,47 +4,26 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any
 
-from jsonargparse import (
-    ActionConfigFile,
-    ArgumentParser,
-    Namespace,
-    auto_cli,
-    set_parsing_settings,
+from jsonargparse import auto_cli, set_parsing_settings
+
+from cmae.train.config_parser import (
+    Parser,
+    build_config,
+    build_config_parser,
+    build_sections,
+    find_recipes,
+    read_config,
+    to_config,
+    with_underscores,
 )
 
-if TYPE_CHECKING:
-    from cmae.train.config import Config
-
-RECIPES = files("cmae.train") / "recipes"
-
 Command = Callable[[Sequence[str]], int]
-
-
-class Parser(ArgumentParser):
-    """jsonargparse's parser, whose errors are one line and name the nearest key."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the error with a suggestion and exit with 2."""
-        hints = [self._nearest(name) for name in _unknown_names(message)]
-        lines = [f"{self.prog}: error: {message}", *filter(None, hints)]
-        lines.append(f"see `{self.prog} --help`")
-        print("\n".join(lines), file=sys.stderr)
-        raise SystemExit(2)
-
-    def _nearest(self, name: str) -> str:
-        known = [action.dest for action in self._actions if action.dest]
-        leaves = {dest.rsplit(".", 1)[-1]: dest for dest in known}
-        close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-        close = close or difflib.get_close_matches(name.rsplit(".", 1)[-1], leaves, n=1, cutoff=0.6)
-        return f"did you mean {leaves.get(close[0], close[0])!r}?" if close else ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,13 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def with_underscores(word: str) -> str:
-    """The option `--max-size=512` as jsonargparse knows it, `--max_size=512`; other words as they are."""
-    name, equals, value = word.partition("=")
-    is_option = re.fullmatch(r"--[a-z][a-z0-9_.-]*", name) is not None
-    return f"--{name[2:].replace('-', '_')}{equals}{value}" if is_option else word
-
-
 def _overview() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {summary}" for name, (summary, _) in COMMANDS.items()]
@@ -98,13 +70,6 @@ def _overview() -> str:
     )
 
 
-def _unknown_names(message: str) -> list[str]:
-    found = re.search(r"unrecognized arguments: (.*)", message)
-    if found:
-        return [word.lstrip("-").split("=")[0] for word in found[1].split() if word.startswith("-")]
-    return re.findall(r"does not accept (?:option|nested key) '([^']+)'", message)
-
-
 def _is_ours(error: BaseException) -> bool:
     """Whether this project raised the error itself: then its message says all, without a traceback."""
     trace = error.__traceback__
@@ -118,102 +83,6 @@ def _is_said_by_another_rank(error: BaseException) -> bool:
     return getattr(error, "is_on_every_rank", False) and os.environ.get("RANK", "0") != "0"
 
 
-def recipe_names() -> list[str]:
-    """Names of the recipes that ship with the package."""
-    return sorted(
-        Path(entry.name).stem for entry in RECIPES.iterdir() if entry.name.endswith(".yaml")
-    )
-
-
-def find_recipes(arguments: Sequence[str]) -> list[str]:
-    """Replace names of shipped recipes after `--recipe` by their paths.
-
-    Raises:
-        ValueError: neither a shipped recipe nor a file.
-    """
-    found, expect = [], False
-    for argument in arguments:
-        flag, equals, value = argument.partition("=")
-        if expect:
-            found.append(_recipe_path(argument))
-        elif flag == "--recipe" and equals:
-            found.append(f"--recipe={_recipe_path(value)}")
-        else:
-            found.append(argument)
-        expect = argument == "--recipe"
-    return found
-
-
-def _recipe_path(name: str) -> str:
-    if Path(name).is_file():
-        return name
-    if name in recipe_names():
-        return str(RECIPES / f"{name}.yaml")
-    close = difflib.get_close_matches(name, recipe_names(), n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    raise ValueError(
-        f"--recipe {name}: {hint}it must be a YAML file, or one of {', '.join(recipe_names())}"
-    )
-
-
-def build_config_parser(prog: str, description: str) -> Parser:
-    """Parser of a run's configuration: recipes, dotted overrides, `--print_config`."""
-    from cmae.train.config import Config
-
-    usage = f"{prog} [--recipe NAME_OR_FILE] [--KEY VALUE ...]"
-    parser = Parser(prog=prog, usage=usage, description=description)
-    parser.add_argument(
-        "--recipe",
-        action=ActionConfigFile,
-        help=f"YAML file, or one of: {', '.join(recipe_names())}. Later ones override earlier ones.",
-    )
-    parser.add_class_arguments(Config)
-    parser.link_arguments("model.img_size", "data.views.img_size")
-    return parser
-
-
-def read_config(parser: Parser, arguments: Sequence[str]) -> Config:
-    """The configuration that recipes and overrides make together.
-
-    Raises:
-        ValueError: a value is out of range, or values do not fit each other.
-    """
-    return build_config(parser, parser.parse_args(find_recipes(arguments)))
-
-
-def build_config(parser: Parser, parsed: Namespace) -> Config:
-    """The configuration in parsed arguments; a command's own options are passed over.
-
-    Raises:
-        ValueError: a value is out of range, or values do not fit each other.
-    """
-    return _to_config(_build_sections(parser, parsed))
-
-
-def _build_sections(parser: Parser, parsed: Namespace) -> Any:
-    """Every section as its dataclass, by name."""
-    try:
-        return parser.instantiate(parsed)
-    except ValueError as error:
-        raise ValueError(_with_section(str(error))) from error
-
-
-def _to_config(sections: Any) -> Config:
-    from cmae.train.config import Config
-
-    return Config(**{field.name: sections[field.name] for field in fields(Config)})
-
-
-def _with_section(message: str) -> str:
-    """Complete the key that starts a message of ModelConfig or ViewConfig, which know no sections."""
-    from cmae.model import ModelConfig
-
-    key = message.split("=")[0]
-    if key in {field.name for field in fields(ModelConfig)}:
-        return f"model.{message}"
-    return f"data.{message}" if message.startswith("views.") else message
-
-
 def _pretrain(arguments: Sequence[str]) -> int:
     parser = build_config_parser(
         "cmae pretrain",
@@ -222,7 +91,7 @@ def _pretrain(arguments: Sequence[str]) -> int:
         "The same command continues the run after any interruption.",
     )
     config = read_config(parser, arguments)
-    from cmae.train.pretrain import pretrain
+    from cmae.train.loop.pretrain import pretrain
 
     return pretrain(config).exit_code
 
@@ -234,7 +103,7 @@ def _tune(arguments: Sequence[str]) -> int:
         "shards, in under three minutes. Takes what `cmae pretrain` takes; settings given here are not "
         "searched. Example: cmae tune --recipe cmae_vit_b --data.shards '/data/imagenet/train-*.tar'",
     )
-    from cmae.train.tune import TuneOptions, tune
+    from cmae.train.tuning.run import TuneOptions, tune
 
     parser.add_class_arguments(TuneOptions)
     parsed = parser.parse_args(find_recipes(arguments))
@@ -243,7 +112,7 @@ def _tune(arguments: Sequence[str]) -> int:
 
 
 def _profile(arguments: Sequence[str]) -> int:
-    from cmae.train.profiling.commands import profile_tools
+    from cmae.train.commands.profile import profile_tools
     from cmae.train.profiling.config import ProfileConfig
 
     code = profile_tools(arguments)
@@ -257,10 +126,10 @@ def _profile(arguments: Sequence[str]) -> int:
         "`cmae profile show` and `cmae profile diff`.",
     )
     parser.add_class_arguments(ProfileConfig, "profile")
-    sections = _build_sections(parser, parser.parse_args(find_recipes(arguments)))
+    sections = build_sections(parser, parser.parse_args(find_recipes(arguments)))
     from cmae.train.profiling.command import run
 
-    return run(_to_config(sections), sections["profile"])
+    return run(to_config(sections), sections["profile"])
 
 
 def _call(function: Callable[..., int], prog: str, arguments: Sequence[str]) -> int:
@@ -271,7 +140,7 @@ def _call(function: Callable[..., int], prog: str, arguments: Sequence[str]) -> 
 
 
 def _shards(arguments: Sequence[str]) -> int:
-    from cmae.train import shards_cli
+    from cmae.train.commands import shards as shards_cli
 
     commands: dict[str, Any] = {
         "write": shards_cli.write,
@@ -309,7 +178,7 @@ def _bench(arguments: Sequence[str]) -> int:
     )
     config = read_config(parser, rest)
     chosen = parser.parse_args(find_recipes(rest))
-    from cmae.train.bench import bench_model
+    from cmae.train.commands.bench import bench_model
 
     return bench_model(
         config,
@@ -330,31 +199,31 @@ def _reconstruct(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("reconstruction.png"), help="PNG to write")
     parser.add_argument("--seed", type=int, default=0, help="of the mask")
     parsed = parser.parse_args(list(arguments))
-    from cmae.train.pictures import reconstruct
+    from cmae.train.commands.reconstruct import reconstruct
 
     return reconstruct(parsed.checkpoint, parsed.images, parsed.out, parsed.seed)
 
 
 def _demo(arguments: Sequence[str]) -> int:
-    from cmae.train.demo import demo
+    from cmae.train.commands.demo import demo
 
     return _call(demo, "cmae demo", arguments)
 
 
 def _import(arguments: Sequence[str]) -> int:
-    from cmae.train.weights import import_weights
+    from cmae.train.commands.weights import import_weights
 
     return _call(import_weights, "cmae import", arguments)
 
 
 def _export(arguments: Sequence[str]) -> int:
-    from cmae.train.weights import export_weights
+    from cmae.train.commands.weights import export_weights
 
     return _call(export_weights, "cmae export", arguments)
 
 
 def _doctor(arguments: Sequence[str]) -> int:
-    from cmae.train.doctor import doctor
+    from cmae.train.commands.doctor import doctor
 
     return _call(doctor, "cmae doctor", arguments)
 
@@ -369,7 +238,7 @@ def _top(arguments: Sequence[str]) -> int:
     parser.add_argument("--once", action="store_true", help="print one frame and exit, for logs")
     parser.add_argument("--every_s", type=float, default=2.0, help="seconds between two frames")
     parsed = parser.parse_args(list(arguments))
-    from cmae.train.top import top
+    from cmae.train.commands.top import top
 
     return top(parsed.run, once=parsed.once, every_s=parsed.every_s)
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cmae.train.cli import Parser
-from cmae.train.profiling.diff import diff_profiles, print_diff
-from cmae.train.profiling.html import write_diff_html, write_html
-from cmae.train.profiling.records import load_profile
-from cmae.train.profiling.report import print_profile
-from cmae.train.profiling.trace import write_trace
+from cmae.train.config_parser import Parser
+from cmae.train.profiling.analysis.records import load_profile
+from cmae.train.profiling.report.diff import diff_profiles, print_diff
+from cmae.train.profiling.report.html import write_diff_html, write_html
+from cmae.train.profiling.report.terminal import print_profile
+from cmae.train.profiling.report.trace import write_trace
 
 
 def profile_tools(arguments: Sequence[str]) -> int | None:

@@ -24,24 +24,21 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from cmae.pipeline.cache import ShardCache
-from cmae.pipeline.dataset_index import build_indices
-from cmae.pipeline.image_list import ImageSource, read_image_list, scan_image_folder
-from cmae.pipeline.presize import presized_line
-from cmae.pipeline.remote import Remote, RemoteConfig, RemoteFile
-from cmae.pipeline.remote_dataset import (
-    build_remote_indices,
-    copy_shard,
-    copy_unchecked,
-    open_cache,
-)
-from cmae.pipeline.repair import REPAIRED_FILE, RepairPolicy, repair_shards
-from cmae.pipeline.shards import SKIPPED_FILE, write_shards
-from cmae.pipeline.stores import redact
-from cmae.pipeline.survey import ShardStatistics, contact_sheet, load_classes, shard_statistics
-from cmae.pipeline.threads import run_threads
-from cmae.pipeline.urls import expand_shards, is_local, is_remote
-from cmae.pipeline.verify import Decode, verify_shards
+from cmae.pipeline.formats.dataset_folder import SKIPPED_FILE, load_classes
+from cmae.pipeline.formats.dataset_index import build_indices
+from cmae.pipeline.formats.parallel import run_threads
+from cmae.pipeline.formats.presized import presized_line
+from cmae.pipeline.remote.cache import ShardCache
+from cmae.pipeline.remote.client import Remote, RemoteConfig, RemoteFile
+from cmae.pipeline.remote.index import build_remote_indices, copy_shard, copy_unchecked, open_cache
+from cmae.pipeline.remote.schemes import is_local, is_remote, redact
+from cmae.pipeline.shards.contact_sheet import contact_sheet
+from cmae.pipeline.shards.image_folder import ImageSource, read_image_list, scan_image_folder
+from cmae.pipeline.shards.repair import REPAIRED_FILE, RepairPolicy, repair_shards
+from cmae.pipeline.shards.statistics import ShardStatistics, shard_statistics
+from cmae.pipeline.shards.verify import Decode, verify_shards
+from cmae.pipeline.shards.write import write_shards
+from cmae.pipeline.sources.expand import expand_shards
 
 _MAX_LINES = 20
 """Problems that are printed; the rest are counted."""

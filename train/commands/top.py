@@ -15,11 +15,11 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from cmae.pipeline.counters import Histogram, LoaderSnapshot, StageSnapshot
-from cmae.train.live import EVERY_S, LiveStatus, read_live
-from cmae.train.profiling.report import format_number, stage_bar, stage_table
-from cmae.train.profiling.stages import StageShares, stage_shares
-from cmae.train.profiling.verdict import NAMES, SMALL
+from cmae.pipeline.stage_stats import Histogram, LoaderSnapshot, StageSnapshot
+from cmae.train.monitor.status import EVERY_S, LiveStatus, read_live
+from cmae.train.profiling.analysis.stages import StageShares, stage_shares
+from cmae.train.profiling.analysis.verdict import NAMES, SMALL
+from cmae.train.profiling.report.terminal import format_number, stage_bar, stage_table
 
 _SILENT_S = 15.0
 """A rank whose file is older than this, in spite of its writing thread, is taken for dead."""

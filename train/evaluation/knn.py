@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cmae.model import CMAE
 from cmae.pipeline import expand_shards
-from cmae.pipeline.tar import NO_LABEL, TarRecord, iter_records
+from cmae.pipeline.formats.tar import NO_LABEL, TarRecord, iter_records
 
 
 class EvalImages(NamedTuple):

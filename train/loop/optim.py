@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -11,9 +10,8 @@ from torch import nn
 from cmae.train.config import OptimConfig
 
 NEVER_DECAYED = ("pos_embed",)
-TOKENS = ("cls_token", "mask_token")
 
-Schedule = Callable[[int], float]
+TOKENS = ("cls_token", "mask_token")
 
 
 def parameter_groups(
@@ -66,28 +64,3 @@ def _build_fused_adam(
             "with its CUDA extensions or use NVIDIA's PyTorch container; or set optim.impl=torch_fused"
         ) from error
     return optimizer
-
-
-def build_schedule(
-    config: OptimConfig, *, total_steps: int, steps_per_epoch: int | None
-) -> Schedule:
-    """Learning rate by optimiser step: linear warmup, then half a cosine, both per iteration.
-
-    Args:
-        config: rates for 256 images; they are scaled by global_batch_size / 256.
-        total_steps: length of the schedule.
-        steps_per_epoch: unit of `warmup_epochs`; None takes total_steps / epochs.
-    """
-    scale = config.global_batch_size / 256
-    peak, floor = config.lr_per_256 * scale, config.min_lr * scale
-    epoch = total_steps / config.epochs if steps_per_epoch is None else steps_per_epoch
-    warmup = min(round(config.warmup_epochs * epoch), total_steps)
-
-    def rate(step: int) -> float:
-        if step < warmup:
-            start = config.warmup_start
-            return peak * (start + (1 - start) * step / warmup)
-        done = (step - warmup) / max(1, total_steps - warmup)
-        return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-
-    return rate

@@ -15,9 +15,11 @@ import torch
 from cmae.kernels.backend import use_backend
 from cmae.model import build_model, draw_mask, momentum_at
 from cmae.pipeline import FillProgress, Loader, LoaderState, RemoteConfig, build_loader
-from cmae.pipeline.health import BadLimit
-from cmae.pipeline.loader import Wrap
-from cmae.train.checkpoint import (
+from cmae.pipeline.bad_samples import BadLimit
+from cmae.pipeline.loader.loader import Wrap
+from cmae.train.config import BatchSplit, Config
+from cmae.train.distributed import Ranks, from_first, gather_values, join_ranks, largest
+from cmae.train.loop.checkpoint import (
     Checkpointer,
     CheckpointError,
     changed_settings,
@@ -26,15 +28,13 @@ from cmae.train.checkpoint import (
     find_checkpoint,
     load_checkpoint,
 )
-from cmae.train.config import BatchSplit, Config
-from cmae.train.data_gate import DataGate
-from cmae.train.distributed import Ranks, from_first, gather_values, join_ranks, largest
-from cmae.train.metrics import ColdStart
-from cmae.train.optim import build_schedule
-from cmae.train.recorder import Recorder
-from cmae.train.step import TrainStep, check_step
-from cmae.train.tuned import LoaderSettings, loader_settings
-from cmae.train.weights import load_initial_weights
+from cmae.train.loop.loader_settings import LoaderSettings, loader_settings
+from cmae.train.loop.schedules import build_schedule
+from cmae.train.loop.step import TrainStep, check_step
+from cmae.train.loop.step_batches import DataGate
+from cmae.train.loop.weights import load_initial_weights
+from cmae.train.monitor.metrics import ColdStart
+from cmae.train.monitor.run_log import Recorder
 
 LEDGER_FILE = "bad_samples.jsonl"
 

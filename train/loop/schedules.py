@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from cmae.model.config import ModelConfig
+from cmae.train.config import OptimConfig
 
 
 def momentum_at(config: ModelConfig, step: int, total_steps: int) -> float:
@@ -29,3 +31,31 @@ def momentum_at(config: ModelConfig, step: int, total_steps: int) -> float:
     if config.momentum_schedule == "constant":
         return config.momentum
     return 1 - (1 - config.momentum) * (math.cos(math.pi * step / total_steps) + 1) / 2
+
+
+Schedule = Callable[[int], float]
+
+
+def build_schedule(
+    config: OptimConfig, *, total_steps: int, steps_per_epoch: int | None
+) -> Schedule:
+    """Learning rate by optimiser step: linear warmup, then half a cosine, both per iteration.
+
+    Args:
+        config: rates for 256 images; they are scaled by global_batch_size / 256.
+        total_steps: length of the schedule.
+        steps_per_epoch: unit of `warmup_epochs`; None takes total_steps / epochs.
+    """
+    scale = config.global_batch_size / 256
+    peak, floor = config.lr_per_256 * scale, config.min_lr * scale
+    epoch = total_steps / config.epochs if steps_per_epoch is None else steps_per_epoch
+    warmup = min(round(config.warmup_epochs * epoch), total_steps)
+
+    def rate(step: int) -> float:
+        if step < warmup:
+            start = config.warmup_start
+            return peak * (start + (1 - start) * step / warmup)
+        done = (step - warmup) / max(1, total_steps - warmup)
+        return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+    return rate

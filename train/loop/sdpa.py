@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from cmae.model import CMAE, ModelConfig
 from cmae.model.blocks import pin_sdpa
 from cmae.model.decoder import Decoder
-from cmae.model.shadow import TargetShadow
+from cmae.model.target_copy import TargetShadow
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,

@@ -17,13 +17,13 @@ from torch.nn.parallel import DistributedDataParallel
 from cmae.model import CMAE, Losses
 from cmae.model.blocks import Block
 from cmae.model.heads import SyncedBatchNorm1d, set_all_reduce
-from cmae.model.shadow import TargetShadow, set_residual_dtype
+from cmae.model.target_copy import TargetShadow, set_residual_dtype
 from cmae.pipeline import Batch
-from cmae.train.attention import pin_attention
 from cmae.train.config import OptimConfig, SpeedConfig
 from cmae.train.distributed import Ranks, RowGatherer, from_first, sum_over_ranks
-from cmae.train.graphs import GraphedPasses
-from cmae.train.optim import build_optimizer
+from cmae.train.loop.graphs import GraphedPasses
+from cmae.train.loop.optim import build_optimizer
+from cmae.train.loop.sdpa import pin_attention
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cmae.pipeline import Batch, DataError, Loader, LoaderState
-from cmae.pipeline.health import BadLimit
+from cmae.pipeline.bad_samples import BadLimit
 from cmae.train.distributed import Ranks, gather_numbers, gather_values
 
 logger = logging.getLogger(__name__)

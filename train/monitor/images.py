@@ -11,22 +11,26 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from rich.console import Console
 from torch import Tensor
 
-from cmae.model import CMAE, draw_mask
-from cmae.model.pictures import to_pixels
+from cmae.model import CMAE
+from cmae.model.export.images import to_pixels
 from cmae.pipeline import Batch
-from cmae.train.weights import load_model
 
 Panel = UInt8[np.ndarray, "S S 3"]
 
 GRAY = 205
+
 PANEL_PX = 144
+
 ROWS = 4
+
 GAP_PX = 6
+
 MARGIN_PX = 18
+
 TITLE_PX = 26
+
 INK, PAPER = (40, 40, 40), (255, 255, 255)
 
 
@@ -63,26 +67,6 @@ def draw_reconstructions(
         "reconstruction": torch.where(hidden, predicted, online),
     }
     draw_sheet({title: list(images.numpy()) for title, images in columns.items()}, path)
-
-
-def reconstruct(
-    checkpoint: Path, images: list[Path], out: Path = Path("reconstruction.png"), seed: int = 0
-) -> int:
-    """Draw original, masked input and reconstruction of image files.
-
-    Args:
-        checkpoint: of this project, or made by `cmae import`.
-        images: one or more files; the centre square of each is used.
-        out: PNG to write.
-        seed: of the mask.
-    """
-    model = load_model(checkpoint)
-    online = torch.stack([_load_square(path, model.config.img_size) for path in images])
-    ids_keep, _ = draw_mask(model.config, torch.arange(len(images)), seed=seed, epoch=0)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    draw_reconstructions(model, online, ids_keep, out)
-    Console(stderr=True, highlight=False).print(f"{out}: {len(images)} images", soft_wrap=True)
-    return 0
 
 
 def first_batch_picture(batch: Batch, path: Path, *, num_images: int = 8) -> None:
@@ -137,7 +121,7 @@ def _paint_gray(
     return images.masked_fill(hidden, GRAY)
 
 
-def _load_square(path: Path, size: int) -> UInt8[Tensor, "S S 3"]:
+def load_square(path: Path, size: int) -> UInt8[Tensor, "S S 3"]:
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file")
     with Image.open(path) as opened:

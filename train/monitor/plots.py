@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from cmae.train.metrics import read_metrics
+from cmae.train.monitor.metrics import read_metrics
 
 
 @dataclass(frozen=True)

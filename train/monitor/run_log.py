@@ -19,11 +19,11 @@ from cmae.model.blocks import unpinned
 from cmae.pipeline import Batch, FillProgress, Loader
 from cmae.train.config import Config
 from cmae.train.distributed import Ranks
-from cmae.train.live import LivePublisher
-from cmae.train.metrics import Display, MetricLog, MetricWindow
-from cmae.train.pictures import first_batch_picture, reconstruction_picture
-from cmae.train.plots import loss_plot
-from cmae.train.profiling.nvml import gpu_reader
+from cmae.train.monitor.gpu import gpu_reader
+from cmae.train.monitor.images import first_batch_picture, reconstruction_picture
+from cmae.train.monitor.metrics import Display, MetricLog, MetricWindow
+from cmae.train.monitor.plots import loss_plot
+from cmae.train.monitor.status import LivePublisher
 
 
 class Recorder:

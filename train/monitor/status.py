@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from cmae.pipeline.counters import LoaderSnapshot
+from cmae.pipeline.stage_stats import LoaderSnapshot
 from cmae.train.distributed import Ranks
 
 EVERY_S = 2.0

@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from cmae.train.machine import describe_machine, usable_cores
-from cmae.train.profiling.account import UNEXPLAINED
-from cmae.train.profiling.anatomy import dissect, python_ms
-from cmae.train.profiling.estimates import estimate, estimates
-from cmae.train.profiling.phases import synchronise
-from cmae.train.profiling.records import Action, Estimate, Part, Phase, Profile, Verdict
-from cmae.train.profiling.resources import Costs, solve
-from cmae.train.profiling.stretch import Reading, draining, run_stretch
+from cmae.train.profiling.analysis.bootstrap import estimate, estimates
+from cmae.train.profiling.analysis.bottleneck_model import Costs, solve
+from cmae.train.profiling.analysis.breakdown import UNEXPLAINED
+from cmae.train.profiling.analysis.records import Action, Estimate, Part, Phase, Profile, Verdict
+from cmae.train.profiling.measure.phases import synchronise
+from cmae.train.profiling.measure.python_time import dissect, python_ms
+from cmae.train.profiling.measure.timing import Reading, draining, run_stretch
 
 BatchT = TypeVar("BatchT")
 

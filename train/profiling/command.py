@@ -8,10 +8,10 @@ from rich.console import Console
 
 from cmae.train.config import Config
 from cmae.train.profiling.config import ProfileConfig
-from cmae.train.profiling.html import write_html
 from cmae.train.profiling.profiler import profile
-from cmae.train.profiling.report import print_profile
-from cmae.train.profiling.trace import write_trace
+from cmae.train.profiling.report.html import write_html
+from cmae.train.profiling.report.terminal import print_profile
+from cmae.train.profiling.report.trace import write_trace
 
 
 def run(config: Config, options: ProfileConfig) -> int:

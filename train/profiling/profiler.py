@@ -17,23 +17,21 @@ import torch.distributed as dist
 from cmae.kernels.backend import use_backend
 from cmae.model import build_model, draw_mask
 from cmae.pipeline import Batch, LoaderState, synthetic_batches
-from cmae.pipeline.counters import MEGAPIXEL_EDGES
-from cmae.pipeline.feed import ViewMaker
-from cmae.pipeline.loader import Wrap
-from cmae.pipeline.sources import Source
+from cmae.pipeline.loader.loader import Wrap
+from cmae.pipeline.sources.records import Source
+from cmae.pipeline.stage_stats import MEGAPIXEL_EDGES
+from cmae.pipeline.views.backend import ViewMaker
 from cmae.train.config import BatchSplit, Config
 from cmae.train.distributed import Ranks, from_first, join_ranks
+from cmae.train.loop.loader_settings import loader_settings
+from cmae.train.loop.pretrain import open_loader
+from cmae.train.loop.step import TrainStep, check_step
 from cmae.train.machine import describe_machine, usable_cores
-from cmae.train.pretrain import open_loader
-from cmae.train.profiling.account import UNEXPLAINED, Readings, account
-from cmae.train.profiling.anatomy import dissect, python_ms
-from cmae.train.profiling.config import ProfileConfig
-from cmae.train.profiling.estimates import estimate
-from cmae.train.profiling.experiments import override, run_trials
-from cmae.train.profiling.nvml import GpuSampler
-from cmae.train.profiling.operations import measure_operations
-from cmae.train.profiling.phases import WHAT, Bench, Step, Subject, without_collectives
-from cmae.train.profiling.records import (
+from cmae.train.monitor.gpu import GpuSampler
+from cmae.train.profiling.analysis.bootstrap import estimate
+from cmae.train.profiling.analysis.bottleneck_model import Costs, loader_limit
+from cmae.train.profiling.analysis.breakdown import UNEXPLAINED, Readings, account
+from cmae.train.profiling.analysis.records import (
     Action,
     Curve,
     Estimate,
@@ -43,13 +41,15 @@ from cmae.train.profiling.records import (
     Profile,
     Verdict,
 )
-from cmae.train.profiling.resources import Costs, loader_limit
-from cmae.train.profiling.storage import StorageCurve, probe_storage
-from cmae.train.profiling.stretch import Reading, merge_snapshots, settle
-from cmae.train.profiling.switches import SwitchedMaker, SwitchedSource
-from cmae.train.profiling.verdict import Facts, draw_curves, judge, rank_actions
-from cmae.train.step import TrainStep, check_step
-from cmae.train.tuned import loader_settings
+from cmae.train.profiling.analysis.verdict import Facts, draw_curves, judge, rank_actions
+from cmae.train.profiling.config import ProfileConfig
+from cmae.train.profiling.measure.operations import measure_operations
+from cmae.train.profiling.measure.phases import WHAT, Bench, Step, Subject, without_collectives
+from cmae.train.profiling.measure.python_time import dissect, python_ms
+from cmae.train.profiling.measure.storage import StorageCurve, probe_storage
+from cmae.train.profiling.measure.switches import SwitchedMaker, SwitchedSource
+from cmae.train.profiling.measure.timing import Reading, merge_snapshots, settle
+from cmae.train.profiling.measure.trials import override, run_trials
 
 Say = Callable[[str], None]
 

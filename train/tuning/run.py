@@ -18,17 +18,10 @@ from rich.table import Table
 from cmae.pipeline import Loader
 from cmae.train.config import BatchSplit, Config
 from cmae.train.distributed import Ranks, join_ranks
-from cmae.train.pretrain import check_shards, open_loader
-from cmae.train.tune_search import Measure, Phase, Result, Search, Window
-from cmae.train.tuned import (
-    LoaderSettings,
-    TunedEntry,
-    default_settings,
-    describe_circumstances,
-    store_tuned,
-    tunable,
-    tune_path,
-)
+from cmae.train.loop.loader_settings import LoaderSettings, default_settings, tunable
+from cmae.train.loop.pretrain import check_shards, open_loader
+from cmae.train.tuning.search import Measure, Phase, Result, Search, Window
+from cmae.train.tuning.tuned import TunedEntry, describe_circumstances, store_tuned, tune_path
 
 _WINDOWS = {"cpu": 41, "cuda": 57}
 """About as many as a search takes; the time for each follows from the budget."""

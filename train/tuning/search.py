@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from cmae.train.tuned import LoaderSettings
+from cmae.train.loop.loader_settings import LoaderSettings
 
 MARGIN = 0.03
 """A candidate has to be ahead by this fraction; medians of three short windows differ by about as much."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from cmae.train.profiling.records import Estimate
+from cmae.train.profiling.analysis.records import Estimate
 
 Rounds = Mapping[str, Sequence[float]]
 """For each phase, its value in each round; all of the same length."""

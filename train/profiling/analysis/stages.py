@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cmae.pipeline.counters import LoaderSnapshot, StageSnapshot
-from cmae.train.profiling.records import Phase, Profile
+from cmae.pipeline.stage_stats import LoaderSnapshot, StageSnapshot
+from cmae.train.profiling.analysis.records import Phase, Profile
 
 WHAT = {
     "read": "bytes from storage",

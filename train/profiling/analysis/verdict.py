@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from cmae.train.profiling.records import Action, Curve, Part, Verdict
-from cmae.train.profiling.resources import Costs, Rate, loader_rate, solve
+from cmae.train.profiling.analysis.bottleneck_model import Costs, Rate, loader_rate, solve
+from cmae.train.profiling.analysis.records import Action, Curve, Part, Verdict
 
 SMALL = 0.1
 """A part below this share of the step is not what one should work on."""

@@ -18,14 +18,14 @@ import numpy as np
 import torch
 
 from cmae.pipeline import ViewConfig, ViewParams, draw_view_params
-from cmae.pipeline.feed import ViewMaker
-from cmae.pipeline.loader import open_maker
-from cmae.pipeline.sources import RawBatch
-from cmae.pipeline.views import ViewStep
-from cmae.train.profiling.estimates import estimates
-from cmae.train.profiling.records import Operation
-from cmae.train.profiling.stretch import process_cpu_s
-from cmae.train.tuned import LoaderSettings
+from cmae.pipeline.loader.factory import open_maker
+from cmae.pipeline.sources.records import RawBatch
+from cmae.pipeline.views.backend import ViewMaker
+from cmae.pipeline.views.config import ViewStep
+from cmae.train.loop.loader_settings import LoaderSettings
+from cmae.train.profiling.analysis.bootstrap import estimates
+from cmae.train.profiling.analysis.records import Operation
+from cmae.train.profiling.measure.timing import process_cpu_s
 
 _STRETCH_S = 0.25
 """What a stretch with all operations should take."""

@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Sequence
 
-from cmae.pipeline.sources import Extent
+from cmae.pipeline.sources.records import Extent
 
 _LARGEST_FOLIO = (
     2 << 20

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from cmae.model.heads import set_all_reduce
 from cmae.pipeline import Batch, Loader, LoaderState
-from cmae.pipeline.loader import Wrap
-from cmae.pipeline.sources import Extent
+from cmae.pipeline.loader.loader import Wrap
+from cmae.pipeline.sources.records import Extent
 from cmae.train.distributed import Ranks, sum_over_ranks
-from cmae.train.profiling.page_cache import evict, resident_fraction, touch
-from cmae.train.profiling.stretch import Reading, draining, run_stretch, settle
-from cmae.train.profiling.switches import SwitchedMaker, SwitchedSource
-from cmae.train.step import TrainStep
-from cmae.train.tuned import LoaderSettings
+from cmae.train.loop.loader_settings import LoaderSettings
+from cmae.train.loop.step import TrainStep
+from cmae.train.profiling.measure.page_cache import evict, resident_fraction, touch
+from cmae.train.profiling.measure.switches import SwitchedMaker, SwitchedSource
+from cmae.train.profiling.measure.timing import Reading, draining, run_stretch, settle
 
 WHAT = {
     "local": "the step on one batch, each rank for itself, without any collective",
@@ -169,7 +169,7 @@ class Bench:
             self._switch("storage", record=True)
         else:
             self._open_window()
-            evict(_spread_out(self._window, self._cold_share))
+            evict(spread_out(self._window, self._cold_share))
             found = resident_fraction(self._unread())
             if found is not None:
                 self.resident.append(found)
@@ -302,7 +302,7 @@ class Bench:
         return taken
 
 
-def _spread_out(extents: Sequence[Extent], share: float) -> list[Extent]:
+def spread_out(extents: Sequence[Extent], share: float) -> list[Extent]:
     """A share of them, evenly from all over."""
     chosen = [
         math.floor((number + 1) * share) > math.floor(number * share)

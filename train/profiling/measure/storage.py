@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from cmae.pipeline import LoaderState
-from cmae.train.profiling.page_cache import evict, touch
-from cmae.train.profiling.switches import SwitchedSource
+from cmae.train.profiling.measure.page_cache import evict, touch
+from cmae.train.profiling.measure.switches import SwitchedSource
 
 READERS = (1, 2, 4, 8)
 _SATURATED = 1.3  # twice the readers bring less than this: more readers are no answer

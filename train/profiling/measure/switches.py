@@ -14,10 +14,10 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 
 from cmae.pipeline import LoaderState, ViewParams
-from cmae.pipeline.counters import KindTable, Stage
-from cmae.pipeline.feed import ViewMaker
-from cmae.pipeline.host import Views
-from cmae.pipeline.sources import Extent, IndexedSource, RawBatch, Source
+from cmae.pipeline.sources.indexed import IndexedSource
+from cmae.pipeline.sources.records import Extent, RawBatch, Source
+from cmae.pipeline.stage_stats import KindTable, Stage
+from cmae.pipeline.views.backend import ViewMaker, Views
 
 Mode = Literal["storage", "memory"]
 

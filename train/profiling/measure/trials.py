@@ -14,15 +14,15 @@ import numpy as np
 from PIL import Image
 
 from cmae.pipeline import Loader
-from cmae.pipeline.feed import ViewMaker
-from cmae.pipeline.sources import RawBatch, Record, Source
+from cmae.pipeline.sources.records import RawBatch, Record, Source
+from cmae.pipeline.views.backend import ViewMaker
 from cmae.train.config import BatchSplit, Config
 from cmae.train.distributed import Ranks
-from cmae.train.pretrain import open_loader
-from cmae.train.profiling.resources import Costs
-from cmae.train.profiling.stretch import Reading, run_stretch, settle
-from cmae.train.profiling.switches import SwitchedSource
-from cmae.train.profiling.verdict import Trial
+from cmae.train.loop.pretrain import open_loader
+from cmae.train.profiling.analysis.bottleneck_model import Costs
+from cmae.train.profiling.analysis.verdict import Trial
+from cmae.train.profiling.measure.switches import SwitchedSource
+from cmae.train.profiling.measure.timing import Reading, run_stretch, settle
 
 _WARM = 3  # batches that are not timed
 _STRETCH_S = 0.7

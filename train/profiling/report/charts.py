@@ -14,9 +14,9 @@ from itertools import pairwise
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from cmae.pipeline.counters import Histogram
-from cmae.train.profiling.records import Curve, Part
-from cmae.train.profiling.report import format_number, waterfall
+from cmae.pipeline.stage_stats import Histogram
+from cmae.train.profiling.analysis.records import Curve, Part
+from cmae.train.profiling.report.terminal import format_number, waterfall
 
 _FEWEST = 5
 """Values below which a histogram shows nothing."""

@@ -11,19 +11,19 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cmae.train.profiling.records import Estimate, Phase, Profile, Verdict
-from cmae.train.profiling.report import (
+from cmae.train.profiling.analysis.records import Estimate, Phase, Profile, Verdict
+from cmae.train.profiling.analysis.stages import (
+    StageShares,
+    loader_phase,
+    loader_window,
+    stage_shares,
+)
+from cmae.train.profiling.report.terminal import (
     flatten,
     format_interval,
     format_number,
     format_value,
     part_label,
-)
-from cmae.train.profiling.stages import (
-    StageShares,
-    loader_phase,
-    loader_window,
-    stage_shares,
 )
 
 

@@ -7,16 +7,23 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from cmae.train.profiling.charts import (
+from cmae.train.profiling.analysis.records import Phase, Profile
+from cmae.train.profiling.analysis.stages import (
+    WHAT,
+    StageShares,
+    loader_phase,
+    loader_window,
+    stage_shares,
+)
+from cmae.train.profiling.report.charts import (
     BarChart,
     latency_histogram,
     line_chart,
     step_histogram,
     waterfall_rows,
 )
-from cmae.train.profiling.diff import CAUTION, ProfileDiff, describe_change
-from cmae.train.profiling.records import Phase, Profile
-from cmae.train.profiling.report import (
+from cmae.train.profiling.report.diff import CAUTION, ProfileDiff, describe_change
+from cmae.train.profiling.report.terminal import (
     account_cells,
     flatten,
     format_interval,
@@ -29,13 +36,6 @@ from cmae.train.profiling.report import (
     part_label,
     prediction_error,
     speedup,
-)
-from cmae.train.profiling.stages import (
-    WHAT,
-    StageShares,
-    loader_phase,
-    loader_window,
-    stage_shares,
 )
 
 

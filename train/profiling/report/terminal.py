@@ -14,8 +14,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from cmae.train.profiling.records import Action, Estimate, Part, Profile
-from cmae.train.profiling.stages import (
+from cmae.train.profiling.analysis.records import Action, Estimate, Part, Profile
+from cmae.train.profiling.analysis.stages import (
     WHAT,
     StageShares,
     loader_phase,

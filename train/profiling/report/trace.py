@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cmae.train.profiling.records import Phase, Profile
-from cmae.train.profiling.report import part_label, waterfall
-from cmae.train.profiling.stages import StageShares, loader_window, stage_shares
+from cmae.train.profiling.analysis.records import Phase, Profile
+from cmae.train.profiling.analysis.stages import StageShares, loader_window, stage_shares
+from cmae.train.profiling.report.terminal import part_label, waterfall
 
 Event = dict[str, Any]
 _ACCOUNT = 1

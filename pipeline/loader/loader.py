@@ -1,0 +1,135 @@
+"""The loader: an endless iterator over one rank's batches, with its state and its counters."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from cmae.pipeline.bad_samples import Health
+from cmae.pipeline.batch import Batch, LoaderState
+from cmae.pipeline.loader.prefetcher import Feed
+from cmae.pipeline.sources.records import Source
+from cmae.pipeline.stage_stats import LoaderSnapshot, State
+from cmae.pipeline.views.backend import ViewMaker
+
+Wrap = Callable[[Source, ViewMaker], tuple[Source, ViewMaker]]
+
+
+class Loader:
+    """Endless iterator over one rank's batches; epochs follow one another.
+
+    Nothing is computed in the calling thread: `next` takes a finished batch from a queue. Close it, or use
+    it as a context manager; a loader that is only dropped closes itself.
+    """
+
+    num_samples: int | None
+    """Samples in the data set; None for a stream."""
+    steps_per_epoch: int | None
+    """Optimiser steps in an epoch, equal on every rank; None for a stream."""
+    presized: str
+    """Says which of the images are not the original files (`cmae shards write --max-size`); '' if all are."""
+
+    def __init__(
+        self,
+        source: Source,
+        maker: ViewMaker,
+        *,
+        feed: Feed,
+        health: Health,
+        state: LoaderState,
+        presized: str = "",
+    ) -> None:
+        self.num_samples = source.num_samples
+        self.steps_per_epoch = source.steps_per_epoch
+        self.presized = presized
+        self._source = source
+        self._maker = maker
+        self._feed = feed
+        self._health = health
+        self._state = state
+        self._num_batches = 0
+        self._finalizer = weakref.finalize(self, feed.close)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        """The next batch.
+
+        Raises:
+            DataError: Too many bad samples, or a shard that cannot be read.
+        """
+        ready = self._feed.get()
+        if ready.event is not None:
+            _hand_over(ready.batch, ready.event)
+        self._health.add(len(ready.batch.label), ready.bad)
+        self._num_batches += 1
+        self._state = ready.batch.state
+        return ready.batch
+
+    @property
+    def state(self) -> LoaderState:
+        """The position after the last batch handed out; batches made ahead do not count."""
+        return self._state
+
+    @property
+    def bad_samples(self) -> int:
+        """Bad records behind the batches handed out so far."""
+        return self._health.bad_samples
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds that `next` was blocked so far."""
+        return self._feed.ready.seconds(State.STARVED)
+
+    def snapshot(self) -> LoaderSnapshot:
+        """All counters as of now; may be called from any thread at any time.
+
+        The stages count batches made ahead; `batches`, `samples` and `bad_samples` those handed out.
+        """
+        time_s, depth = self._feed.depth.read()
+        finish, ready = self._feed.stage.snapshot(), self._feed.ready.snapshot()
+        ready = replace(
+            ready, blocked_s=finish.blocked_s
+        )  # the feed's: the same wait, seen from the queue
+        stages = (self._source.stage.snapshot(), self._maker.stage.snapshot(), finish, ready)
+        return LoaderSnapshot(
+            time_s=time_s,
+            stages={stage.name: stage for stage in stages},
+            batches=self._num_batches,
+            samples=ready.items,
+            wait_s=ready.starved_s,
+            queue_depth_mean=depth,
+            bad_samples=self.bad_samples,
+            views_by_kind={} if self._maker.kinds is None else self._maker.kinds.snapshot(),
+        )
+
+    def close(self) -> None:
+        """Stop and join all threads. May be called again."""
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _hand_over(batch: Batch, event: torch.cuda.Event) -> None:
+    """Order the caller's stream after the feed's, and keep memory from reuse until its work is done."""
+    stream = torch.cuda.current_stream(batch.online.device)
+    stream.wait_event(event)
+    for name in ("online", "target", "ids_keep", "ids_mask", "sample_index", "label"):
+        tensor = getattr(batch, name)
+        if tensor is not None:
+            tensor.record_stream(stream)

@@ -1,0 +1,74 @@
+"""The folder that an offline tool writes: claimed, resumable, finished or not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from cmae.pipeline.formats.atomic import atomic_write
+from cmae.pipeline.formats.dataset_folder import DATASET_FILE
+from cmae.pipeline.formats.shard_index import StaleIndexError, load_index
+
+
+def claim_folder(out: Path, settings: dict[str, Any]) -> None:
+    """Refuse a folder with shards that these settings did not write; remove what a killed run left."""
+    summary = out / DATASET_FILE
+    if summary.exists():
+        before = json.loads(summary.read_text()).get("settings", {})
+        changed = [name for name in settings if before.get(name) != settings[name]]
+        if changed:
+            what = ", ".join(
+                "the source images"
+                if name == "source"
+                else f"{name}: {before.get(name)} -> {settings[name]}"
+                for name in changed
+            )
+            raise ValueError(
+                f"{out} holds shards of another source or settings ({what}): use the same again "
+                "to continue, remove the folder, or write to another one"
+            )
+    elif foreign := sorted(out.glob("*.tar")):
+        raise ValueError(
+            f"{out} holds {len(foreign)} tar file(s) such as {foreign[0].name} and no {DATASET_FILE}: "
+            "write to a folder of its own"
+        )
+    for leftover in out.glob(".*.partial"):
+        leftover.unlink()
+
+
+def is_finished(tar_path: Path) -> bool:
+    try:
+        load_index(tar_path)
+    except (FileNotFoundError, StaleIndexError):
+        return False
+    return True
+
+
+def check_space(out: Path, needed: int) -> None:
+    free = shutil.disk_usage(out).free
+    if needed > free:
+        raise ValueError(
+            f"the shards still to be written need {needed / 2**30:.1f} GiB and {out} has "
+            f"{free / 2**30:.1f} GiB free: make room, or write to another disk"
+        )
+
+
+def write_json(path: Path, value: Any) -> None:
+    with atomic_write(path) as file:
+        file.write(json.dumps(value, indent=1).encode() + b"\n")
+
+
+def tidy_skipped(path: Path) -> int:
+    """Sort the lines by shard and drop those of a shard that was begun twice; return how many are left."""
+    if not path.exists():
+        return 0
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    unique = sorted(
+        {line["path"]: line for line in lines}.values(),
+        key=lambda line: (line["shard"], line["path"]),
+    )
+    with atomic_write(path) as file:
+        file.writelines(json.dumps(line).encode() + b"\n" for line in unique)
+    return len(unique)

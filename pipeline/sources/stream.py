@@ -1,0 +1,216 @@
+"""Shards read front to back: pipes, http, object stores, tars without an index."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import heapq
+import logging
+import subprocess
+from collections.abc import Iterable, Iterator, Sequence
+from typing import IO
+
+import numpy as np
+import psutil
+import webdataset as wds
+
+from cmae.pipeline.bad_samples import BadSample
+from cmae.pipeline.batch import LoaderState
+from cmae.pipeline.errors import DataError
+from cmae.pipeline.formats.jpeg import BadImageError, inspect_jpeg
+from cmae.pipeline.formats.tar import TarError, iter_records
+from cmae.pipeline.remote.client import Remote, RemoteConfig, open_stream
+from cmae.pipeline.remote.schemes import is_remote, redact
+from cmae.pipeline.sampling.counter_rng import hash_words
+from cmae.pipeline.sources.records import RawBatch, Record
+from cmae.pipeline.stage_stats import Stage, State
+
+logger = logging.getLogger(__name__)
+
+_STREAM_LANE = 1 << 21  # away from the lanes of views and plan
+
+
+class StreamSource:
+    """Reads whole shards front to back with webdataset: pipes, http, object stores, tars without an index.
+
+    Shards are dealt to ranks in an order drawn for each epoch, and samples are shuffled inside
+    a sliding window of one shard. A bad record is skipped before decoding, or replaced by its neighbour in
+    the batch after. Ranks hold different numbers of samples, so their epochs end at different batches.
+
+    Resume is by shard: the state counts shards done, and a shard that was begun is read again.
+    """
+
+    num_samples: int | None = None
+    steps_per_epoch: int | None = None
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        seed: int,
+        rank: int,
+        world_size: int,
+        batch_size: int,
+        shuffle: bool = True,
+        shuffle_window: int = 1024,
+        remote: Remote | None = None,
+    ) -> None:
+        if len(urls) < world_size:
+            raise ValueError(
+                f"shards lists {len(urls)} for world_size={world_size} ranks: a stream deals whole shards. "
+                "Write more shards, or an index with `cmae shards index`"
+            )
+        # A signature that was renewed does not make other data.
+        names = "\n".join(map(redact, urls))
+        self.digest = hashlib.sha256(names.encode()).hexdigest()[:16]
+        # Reading happens in the thread that asks for batches, and between them it is elsewhere.
+        self.stage = Stage("read", threads=1, first_state=State.BLOCKED)
+        self._urls = list(urls)
+        self._remote = remote or Remote(RemoteConfig())
+        self._seed = seed
+        self._rank, self._world_size, self._batch_size = rank, world_size, batch_size
+        self._bad: list[BadSample] = []  # since the last batch
+        self._is_closed = False
+        self._stream: IO[bytes] | None = None  # the shard being read
+        self._shuffle = shuffle
+        self._window = shuffle_window if shuffle else 1
+        if rank == 0:
+            logger.warning(
+                "streaming %d shards: resume is by shard, so a run that is continued sees samples of the "
+                "shard it was reading again; `cmae shards index` makes it exact",
+                len(urls),
+            )
+
+    def batches(self, state: LoaderState) -> Iterator[RawBatch]:
+        """Batches from the beginning of the shard that `state` names, without end."""
+        epoch, done = state.epoch, state.next_sample
+        while True:
+            num_batches = 0
+            for raw in self._epoch(epoch, done):
+                num_batches += 1
+                yield raw
+            if num_batches == 0 and done == 0:
+                raise DataError(
+                    f"rank {self._rank}'s shards hold fewer than batch_size={self._batch_size} good samples "
+                    f"in epoch {epoch}; lower the batch size or the number of ranks"
+                )
+            epoch, done = epoch + 1, 0
+
+    def replace(self, raw: RawBatch, bad: dict[int, str]) -> None:
+        """Fill each slot with the next good record of the batch."""
+        size = len(raw.records)
+        for slot, reason in bad.items():
+            record = raw.records[slot]
+            url = redact(self._urls[record.sample_id >> 32])
+            raw.bad.append(BadSample(url, record.key, record.position, reason, raw.epoch))
+        if len(bad) == size:
+            raise DataError(f"none of the {size} samples of a batch can be decoded: {bad[0]}")
+        for slot in bad:
+            good = next(i % size for i in range(slot + 1, slot + size) if i % size not in bad)
+            raw.records[slot] = raw.records[good]
+
+    def close(self) -> None:
+        """End a read under way, remote or from a pipe; the shard closes with its generator."""
+        self._is_closed = True
+        self._remote.close()
+        process: subprocess.Popen[bytes] | None = getattr(self._stream, "proc", None)
+        if process is not None and process.poll() is None:  # its number may be another's by now
+            _end_with_children(process.pid)
+
+    def _epoch(self, epoch: int, done: int) -> Iterator[RawBatch]:
+        mine = self._shard_order(epoch)[done:][self._rank :: self._world_size]
+        batch: list[Record] = []
+        self.stage.switch(State.BUSY)
+        for round_, number in enumerate(mine):
+            state = LoaderState(self._seed, epoch, done + round_ * self._world_size, self.digest)
+            for record in self._shuffled(self._shard(number, epoch), epoch):
+                batch.append(record)
+                if len(batch) < self._batch_size:
+                    continue
+                ids = np.array([record.sample_id for record in batch], dtype=np.int64)
+                num_bytes = sum(record.data.size for record in batch)
+                self.stage.add(items=len(batch), num_bytes=num_bytes)
+                self.stage.switch(State.BLOCKED)
+                yield RawBatch(batch, ids, epoch, state, self._bad, len(batch))
+                self.stage.switch(State.BUSY)
+                batch, self._bad = [], []
+
+    def _shard_order(self, epoch: int) -> list[int]:
+        numbers = np.arange(len(self._urls))
+        if self._shuffle:
+            numbers = numbers[np.argsort(self._keys(numbers, epoch), kind="stable")]
+        return [int(number) for number in numbers]
+
+    def _shuffled(self, records: Iterable[Record], epoch: int) -> Iterator[Record]:
+        """Give out the smallest random key among the next few records."""
+        heap: list[tuple[int, int, Record]] = []
+        for record in records:
+            key = int(self._keys(np.array([record.sample_id]), epoch)[0]) if self._shuffle else 0
+            heapq.heappush(heap, (key, record.position, record))
+            if len(heap) >= self._window:
+                yield heapq.heappop(heap)[2]
+        while heap:
+            yield heapq.heappop(heap)[2]
+
+    def _keys(self, numbers: np.ndarray, epoch: int) -> np.ndarray:
+        return hash_words(
+            self._seed, epoch, sample_index=numbers, num_lanes=1, first_lane=_STREAM_LANE
+        )[:, 0]
+
+    def _shard(self, number: int, epoch: int) -> Iterator[Record]:
+        """Good records of one shard."""
+        url, name = self._urls[number], redact(self._urls[number])
+        position = -1
+        try:
+            if self._is_closed:
+                return
+            with contextlib.closing(open_shard(url, self._remote)) as stream:
+                self._stream = stream
+                if self._is_closed:  # by another thread, which may not have seen this stream
+                    self.close()
+                for position, found in enumerate(iter_records(stream, name=name)):
+                    try:
+                        height, width, kind, _ = inspect_jpeg(found.image)
+                        if not kind.decodable:
+                            raise BadImageError(
+                                f"a JPEG of kind {kind.name}, which no decoder takes"
+                            )
+                    except BadImageError as error:
+                        self._bad.append(BadSample(name, found.key, position, str(error), epoch))
+                        continue
+                    data, sample_id = (
+                        np.frombuffer(found.image, np.uint8),
+                        (number << 32) | position,
+                    )
+                    yield Record(
+                        data,
+                        height,
+                        width,
+                        found.label,
+                        sample_id=sample_id,
+                        position=position,
+                        key=found.key,
+                        kind=kind,
+                    )
+        except (
+            TarError,
+            OSError,
+        ) as error:  # the rest of the shard is lost, the other shards are not
+            self._bad.append(BadSample(name, "", position + 1, str(error), epoch))
+
+
+def _end_with_children(pid: int) -> None:
+    """Terminate the command of a pipe: its shell, and what the shell started, which holds the pipe open."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        shell = psutil.Process(pid)
+        for process in (*shell.children(recursive=True), shell):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+
+
+def open_shard(url: str, remote: Remote) -> IO[bytes]:
+    """A shard to read from front to back: fsspec's URLs with retries, the rest as webdataset opens it."""
+    if is_remote(url):
+        return open_stream(remote.file(url))
+    stream: IO[bytes] = wds.gopen(url)
+    return stream

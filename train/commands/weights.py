@@ -1,0 +1,100 @@
+"""`cmae import` and `cmae export`: weights of other projects, in and out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+
+from cmae.model import CMAE, from_authors, from_mae, to_timm
+from cmae.train.loop.checkpoint import write_atomically
+from cmae.train.loop.weights import load_model, save_model
+
+
+def import_weights(
+    source: Path,
+    out: Path,
+    layout: Literal["authors", "mae"] = "authors",
+    channel_order: Literal["rgb", "bgr"] = "bgr",
+    trust: bool = False,
+) -> int:
+    """Turn a checkpoint of the CMAE authors' code or of MAE into one of this project.
+
+    The result works with `cmae reconstruct`, `cmae export` and `cmae pretrain --init_from`.
+
+    Args:
+        source: a file that torch.save wrote: a state dict, or a dict that holds one.
+        out: checkpoint to write.
+        layout: names in the file: 'authors' for ZhichengHuang/CMAE, 'mae' for facebookresearch/mae.
+        channel_order: order of the colour channels that the network was trained on ('authors' only);
+            the authors' own weights are 'bgr'.
+        trust: also unpickle objects that are not tensors (logs and settings that training frameworks
+            store beside the weights); such a file can run any code, so know where it comes from.
+    """
+    loaded = _read_foreign(source, trust=trust)
+    try:
+        model = (
+            from_mae(loaded)
+            if layout == "mae"
+            else from_authors(loaded, channel_order=channel_order)
+        )
+    except ValueError as error:
+        raise ValueError(f"{source}, read with layout={layout!r}: {error}") from error
+    save_model(model, out)
+    _say(f"{out}: {_describe(model)} from {source}")
+    return 0
+
+
+def export_weights(
+    checkpoint: Path, out: Path, branch: Literal["online", "target"] = "online"
+) -> int:
+    """Write the encoder of a checkpoint with timm's names.
+
+    Read it with timm.create_model('vit_base_patch16_224', num_classes=0, checkpoint_path=OUT) or, for the
+    file as a dict, torch.load or safetensors.torch.load_file.
+
+    Args:
+        checkpoint: of this project.
+        out: file to write; with the suffix .safetensors it is one, else torch.save writes it.
+        branch: 'online' is the trained encoder, 'target' its moving average.
+    """
+    model = load_model(checkpoint)
+    state = to_timm(model, branch=branch)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix == ".safetensors":
+        from safetensors.torch import save_file
+
+        save_file({name: value.contiguous() for name, value in state.items()}, out)
+    else:
+        write_atomically(out, state)
+    _say(f"{out}: {branch} encoder, {_describe(model)}, {len(state)} tensors with timm's names")
+    return 0
+
+
+def _read_foreign(source: Path, *, trust: bool) -> dict[str, Any]:
+    if not source.is_file():
+        raise ValueError(f"{source} is not a file; name what torch.save wrote")
+    try:
+        loaded: dict[str, Any] = torch.load(source, map_location="cpu", weights_only=not trust)
+    except Exception as error:  # torch's reader raises anything on a file that is something else
+        hint = "" if trust else "; if it holds more than tensors and you trust it, add --trust true"
+        raise ValueError(
+            f"{source} cannot be read ({type(error).__name__}: {error}){hint}"
+        ) from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{source} holds a {type(loaded).__name__}; expected a state dict")
+    return loaded
+
+
+def _describe(model: CMAE) -> str:
+    config = model.config
+    return (
+        f"{config.encoder} {config.embed_dim}/{config.depth}/{config.num_heads}, patch "
+        f"{config.patch_size}, image {config.img_size}"
+    )
+
+
+def _say(message: str) -> None:
+    Console(stderr=True, highlight=False).print(message, soft_wrap=True)
