@@ -31,7 +31,7 @@ from harness import summarise, write_result
 from cmae.model import ModelConfig, build_model, draw_mask
 from cmae.pipeline import Batch, ViewConfig, build_loader, synthetic_batches
 from cmae.train.config import OptimConfig, SpeedConfig
-from cmae.train.distributed import Ranks
+from cmae.train.distributed import World
 from cmae.train.loop.step import TrainStep
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -74,7 +74,7 @@ def measure(
         build_model(config, seed=0).to(DEVICE),
         OptimConfig(global_batch_size=arguments.batch_size, precision=arguments.precision),
         SpeedConfig(compile=arguments.compile),
-        Ranks(0, 1, DEVICE),
+        World(0, 1, DEVICE),
     )
     synthetic = synthetic_batches(
         views, batch_size=arguments.batch_size, device=DEVICE, draw_mask=mask, seed=0

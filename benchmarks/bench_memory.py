@@ -62,7 +62,7 @@ def measure(batches: int, start: float) -> Sample:
 def run(shards: list[str], backend: str, arguments: argparse.Namespace) -> list[Sample]:
     """Samples before opening, on the way, and after closing."""
     model = ModelConfig(img_size=32, patch_size=8)
-    views = ViewConfig(img_size=32, master_size=40, target_shift=8)
+    views = ViewConfig(img_size=32, source_crop_size=40, target_shift=8)
     gc.collect()
     start = time.perf_counter()
     samples = [measure(0, start)]

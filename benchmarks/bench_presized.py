@@ -27,7 +27,7 @@ from peers import image_places, read_image
 from PIL import Image
 
 from cmae.pipeline import ViewConfig, draw_view_params
-from cmae.pipeline.formats.presized import presize_mark
+from cmae.pipeline.formats.presized import downscale_mark
 from cmae.pipeline.formats.shard_index import load_index
 
 WINDOWS = 4
@@ -40,7 +40,7 @@ def compare(images: Path, shards: list[str]) -> list[dict[str, float]]:
     for shard in shards:
         for key, place in zip(load_index(shard).keys, image_places([shard]), strict=True):
             small = read_image(place)
-            if presize_mark(small):
+            if downscale_mark(small):
                 original = (images / f"{key}.jpg").read_bytes()
                 rows.append(compare_image(original, small, seed=len(rows)))
     return rows
@@ -60,7 +60,8 @@ def compare_image(original: bytes, small: bytes, *, seed: int) -> dict[str, floa
     )
     scale = np.array([after.height / before.height, after.width / before.width] * 2)
     errors = [
-        _master(after, crop * scale, views.master_size) - _master(before, crop, views.master_size)
+        _master(after, crop * scale, views.source_crop_size)
+        - _master(before, crop, views.source_crop_size)
         for crop in params.crop
     ]
     return {

@@ -25,7 +25,7 @@ from bench_data import prepare_shards
 from harness import write_result
 
 from cmae.train.config import Config, DataConfig, OptimConfig, SpeedConfig
-from cmae.train.distributed import Ranks
+from cmae.train.distributed import World
 from cmae.train.profiling.analysis.records import Action, Profile
 from cmae.train.profiling.config import ProfileConfig
 from cmae.train.profiling.profiler import measure, open_subject, profile
@@ -52,8 +52,8 @@ def run(config: Config, options: ProfileConfig) -> Profile:
     """Profile it, on a CPU with a step that sleeps."""
     if ON_GPU:
         return profile(config, options)
-    ranks = Ranks(0, 1, torch.device("cpu"))
-    with open_subject(config, ranks, lambda batches: time.sleep(STEP_S)) as subject:
+    world = World(0, 1, torch.device("cpu"))
+    with open_subject(config, world, lambda batches: time.sleep(STEP_S)) as subject:
         return measure(subject, options, config, say=print)
 
 

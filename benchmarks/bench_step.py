@@ -38,7 +38,7 @@ from cmae.model.decoder import Decoder
 from cmae.pipeline import Batch, ViewConfig, synthetic_batches
 from cmae.train.commands.bench import GPUS, is_named, measure_matmul_tflops
 from cmae.train.config import OptimConfig, SpeedConfig
-from cmae.train.distributed import Ranks
+from cmae.train.distributed import World
 from cmae.train.loop.step import TrainStep
 
 ON_GPU = torch.cuda.is_available()
@@ -60,17 +60,17 @@ LEVERS: dict[str, dict[str, dict[str, Any]]] = {
     "sdpa: flash": {"speed": {"sdpa": "flash"}},
     "sdpa: cudnn": {"speed": {"sdpa": "cudnn"}},
     "sdpa: math": {"speed": {"sdpa": "math"}},
-    "target_shadow": {"speed": {"target_shadow": True}},
+    "target_copy": {"speed": {"target_copy": True}},
     "residual: 16bit": {"optim": {"residual": "16bit"}},
     "target_fp8": {"optim": {"target_fp8": True}},
     "cuda_graphs": {"speed": {"cuda_graphs": True}},
     "compile: blocks": {"speed": {"compile": "blocks"}},
     "best": {
-        "speed": {"compile": "blocks", "sdpa": "auto", "target_shadow": True},
+        "speed": {"compile": "blocks", "sdpa": "auto", "target_copy": True},
         "optim": {"residual": "16bit"},
     },
     "best + cuda_graphs": {
-        "speed": {"compile": "blocks", "sdpa": "auto", "target_shadow": True, "cuda_graphs": True},
+        "speed": {"compile": "blocks", "sdpa": "auto", "target_copy": True, "cuda_graphs": True},
         "optim": {"residual": "16bit"},
     },
     "compile: model": {"speed": {"compile": "model"}},
@@ -106,7 +106,7 @@ class Case:
                 config,
                 contrastive_loss="none",
                 mask_ratio=0.75,
-                mask_cell=1,
+                mask_unit=1,
                 pos_embed_order="column",
             )
         return config
@@ -135,7 +135,7 @@ class Contender:
         )
         model = build_model(config, seed=0).to(DEVICE)
         self.step = TrainStep(
-            model, optim, SpeedConfig(**case.speed), Ranks(0, 1, DEVICE), say=print
+            model, optim, SpeedConfig(**case.speed), World(0, 1, DEVICE), say=print
         )
         self.batch: Batch = next(
             synthetic_batches(

@@ -83,7 +83,7 @@ class PillowViews:
         self.master = v2.Compose(
             [
                 v2.RandomResizedCrop(
-                    views.master_size,
+                    views.source_crop_size,
                     scale=(views.min_area, views.max_area),
                     ratio=(views.min_aspect, views.max_aspect),
                     interpolation=v2.InterpolationMode.BICUBIC,
@@ -280,7 +280,7 @@ def _dali_pipeline(job: Job, reader: str) -> Any:
             num_attempts=10,
             adjust_orientation=False,
         )
-        side = [views.master_size] * 2
+        side = [views.source_crop_size] * 2
         cubic = types.DALIInterpType.INTERP_CUBIC
         master = fn.resize(master, size=side, interp_type=cubic, antialias=True)
         master = fn.flip(master, horizontal=fn.random.coin_flip(probability=views.hflip_prob))
@@ -354,7 +354,7 @@ def _spdl_master(place: Place, views: PillowViews) -> np.ndarray:
     crop, _ = views.master.transforms
     image_size = torch.empty(0, place.height, place.width)  # only its shape is looked at
     window = crop.make_params([image_size])
-    side = views.views.master_size
+    side = views.views.source_crop_size
     steps = [
         "crop=w={width}:h={height}:x={left}:y={top}:exact=1".format(**window),
         f"scale=w={side}:h={side}:flags=bicubic",

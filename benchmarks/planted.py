@@ -42,10 +42,10 @@ from cmae.model import ModelConfig, draw_mask
 from cmae.pipeline import Batch, ViewConfig
 from cmae.pipeline.formats.shard_index import build_index, index_path, save_index
 from cmae.pipeline.sources.records import Extent, Source
-from cmae.pipeline.views.backend import ViewMaker
+from cmae.pipeline.views.backend import ViewBackend
 from cmae.train.commands.demo_data import PHOTOGRAPHS, load_photograph
 from cmae.train.config import Config, DataConfig, OptimConfig, RunConfig, SpeedConfig
-from cmae.train.distributed import Ranks, from_first, join_ranks
+from cmae.train.distributed import World, from_main, join_world
 from cmae.train.profiling.analysis.records import Profile, load_profile
 from cmae.train.profiling.config import ProfileConfig
 from cmae.train.profiling.measure.page_cache import evict
@@ -117,12 +117,12 @@ def _is_cached(path: str, offset: int) -> bool:
     return bool(found.value & 1)
 
 
-def slow_files(**settings: Any) -> Callable[[Source, ViewMaker], tuple[Source, ViewMaker]]:
+def slow_files(**settings: Any) -> Callable[[Source, ViewBackend], tuple[Source, ViewBackend]]:
     """A `wrap` that makes a source's reads slow."""
 
-    def wrap(source: Source, maker: ViewMaker) -> tuple[Source, ViewMaker]:
+    def wrap(source: Source, view_backend: ViewBackend) -> tuple[Source, ViewBackend]:
         source._files = SlowFiles(source._files, **settings)  # type: ignore[attr-defined]
-        return source, maker
+        return source, view_backend
 
     return wrap
 
@@ -163,7 +163,7 @@ class Fault:
     expect: tuple[str, ...]
     """Values of `Verdict.binds` that name it."""
     step: Callable[[Sequence[Batch]], None] = field(default_factory=lambda: sleeping_step(STEP_S))
-    wrap: Callable[[Source, ViewMaker], tuple[Source, ViewMaker]] | None = None
+    wrap: Callable[[Source, ViewBackend], tuple[Source, ViewBackend]] | None = None
     mask_s: float = 0.0
     threads: int = 2
     photographs: dict[str, Any] = field(default_factory=dict)
@@ -286,7 +286,7 @@ def busy_processes(count: int) -> Iterator[None]:
 
 def build_config(shards: str, *, threads: int) -> Config:
     """A run of small views; its model is never built."""
-    views = ViewConfig(img_size=96, master_size=112, target_shift=8, color="none")
+    views = ViewConfig(img_size=96, source_crop_size=112, target_shift=8, color="none")
     return Config(
         run=RunConfig(out=Path(tempfile.gettempdir()) / "planted"),
         speed=SpeedConfig(device="cpu", num_threads=threads, view_backend="host"),
@@ -305,11 +305,11 @@ def plant(fault: Fault, folder: Path, options: ProfileConfig) -> Profile:
         for path in folder.glob("*.tar"):
             evict([Extent(str(path), 0, path.stat().st_size)])
     mask = mock.patch("cmae.train.loop.pretrain.draw_mask", slow_mask(fault.mask_s))
-    ranks = Ranks(0, 1, torch.device("cpu"))
+    world = World(0, 1, torch.device("cpu"))
     with (
         mask,
         busy_processes(fault.busy_processes),
-        open_subject(config, ranks, fault.step, wrap=fault.wrap) as subject,
+        open_subject(config, world, fault.step, wrap=fault.wrap) as subject,
     ):
         return measure(subject, options, config)
 
@@ -317,8 +317,8 @@ def plant(fault: Fault, folder: Path, options: ProfileConfig) -> Profile:
 class RankStep:
     """A step that ends when every rank's has: the last rank is slower by `slow_s`."""
 
-    def __init__(self, ranks: Ranks, *, slow_s: float) -> None:
-        self._seconds = STEP_S + (slow_s if ranks.rank == ranks.world_size - 1 else 0.0)
+    def __init__(self, world: World, *, slow_s: float) -> None:
+        self._seconds = STEP_S + (slow_s if world.rank == world.world_size - 1 else 0.0)
         self._alone = False
 
     def __call__(self, batches: Sequence[Batch]) -> None:
@@ -339,18 +339,18 @@ class RankStep:
 
 def profile_slow_rank(path: Path, options: ProfileConfig) -> None:
     """Under torchrun: profile ranks of which one is slow by 100 ms, and write the profile."""
-    with join_ranks("cpu") as ranks, tempfile.TemporaryDirectory() as folder:
-        shards = from_first(
-            write_photographs(Path(folder), count=64) if ranks.is_first else None, ranks
+    with join_world("cpu") as world, tempfile.TemporaryDirectory() as folder:
+        shards = from_main(
+            write_photographs(Path(folder), count=64) if world.is_main else None, world
         )
         config = build_config(shards, threads=1)
-        size = BATCH_SIZE * ranks.world_size
+        size = BATCH_SIZE * world.world_size
         config = replace(config, optim=replace(config.optim, global_batch_size=size))
-        step = RankStep(ranks, slow_s=0.1)
-        with open_subject(config, ranks, step, local=step.alone) as subject:
+        step = RankStep(world, slow_s=0.1)
+        with open_subject(config, world, step, local=step.alone) as subject:
             found = measure(subject, options, config)
         dist.barrier()  # the shards are the first rank's
-        if ranks.is_first:
+        if world.is_main:
             found.save(path)
 
 

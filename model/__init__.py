@@ -7,7 +7,6 @@ from cmae.model.export.checkpoints import from_authors, from_mae, to_timm
 from cmae.model.heads import set_all_reduce
 from cmae.model.losses import Losses
 from cmae.model.masking import draw_mask
-from cmae.train.loop.schedules import momentum_at
 
 __all__ = [
     "CMAE",
@@ -19,7 +18,6 @@ __all__ = [
     "draw_mask",
     "from_authors",
     "from_mae",
-    "momentum_at",
     "set_all_reduce",
     "to_timm",
 ]

@@ -24,7 +24,7 @@ from cmae.model.masking import complement
 from cmae.model.pixels import to_config_normalisation
 
 if TYPE_CHECKING:
-    from cmae.model.target_copy import TargetShadow
+    from cmae.model.target_copy import TargetCopy
 
 Encoder = VisionTransformer | HybridEncoder
 
@@ -150,14 +150,14 @@ class CMAE(nn.Module):
         target: Images,
         ids_keep: Int[Tensor, "B K"] | None = None,
         *,
-        shadow: TargetShadow | None = None,
+        target_copy: TargetCopy | None = None,
     ) -> Float[Tensor, "B P"]:
         """Unit projections of the target branch, float32, without gradient.
 
         Args:
             target: uint8, or floats normalised with the standard constants.
             ids_keep: visible patches; needed, and used, only when target_input is 'visible'.
-            shadow: low-precision copy of the target to compute with instead of the target itself.
+            target_copy: Low-precision copy of the target to compute with instead of the target itself.
 
         Raises:
             ValueError: the model has no target branch, or an argument is missing or does not fit.
@@ -171,8 +171,8 @@ class CMAE(nn.Module):
             raise ValueError("ids_keep is None, but target_input='visible' needs it.")
         else:
             check_ids(ids_keep, target, self.config)
-        encoder = self.target_encoder if shadow is None else shadow.encoder
-        projector = self.target_projector if shadow is None else shadow.projector
+        encoder = self.target_encoder if target_copy is None else target_copy.encoder
+        projector = self.target_projector if target_copy is None else target_copy.projector
         projected = projector(encoder.mean_tokens(target, ids_keep))
         return F.normalize(projected.to(torch.promote_types(projected.dtype, torch.float32)), dim=1)
 

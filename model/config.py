@@ -55,7 +55,7 @@ class ModelConfig:
     ranks; 'layer' uses none, so results do not depend on how a batch is split."""
     mask_ratio: float = 0.65
     """Share of cells hidden from the online encoder, 0 < mask_ratio < 1. MAE .75."""
-    mask_cell: int = 2
+    mask_unit: int = 2
     """Side of a mask cell, patches; divides img_size / patch_size. MAE 1."""
     contrastive_loss: Literal["info_nce", "byol", "none"] = "info_nce"
     """'info_nce': softmax over the bank of keys; 'byol': 2 - 2 cos with the positive only;
@@ -105,13 +105,13 @@ class ModelConfig:
     @property
     def num_keep_cells(self) -> int:
         """Visible mask cells: the authors' int(cells * (1 - mask_ratio)), safe from float error."""
-        cells = self.num_patches // self.mask_cell**2
+        cells = self.num_patches // self.mask_unit**2
         return int(cells * (1 - self.mask_ratio) + 1e-9)
 
     @property
     def num_keep(self) -> int:
         """Visible patches of an image."""
-        return self.num_keep_cells * self.mask_cell**2
+        return self.num_keep_cells * self.mask_unit**2
 
     @property
     def num_mask(self) -> int:
@@ -188,9 +188,9 @@ def _check_geometry(config: ModelConfig) -> None:
         "the hybrid encoder's stages make patches of 16 px",
     )
     _require(
-        config.mask_cell >= 1 and side % config.mask_cell == 0,
+        config.mask_unit >= 1 and side % config.mask_unit == 0,
         config,
-        "mask_cell",
+        "mask_unit",
         f"a divisor of the {side} patches per side (img_size / patch_size)",
     )
     _require(0 < config.mask_ratio < 1, config, "mask_ratio", "0 < mask_ratio < 1")
@@ -198,7 +198,7 @@ def _check_geometry(config: ModelConfig) -> None:
         0 < config.num_keep < config.num_patches,
         config,
         "mask_ratio",
-        f"it must keep and mask at least one of {(side // config.mask_cell) ** 2} cells",
+        f"it must keep and mask at least one of {(side // config.mask_unit) ** 2} cells",
     )
 
 

@@ -27,7 +27,7 @@ def draw_mask(
     return block_mask(
         sample_index,
         grid=config.grid,
-        cell=config.mask_cell,
+        cell=config.mask_unit,
         num_keep_cells=config.num_keep_cells,
         seed=seed,
         epoch=epoch,

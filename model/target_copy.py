@@ -22,16 +22,16 @@ FP8_MAX = 448.0
 _FP8_MULTIPLE = 16  # cuBLAS multiplies fp8 matrices whose widths are multiples of this
 
 
-class TargetShadow:
+class TargetCopy:
     """The target branch with its matrices in 16 bits or fp8; everything else is the target's own.
 
     Autocast does not keep the 16-bit form of weights without a gradient: it casts 87 M numbers in every
-    forward pass of a ViT-B target. The shadow holds that form, and `refresh` renews it after the target has
+    forward pass of a ViT-B target. The copy holds that form, and `refresh` renews it after the target has
     moved. Norms, tokens and batch statistics are shared with the target, so 16-bit keys are autocast's, bit
     for bit. It is no part of the model's state: checkpoints hold the float32 target alone.
 
     Args:
-        model: with a target branch; the shadow lies where it lies.
+        model: with a target branch; the copy lies where it lies.
         dtype: of autocast.
         fp8: also hold the linear layers of the encoder's blocks in fp8, for `Fp8Linear`.
 
@@ -44,12 +44,12 @@ class TargetShadow:
 
     def __init__(self, model: CMAE, *, dtype: torch.dtype, fp8: bool = False) -> None:
         if model.target_encoder is None or model.target_projector is None:
-            raise ValueError("contrastive_loss='none': this model has no target branch to shadow.")
+            raise ValueError("contrastive_loss='none': this model has no target branch to copy.")
         self._originals: list[Tensor] = []
         self._copies: list[Tensor] = []
         self._layers: list[tuple[Fp8Linear, nn.Linear]] = []
-        self.encoder = self._shadow(model.target_encoder, dtype)
-        self.projector = self._shadow(model.target_projector, dtype)
+        self.encoder = self._copy_of(model.target_encoder, dtype)
+        self.projector = self._copy_of(model.target_projector, dtype)
         if fp8:
             self._use_fp8(model.target_encoder)
         self.refresh()
@@ -61,7 +61,7 @@ class TargetShadow:
         for layer, original in self._layers:
             layer.load(original)
 
-    def _shadow(self, branch: Branch, dtype: torch.dtype) -> Branch:
+    def _copy_of(self, branch: Branch, dtype: torch.dtype) -> Branch:
         """A deep copy that shares everything but the matrices, with the biases beside them."""
         memo: dict[int, object] = {id(x): x for x in (*branch.parameters(), *branch.buffers())}
         for module in branch.modules():

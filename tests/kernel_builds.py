@@ -58,7 +58,7 @@ def record_launches(
     """The launches that `run` would make; no kernel of `module` runs, so outputs are not written."""
     launches: list[Launch] = []
 
-    class Recorder:
+    class RunLog:
         def __init__(self, kernel: Any) -> None:
             self.kernel = kernel
 
@@ -69,7 +69,7 @@ def record_launches(
     with monkeypatch.context() as patch:
         for name, value in vars(module).copy().items():
             if name.endswith("_kernel"):
-                patch.setattr(module, name, Recorder(value))
+                patch.setattr(module, name, RunLog(value))
         run()
     return launches
 

@@ -16,7 +16,7 @@ from cmae.pipeline import ViewConfig
 from cmae.pipeline.formats.shard_index import build_index, index_path, save_index
 
 ROOT = Path(__file__).resolve().parent.parent
-VIEWS = {"img_size": 32, "master_size": 40, "target_shift": 8}
+VIEWS = {"img_size": 32, "source_crop_size": 40, "target_shift": 8}
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ def arguments(build_until: float) -> argparse.Namespace:
 
 
 def test_rows_have_rates_gains_and_parts_that_add_up(bench: ModuleType) -> None:
-    names = ("base", "target_shadow", "residual: 16bit")
+    names = ("base", "target_copy", "residual: 16bit")
     cases = {n: bench.Case("cmae", "ti", "bf16", 4, **bench.LEVERS[n]) for n in names}
     rows = bench.measure_group(cases, arguments(time.perf_counter() + 600), {"bf16": 0.1})
     assert [row["name"] for row in rows] == list(names)

@@ -52,7 +52,7 @@ def test_ops_replay_in_a_cuda_graph(monkeypatch):
 
 def test_auto_takes_the_kernels_and_never_waits_for_the_gpu(caplog):
     """`set_sync_debug_mode` turns every wait of the host for the device into an error."""
-    config = ModelConfig(img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=2, mask_cell=1)
+    config = ModelConfig(img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=2, mask_unit=1)
     model = build_model(config, seed=0).cuda()
     images = kernel_checks.pixels(4, 32, 32)
     samples = torch.arange(4, device="cuda")

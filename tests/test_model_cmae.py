@@ -17,7 +17,7 @@ SMALL |= {"proj_hidden_dim": 24, "proj_dim": 12}
 ABLATIONS = {
     "recipe": {},
     "contrast off": {"contrastive_loss": "none"},
-    "MAE": {"contrastive_loss": "none", "mask_ratio": 0.75, "mask_cell": 1},
+    "MAE": {"contrastive_loss": "none", "mask_ratio": 0.75, "mask_unit": 1},
     "reconstruction off": {"reconstruction_weight": 0.0},
     "BYOL loss": {"contrastive_loss": "byol"},
     "BYOL without predictor": {"contrastive_loss": "byol", "predictor": False},
@@ -28,7 +28,7 @@ ABLATIONS = {
     "features alone": {"feature_decoder": "none", "reconstruction_weight": 0.0},
     "paper's weight": {"two_tau_factor": False, "contrastive_weight": 0.5},
     "tau": {"temperature": 0.2},
-    "mask ratio and cell": {"mask_ratio": 0.4, "mask_cell": 1},
+    "mask ratio and cell": {"mask_ratio": 0.4, "mask_unit": 1},
     "target norm": {"target_final_norm": True},
     "layer norm heads": {"head_norm": "layer"},
     "raw pixels": {"norm_pix_loss": False},

@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
-from cmae.model import ModelConfig, draw_mask, momentum_at
+from cmae.model import ModelConfig, draw_mask
+from cmae.train.loop.schedules import ema_momentum
 
-MAE = {"contrastive_loss": "none", "mask_ratio": 0.75, "mask_cell": 1, "pos_embed_order": "column"}
+MAE = {"contrastive_loss": "none", "mask_ratio": 0.75, "mask_unit": 1, "pos_embed_order": "column"}
 
 
 def test_authors_recipe_keeps_68_and_masks_128_patches():
@@ -38,7 +39,7 @@ def test_mae_keeps_49_and_masks_147_patches():
     ],
 )
 def test_number_of_visible_patches_is_free_of_float_error(ratio, img_size, patch_size, kept):
-    config = ModelConfig(img_size=img_size, patch_size=patch_size, mask_ratio=ratio, mask_cell=1)
+    config = ModelConfig(img_size=img_size, patch_size=patch_size, mask_ratio=ratio, mask_unit=1)
     assert config.num_keep == kept
 
 
@@ -55,8 +56,8 @@ def test_mask_is_made_of_whole_cells():
     [
         ({"img_size": 225}, "img_size=225"),
         ({"patch_size": 0}, "patch_size=0"),
-        ({"img_size": 112, "patch_size": 16}, "mask_cell=2"),
-        ({"mask_cell": 0}, "mask_cell=0"),
+        ({"img_size": 112, "patch_size": 16}, "mask_unit=2"),
+        ({"mask_unit": 0}, "mask_unit=0"),
         ({"mask_ratio": 0.0}, "mask_ratio=0.0"),
         ({"mask_ratio": 1.0}, "mask_ratio=1.0"),
         ({"mask_ratio": 0.999}, "mask_ratio=0.999"),
@@ -82,18 +83,18 @@ def test_a_bad_field_is_named_with_its_value(fields, named):
 
 def test_constant_momentum_does_not_move():
     config = ModelConfig()
-    assert {momentum_at(config, step, 100) for step in range(101)} == {0.996}
+    assert {ema_momentum(config, step, 100) for step in range(101)} == {0.996}
 
 
 def test_cosine_momentum_goes_from_its_value_to_one():
     config = ModelConfig(momentum_schedule="cosine", momentum=0.9)
-    assert momentum_at(config, 0, 80) == pytest.approx(0.9)
-    assert momentum_at(config, 20, 80) == pytest.approx(1 - 0.1 * (math.cos(math.pi / 4) + 1) / 2)
-    assert momentum_at(config, 40, 80) == pytest.approx(0.95)
-    assert momentum_at(config, 80, 80) == 1
+    assert ema_momentum(config, 0, 80) == pytest.approx(0.9)
+    assert ema_momentum(config, 20, 80) == pytest.approx(1 - 0.1 * (math.cos(math.pi / 4) + 1) / 2)
+    assert ema_momentum(config, 40, 80) == pytest.approx(0.95)
+    assert ema_momentum(config, 80, 80) == 1
 
 
 @pytest.mark.parametrize("step", [-1, 11])
 def test_momentum_outside_the_run_is_refused(step):
     with pytest.raises(ValueError, match=f"step={step}"):
-        momentum_at(ModelConfig(), step, 10)
+        ema_momentum(ModelConfig(), step, 10)

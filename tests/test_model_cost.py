@@ -7,7 +7,7 @@ import torch
 
 from cmae.model import ModelConfig, build_model, count_multiply_adds, count_parameters
 
-MAE = {"contrastive_loss": "none", "mask_ratio": 0.75, "mask_cell": 1}
+MAE = {"contrastive_loss": "none", "mask_ratio": 0.75, "mask_unit": 1}
 
 
 def test_vit_b_has_the_published_numbers_of_parameters():

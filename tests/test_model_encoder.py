@@ -98,7 +98,7 @@ def test_first_half_of_the_position_embedding_encodes_the_named_axis(order):
 
 @pytest.mark.parametrize("fields", [SMALL, HYBRID])
 def test_visible_tokens_do_not_depend_on_masked_pixels(fields):
-    config = ModelConfig(**fields, mask_cell=1, mask_ratio=0.5)
+    config = ModelConfig(**fields, mask_unit=1, mask_ratio=0.5)
     model = build_model(config, seed=0)
     ids_keep = torch.stack([torch.randperm(config.num_patches)[:5].sort().values for _ in range(3)])
     pixels = images(config.img_size)
@@ -166,7 +166,7 @@ def plain_hybrid(encoder, x: Tensor, ids_keep: Tensor) -> Tensor:
 
 
 def test_hybrid_equals_its_formula_in_channels_first_layout():
-    config = ModelConfig(**HYBRID, mask_cell=1, mask_ratio=0.5)
+    config = ModelConfig(**HYBRID, mask_unit=1, mask_ratio=0.5)
     encoder = build_model(config, seed=0).double().encoder
     ids_keep = torch.stack([torch.randperm(16)[:7] for _ in range(3)])
     pixels = normalised(images(64)).double()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cmae.model import CMAE, ModelConfig, build_model
-from cmae.model.target_copy import FP8, Fp8Linear, TargetShadow, to_fp8
+from cmae.model.target_copy import FP8, Fp8Linear, TargetCopy, to_fp8
 
 SMALL = ModelConfig(
     img_size=32,
@@ -45,9 +45,9 @@ def images(config: ModelConfig, size: int = 8) -> Tensor:
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
 
-def keys(model: CMAE, shadow: TargetShadow | None) -> Tensor:
+def keys(model: CMAE, target_copy: TargetCopy | None) -> Tensor:
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        return model.target_keys(images(model.config), shadow=shadow)
+        return model.target_keys(images(model.config), target_copy=target_copy)
 
 
 @pytest.mark.parametrize(
@@ -61,12 +61,12 @@ def keys(model: CMAE, shadow: TargetShadow | None) -> Tensor:
 )
 def test_a_16_bit_shadow_gives_the_keys_of_autocast_bit_for_bit(config: ModelConfig) -> None:
     model = moved_model(config)
-    shadow = TargetShadow(model, dtype=torch.bfloat16)
-    assert torch.equal(keys(model, shadow), keys(model, None))
+    target_copy = TargetCopy(model, dtype=torch.bfloat16)
+    assert torch.equal(keys(model, target_copy), keys(model, None))
     model.update_target(0.1)
-    assert not torch.equal(keys(model, shadow), keys(model, None))
-    shadow.refresh()
-    assert torch.equal(keys(model, shadow), keys(model, None))
+    assert not torch.equal(keys(model, target_copy), keys(model, None))
+    target_copy.refresh()
+    assert torch.equal(keys(model, target_copy), keys(model, None))
 
 
 class _Casts(torch.utils._python_dispatch.TorchDispatchMode):
@@ -86,13 +86,13 @@ class _Casts(torch.utils._python_dispatch.TorchDispatchMode):
 
 def test_no_matrix_of_a_shadow_is_cast_in_the_target_pass() -> None:
     model = moved_model(SMALL)
-    shadow = TargetShadow(model, dtype=torch.bfloat16)
+    target_copy = TargetCopy(model, dtype=torch.bfloat16)
     target = (model.target_encoder, model.target_projector)
     shapes = {m.weight.shape for part in target for m in part.modules() if isinstance(m, nn.Linear)}
     with _Casts(shapes) as by_autocast:
         keys(model, None)
     with _Casts(shapes) as with_shadow:
-        keys(model, shadow)
+        keys(model, target_copy)
     assert by_autocast.count == 4 * SMALL.depth + 3  # blocks, patch embedding, projector
     assert with_shadow.count == 0
 
@@ -100,14 +100,14 @@ def test_no_matrix_of_a_shadow_is_cast_in_the_target_pass() -> None:
 def test_a_shadow_is_no_part_of_the_state_and_shares_norms_and_statistics() -> None:
     model = moved_model(SMALL)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    shadow = TargetShadow(model, dtype=torch.bfloat16, fp8=True)
+    target_copy = TargetCopy(model, dtype=torch.bfloat16, fp8=True)
     assert {name: value.dtype for name, value in model.state_dict().items()} == {
         name: value.dtype for name, value in before.items()
     }
-    assert shadow.projector.norm is model.target_projector.norm
-    norm, own = shadow.encoder.blocks[0].norm1, model.target_encoder.blocks[0].norm1
+    assert target_copy.projector.norm is model.target_projector.norm
+    norm, own = target_copy.encoder.blocks[0].norm1, model.target_encoder.blocks[0].norm1
     assert norm.weight is own.weight
-    keys(model, shadow)
+    keys(model, target_copy)
     assert model.target_projector.norm.num_batches_tracked == 1
     assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
 
@@ -144,7 +144,7 @@ def test_fp8_rounds_by_at_most_one_sixteenth_and_survives_zeros() -> None:
 def test_fp8_keys_stay_near_those_of_autocast() -> None:
     model = moved_model(SMALL)
     own = keys(model, None)
-    fp8 = keys(model, TargetShadow(model, dtype=torch.bfloat16, fp8=True))
+    fp8 = keys(model, TargetCopy(model, dtype=torch.bfloat16, fp8=True))
     cosine = (own * fp8).sum(dim=1)
     assert cosine.min() > 0.97
     assert not torch.equal(own, fp8)
@@ -153,22 +153,22 @@ def test_fp8_keys_stay_near_those_of_autocast() -> None:
 def test_widths_that_fp8_cannot_multiply_are_named() -> None:
     model = build_model(replace(SMALL, embed_dim=24, num_heads=2), seed=0)
     with pytest.raises(ValueError, match=r"24 -> 72.*multiples of 16"):
-        TargetShadow(model, dtype=torch.bfloat16, fp8=True)
+        TargetCopy(model, dtype=torch.bfloat16, fp8=True)
 
 
 def test_a_model_without_a_target_has_no_shadow() -> None:
     with pytest.raises(ValueError, match="no target branch"):
-        TargetShadow(build_model(replace(SMALL, contrastive_loss="none")), dtype=torch.bfloat16)
+        TargetCopy(build_model(replace(SMALL, contrastive_loss="none")), dtype=torch.bfloat16)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_16_bit_shadow_gives_the_keys_of_autocast_on_a_gpu(dtype: torch.dtype) -> None:
     model = moved_model(SMALL).cuda()
-    shadow = TargetShadow(model, dtype=dtype)
+    target_copy = TargetCopy(model, dtype=dtype)
     with torch.autocast("cuda", dtype=dtype):
         own = model.target_keys(images(SMALL).cuda())
-        found = model.target_keys(images(SMALL).cuda(), shadow=shadow)
+        found = model.target_keys(images(SMALL).cuda(), target_copy=target_copy)
     assert torch.equal(own, found)
 
 

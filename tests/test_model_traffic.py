@@ -40,7 +40,7 @@ def listed(config: ModelConfig, precision: Precision | None = None) -> list[Oper
     "change",
     [
         {},
-        {"contrastive_loss": "none", "mask_ratio": 0.75, "mask_cell": 1},
+        {"contrastive_loss": "none", "mask_ratio": 0.75, "mask_unit": 1},
         {"feature_decoder": "shared"},
         {"feature_decoder": "none", "predictor": False},
         {"target_input": "visible"},
@@ -90,14 +90,14 @@ def test_one_block_by_hand() -> None:
 def test_a_16_bit_stream_and_a_shadow_move_less() -> None:
     wide, narrow = listed(VIT_B), listed(VIT_B, Precision(residual_bytes=2))
     assert sum(op.bytes for op in narrow) < 0.8 * sum(op.bytes for op in wide)
-    shadow = listed(VIT_B, Precision(target_shadow=True))
-    saved = sum(op.cast_bytes for op in wide) - sum(op.cast_bytes for op in shadow)
+    target_copy = listed(VIT_B, Precision(target_copy=True))
+    saved = sum(op.cast_bytes for op in wide) - sum(op.cast_bytes for op in target_copy)
     matrices = 12 * 12 * 768**2 + 768 * 768 + 768 * 1536 + 1536 * 256
     assert saved == 6 * matrices
 
 
 def test_weights_gradients_and_optimiser_of_vit_b_in_bytes() -> None:
-    memory = count_memory(VIT_B, Precision(target_shadow=True), num_keys=4096)
+    memory = count_memory(VIT_B, Precision(target_copy=True), num_keys=4096)
     assert memory.weights == 4 * (121_269_504 + 87_374_592) + 2 * 87_374_592
     assert memory.gradients == 4 * 121_269_504
     assert memory.optimizer == 8 * 121_269_504

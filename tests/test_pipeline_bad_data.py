@@ -18,7 +18,7 @@ from cmae.pipeline.bad_samples import BadLimit, BadSample, Health
 from cmae.pipeline.formats.dataset_index import build_indices
 from cmae.pipeline.formats.shard_index import index_path, load_index
 
-VIEWS = ViewConfig(img_size=32, master_size=40, target_shift=8)
+VIEWS = ViewConfig(img_size=32, source_crop_size=40, target_shift=8)
 NUM = 40
 
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torchvision.transforms import functional as tv
 
 from cmae.pipeline.views.color_batch import apply_color, color_chain
-from cmae.pipeline.views.color_image import HostColor
+from cmae.pipeline.views.color_image import ImageColor
 from cmae.pipeline.views.config import ViewConfig
 from cmae.pipeline.views.params import ViewParams, draw_view_params
 from cmae.pipeline.views.reference import reference_color
@@ -115,11 +115,11 @@ def test_hue_of_every_colour_is_torchvisions(turn):
 
 def test_memory_of_one_image_does_not_leak_into_the_next():
     pixels, drawn = images(), params()
-    shared = HostColor(pixels.shape[1])
+    shared = ImageColor(pixels.shape[1])
     for row in [*range(N), *reversed(range(N))]:
         kept, fresh = (np.zeros_like(pixels[0].numpy()) for _ in range(2))
         shared.apply(pixels[row].numpy(), drawn, row=row, mode="exact", out=kept)
-        HostColor(56).apply(pixels[row].numpy(), drawn, row=row, mode="exact", out=fresh)
+        ImageColor(56).apply(pixels[row].numpy(), drawn, row=row, mode="exact", out=fresh)
         assert (kept == fresh).all()
 
 

@@ -16,7 +16,7 @@ from cmae.pipeline.formats.jpeg import JpegKind
 from cmae.pipeline.sources.indexed import IndexedSource
 from cmae.pipeline.stage_stats import Histogram, KindTable, QueueDepth, Stage, State
 
-VIEWS = ViewConfig(img_size=32, master_size=40, target_shift=8)
+VIEWS = ViewConfig(img_size=32, source_crop_size=40, target_shift=8)
 BATCH = 8
 
 
@@ -99,16 +99,16 @@ def test_a_threads_time_is_divided_among_its_states(clock):
 
 
 def test_idle_threads_are_blocked_while_the_stage_downstream_is(clock):
-    feed = Stage("finish", threads=1, first_state=State.BUSY)
-    pool = Stage("views", threads=2, downstream=feed)
+    prefetcher = Stage("finish", threads=1, first_state=State.BUSY)
+    pool = Stage("views", threads=2, downstream=prefetcher)
     pool.switch(State.BUSY)
     clock.now += 1
     pool.switch(State.IDLE)
     clock.now += 2
-    feed.switch(State.BLOCKED)
+    prefetcher.switch(State.BLOCKED)
     clock.now += 4
     assert pool.snapshot().blocked_s == 4 * 2
-    feed.switch(State.BUSY)
+    prefetcher.switch(State.BUSY)
     clock.now += 8
     pool.switch(State.BUSY)
     seen = pool.snapshot()

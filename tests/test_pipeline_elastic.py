@@ -23,7 +23,7 @@ from cmae.pipeline.sampling import epoch_plan as plan_module
 from cmae.pipeline.sources.indexed import IndexedSource
 from cmae.pipeline.views.params import draw_view_params
 
-VIEWS = ViewConfig(img_size=16, master_size=16, target_shift=0)
+VIEWS = ViewConfig(img_size=16, source_crop_size=16, target_shift=0)
 SIZES = (61, 80, 45, 24)  # 210 uneven shards
 WORLDS = (1, 2, 3, 4, 8)
 

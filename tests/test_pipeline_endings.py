@@ -18,7 +18,7 @@ from pipeline_data import jpeg, photo, toy_mask, write_photo_shards, write_tar
 from cmae.pipeline import ViewConfig, build_loader
 from cmae.pipeline.formats.dataset_index import build_indices
 
-VIEWS = ViewConfig(img_size=16, master_size=16, target_shift=0)
+VIEWS = ViewConfig(img_size=16, source_crop_size=16, target_shift=0)
 
 PROGRAM = """
 import signal, sys, time
@@ -26,7 +26,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 sys.path.insert(0, {tests!r})
 from pipeline_data import toy_mask
 from cmae.pipeline import ViewConfig, build_loader
-views = ViewConfig(img_size=32, master_size=40, target_shift=8)
+views = ViewConfig(img_size=32, source_crop_size=40, target_shift=8)
 try:
     with build_loader(
         {shards!r}, views, batch_size={batch_size}, global_batch_size={batch_size},

@@ -17,7 +17,7 @@ from cmae.pipeline import ViewConfig, build_loader
 from cmae.pipeline.bad_samples import BEFORE_FIRST_EPOCH, read_ledger
 from cmae.pipeline.formats.dataset_index import build_indices
 
-VIEWS = ViewConfig(img_size=16, master_size=16, target_shift=0)
+VIEWS = ViewConfig(img_size=16, source_crop_size=16, target_shift=0)
 NUM, PER_SHARD = 5000, 1000
 
 

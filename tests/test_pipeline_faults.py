@@ -28,7 +28,7 @@ from cmae.pipeline.formats.dataset_index import build_indices
 from cmae.pipeline.formats.shard_index import StaleIndexError, index_path
 from cmae.pipeline.shards.verify import verify_shards
 
-VIEWS = ViewConfig(img_size=32, master_size=40, target_shift=8)
+VIEWS = ViewConfig(img_size=32, source_crop_size=40, target_shift=8)
 NUM = 24
 BACKENDS = pytest.mark.parametrize("backend", ["host", "dali"])
 

@@ -21,7 +21,7 @@ VIEWS = ViewConfig(color="none")
 
 
 def test_mixed_decode_gives_the_references_pixels() -> None:
-    from cmae.pipeline.views.dali import GraphViews
+    from cmae.pipeline.views.dali import DaliViews
 
     files = [jpeg(photo(h, w, seed=h)) for h, w in [(180, 240), (400, 300), (97, 501), (260, 256)]]
     sizes = np.array([Image.open(io.BytesIO(file)).size for file in files])
@@ -33,10 +33,10 @@ def test_mixed_decode_gives_the_references_pixels() -> None:
         height=sizes[:, 1],
         width=sizes[:, 0],
     )
-    maker = GraphViews(VIEWS, torch.device("cuda", 0), batch_size=len(files), num_threads=2)
+    view_backend = DaliViews(VIEWS, torch.device("cuda", 0), batch_size=len(files), num_threads=2)
     encoded = [np.frombuffer(file, np.uint8) for file in files]
-    made = maker.collect(maker.submit(encoded, params))
-    maker.close()
+    made = view_backend.collect(view_backend.submit(encoded, params))
+    view_backend.close()
     for row, file in enumerate(files):
         expected = reference_views(file, params, views=VIEWS, row=row)
         for view, reference in zip((made.online, made.target), expected, strict=True):

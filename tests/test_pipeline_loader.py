@@ -24,11 +24,11 @@ from cmae.pipeline.formats.dataset_index import DatasetIndex, build_indices
 from cmae.pipeline.sampling import epoch_plan as plan
 from cmae.pipeline.sources.indexed import IndexedSource
 from cmae.pipeline.views import cpu as host
-from cmae.pipeline.views.cpu import HostViews
+from cmae.pipeline.views.cpu import CpuViews
 from cmae.pipeline.views.params import draw_view_params
 from cmae.pipeline.views.reference import reference_views
 
-VIEWS = ViewConfig(img_size=32, master_size=40, target_shift=8)
+VIEWS = ViewConfig(img_size=32, source_crop_size=40, target_shift=8)
 SIZES = (13, 20, 11, 9)  # 53 samples
 
 
@@ -85,7 +85,7 @@ def test_batch_has_the_promised_shapes_and_types(shards):
 
 
 def test_one_view_has_no_target(shards):
-    views = ViewConfig(num_views=1, img_size=32, master_size=32)
+    views = ViewConfig(num_views=1, img_size=32, source_crop_size=32)
     with build_loader(
         shards, views, batch_size=4, global_batch_size=4, draw_mask=toy_mask
     ) as loader:
@@ -230,9 +230,9 @@ def test_close_joins_all_threads_and_may_be_called_again(shards):
 def test_what_is_open_is_closed_when_a_later_part_cannot_be_had(shards, monkeypatch):
     closed = []
     monkeypatch.setattr(IndexedSource, "close", lambda self: closed.append("source"))
-    monkeypatch.setattr(HostViews, "close", lambda self: closed.append("views"))
+    monkeypatch.setattr(CpuViews, "close", lambda self: closed.append("views"))
     with pytest.raises(ZeroDivisionError):
-        open_loader(shards, wrap=lambda source, maker: 1 / 0)
+        open_loader(shards, wrap=lambda source, view_backend: 1 / 0)
     assert closed == ["views", "source"]
 
 
@@ -446,7 +446,7 @@ def test_a_loader_leaves_the_callers_threads_alone(tmp_path):
 import torch
 from cmae.pipeline import ViewConfig, build_loader
 from pipeline_data import toy_mask
-views = ViewConfig(img_size=32, master_size=40, target_shift=8)
+views = ViewConfig(img_size=32, source_crop_size=40, target_shift=8)
 with build_loader({str(shard)!r}, views, batch_size=4, global_batch_size=4, draw_mask=toy_mask) as loader:
     next(loader)
     print(torch.get_num_threads())

@@ -13,8 +13,8 @@ from PIL import Image
 from pipeline_data import jpeg, photo
 
 from cmae.pipeline.views.config import ViewConfig
-from cmae.pipeline.views.cpu import HostViews
-from cmae.pipeline.views.dali import GraphViews
+from cmae.pipeline.views.cpu import CpuViews
+from cmae.pipeline.views.dali import DaliViews
 from cmae.pipeline.views.params import draw_view_params
 from cmae.pipeline.views.reference import reference_views
 
@@ -55,13 +55,13 @@ def make_both(backend: str, files: list[bytes], views: ViewConfig):
         height=np.array([h for _, h in sizes]),
         width=np.array([w for w, _ in sizes]),
     )
-    maker = (
-        HostViews(views, num_threads=2)
+    view_backend = (
+        CpuViews(views, num_threads=2)
         if backend == "host"
-        else GraphViews(views, CPU, batch_size=len(files), num_threads=2)
+        else DaliViews(views, CPU, batch_size=len(files), num_threads=2)
     )
-    made = maker.collect(maker.submit(encoded, params))
-    maker.close()
+    made = view_backend.collect(view_backend.submit(encoded, params))
+    view_backend.close()
     assert made.bad == {}
     expected = [
         reference_views(file, params, views=views, row=row) for row, file in enumerate(files)
@@ -94,8 +94,8 @@ def check_geometry(backend: str, files: list[bytes], views: ViewConfig) -> None:
         ViewConfig(color="none"),
         ViewConfig(color="none", online_shift=20, target_shift=7),
         ViewConfig(color="none", target_crop="random_resized"),
-        ViewConfig(num_views=1, master_size=224),
-        ViewConfig(color="none", img_size=64, master_size=80, target_shift=15),
+        ViewConfig(num_views=1, source_crop_size=224),
+        ViewConfig(color="none", img_size=64, source_crop_size=80, target_shift=15),
     ],
     ids=["cmae", "both-shift", "two-crops", "mae", "small"],
 )
@@ -138,8 +138,8 @@ def test_views_overlap_as_the_offsets_say():
 
 
 def test_handed_out_host_batches_are_never_written_again():
-    views = ViewConfig(img_size=32, master_size=40, target_shift=8)
-    maker = HostViews(views, num_threads=2)
+    views = ViewConfig(img_size=32, source_crop_size=40, target_shift=8)
+    view_backend = CpuViews(views, num_threads=2)
     files = [np.frombuffer(file, np.uint8) for file in synthetic()[:6]]
 
     def make(seed):
@@ -147,7 +147,7 @@ def test_handed_out_host_batches_are_never_written_again():
         params = draw_view_params(
             views, seed=seed, epoch=0, sample_index=np.arange(6), height=height, width=width
         )
-        return maker.collect(maker.submit(files, params))
+        return view_backend.collect(view_backend.submit(files, params))
 
     first = make(0)
     kept = first.online.clone(), first.target.clone()
@@ -155,12 +155,12 @@ def test_handed_out_host_batches_are_never_written_again():
         make(seed)
     assert torch.equal(first.online, kept[0])
     assert torch.equal(first.target, kept[1])
-    maker.close()
+    view_backend.close()
 
 
 def test_handed_out_dali_batches_are_never_written_again():
-    views = ViewConfig(img_size=32, master_size=40, target_shift=8, color="none")
-    maker = GraphViews(views, CPU, batch_size=6, num_threads=2)
+    views = ViewConfig(img_size=32, source_crop_size=40, target_shift=8, color="none")
+    view_backend = DaliViews(views, CPU, batch_size=6, num_threads=2)
     files = [np.frombuffer(file, np.uint8) for file in synthetic()[:6]]
     size = np.full(6, 33)
     made, kept, jobs = [], [], []
@@ -168,19 +168,19 @@ def test_handed_out_dali_batches_are_never_written_again():
         params = draw_view_params(
             views, seed=seed, epoch=0, sample_index=np.arange(6), height=size, width=size
         )
-        jobs.append(maker.submit(files, params))
+        jobs.append(view_backend.submit(files, params))
         if len(jobs) > 2:
-            made.append(maker.collect(jobs.pop(0)))
+            made.append(view_backend.collect(jobs.pop(0)))
             kept.append((made[-1].online.clone(), made[-1].target.clone()))
     for views_made, (online, target) in zip(made, kept, strict=True):
         assert torch.equal(views_made.online, online)
         assert torch.equal(views_made.target, target)
-    maker.close()
+    view_backend.close()
 
 
 @pytest.mark.parametrize("backend", ["host", "dali"])
 def test_a_file_that_does_not_decode_is_named_and_the_next_batch_is_fine(backend):
-    views = ViewConfig(img_size=32, master_size=40, target_shift=8)
+    views = ViewConfig(img_size=32, source_crop_size=40, target_shift=8)
     good = np.frombuffer(jpeg(photo(50, 60)), np.uint8)
     bad = good.copy()
     bad[20:300] = 0  # quantisation and Huffman tables are gone
@@ -192,19 +192,19 @@ def test_a_file_that_does_not_decode_is_named_and_the_next_batch_is_fine(backend
         height=np.full(4, 50),
         width=np.full(4, 60),
     )
-    maker = (
-        HostViews(views, num_threads=2)
+    view_backend = (
+        CpuViews(views, num_threads=2)
         if backend == "host"
-        else GraphViews(views, CPU, batch_size=4, num_threads=2)
+        else DaliViews(views, CPU, batch_size=4, num_threads=2)
     )
-    jobs = [maker.submit(files, params) for files in ([good] * 4, [good, good, bad, good])]
-    jobs += [maker.submit([good] * 4, params) for _ in range(2)]
-    results = [maker.collect(job) for job in jobs]
+    jobs = [view_backend.submit(files, params) for files in ([good] * 4, [good, good, bad, good])]
+    jobs += [view_backend.submit([good] * 4, params) for _ in range(2)]
+    results = [view_backend.collect(job) for job in jobs]
     assert [sorted(made.bad) for made in results] == [[], [2], [], []]
     assert torch.equal(results[0].online, results[3].online)
-    again = maker.collect(maker.submit([good] * 4, params))
+    again = view_backend.collect(view_backend.submit([good] * 4, params))
     assert torch.equal(again.target, results[0].target)
-    maker.close()
+    view_backend.close()
 
 
 def test_dali_leaves_no_files_behind(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from shard_data import contents, tars
 from cmae.pipeline import ViewConfig, build_loader
 from cmae.pipeline.formats.dataset_index import DatasetIndex
 from cmae.pipeline.formats.jpeg import BadImageError, inspect_jpeg
-from cmae.pipeline.formats.presized import presize_mark
+from cmae.pipeline.formats.presized import downscale_mark
 from cmae.pipeline.formats.shard_index import (
     StaleIndexError,
     build_index,
@@ -25,7 +25,7 @@ from cmae.pipeline.formats.shard_index import (
     save_index,
 )
 from cmae.pipeline.shards.image_folder import scan_image_folder
-from cmae.pipeline.shards.presize import needs_presize, presize_jpeg
+from cmae.pipeline.shards.presize import downscale_jpeg, needs_downscale
 from cmae.pipeline.shards.verify import verify_shards
 from cmae.pipeline.shards.write import WriteReport, write_shards
 from cmae.train.commands import shards as shards_cli
@@ -95,7 +95,7 @@ def test_a_file_that_would_not_get_smaller_stays_as_it_is(folder: Path, tmp_path
 
 def test_a_resized_image_is_the_antialiased_picture(folder: Path) -> None:
     original = jpeg(photo(256, 320, seed=1), subsampling=0)
-    resized = presize_jpeg(original, inspect_jpeg(original), max_size=64, quality=95)
+    resized = downscale_jpeg(original, inspect_jpeg(original), max_size=64, quality=95)
     block_means = pixels(original).reshape(64, 4, 80, 4, 3).mean((1, 3))
     inside = np.abs(pixels(resized) - block_means)[2:-2, 2:-2]
     assert (
@@ -108,18 +108,18 @@ def test_orientation_and_grey_stay_and_cmyk_is_left_alone() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     turned = jpeg(photo(100, 120), exif=exif)
-    info = inspect_jpeg(presize_jpeg(turned, inspect_jpeg(turned), max_size=50, quality=95))
+    info = inspect_jpeg(downscale_jpeg(turned, inspect_jpeg(turned), max_size=50, quality=95))
     assert (info.height, info.width, info.orientation) == (50, 60, 6)
 
     grey = jpeg(Image.fromarray(photo(100, 120)).convert("L"))
-    small = presize_jpeg(grey, inspect_jpeg(grey), max_size=50, quality=95)
+    small = downscale_jpeg(grey, inspect_jpeg(grey), max_size=50, quality=95)
     assert inspect_jpeg(small).kind == inspect_jpeg(grey).kind
-    assert presize_mark(small) == "120x100 -> 60x50, max_size 50, quality 95"
+    assert downscale_mark(small) == "120x100 -> 60x50, max_size 50, quality 95"
 
     cmyk = inspect_jpeg(jpeg(Image.fromarray(photo(100, 120)).convert("CMYK")))
-    assert not needs_presize(cmyk, 50)
-    assert needs_presize(inspect_jpeg(grey), 50)
-    assert not needs_presize(inspect_jpeg(grey), 100)
+    assert not needs_downscale(cmyk, 50)
+    assert needs_downscale(inspect_jpeg(grey), 50)
+    assert not needs_downscale(inspect_jpeg(grey), 100)
 
 
 def test_a_file_that_does_not_decode_is_skipped_with_its_reason(
@@ -130,7 +130,7 @@ def test_a_file_that_does_not_decode_is_skipped_with_its_reason(
     bad = good[: start + 5] + b"\xff" * 40 + good[start + 45 :]
     (folder / "class1" / "bad.jpg").write_bytes(bad)
     with pytest.raises(BadImageError, match="cannot be resized"):
-        presize_jpeg(bad, inspect_jpeg(bad), max_size=64, quality=95)
+        downscale_jpeg(bad, inspect_jpeg(bad), max_size=64, quality=95)
     report = write(folder, tmp_path / "train")
     assert (report.num_samples, report.num_skipped) == (6, 1)
     assert "cannot be resized" in (tmp_path / "train" / "skipped.jsonl").read_text()
@@ -167,7 +167,7 @@ def test_another_size_or_quality_is_refused_in_the_same_folder(
 def test_the_label_is_in_the_files_the_index_and_the_summary(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "train"
     write(folder, out)
-    marked = {key for key, data in stored_files(out).items() if presize_mark(data)}
+    marked = {key for key, data in stored_files(out).items() if downscale_mark(data)}
     assert marked == {str(number) for number in LARGE}
     assert DatasetIndex.load(tars(out)).presized == {"max_size 64, quality 95": 3}
     assert json.loads((out / "dataset.json").read_text())["presized"] == {
@@ -236,7 +236,7 @@ def test_the_loader_says_it(
 ) -> None:
     caplog.set_level(logging.ERROR)
     write(folder, tmp_path / "train")
-    views = ViewConfig(img_size=32, master_size=40, target_shift=8, color="none")
+    views = ViewConfig(img_size=32, source_crop_size=40, target_shift=8, color="none")
     with build_loader(
         str(tmp_path / "train"),
         views,

@@ -40,7 +40,7 @@ from cmae.pipeline.remote.files import RemoteFiles
 from cmae.pipeline.remote.stores import Pace
 from cmae.train.commands import shards as shards_cli
 
-VIEWS = ViewConfig(img_size=32, master_size=40, target_shift=8)
+VIEWS = ViewConfig(img_size=32, source_crop_size=40, target_shift=8)
 SIZES = (13, 20, 11, 9)  # 53 samples: 3 steps of 16, so 6 batches an epoch
 QUICK = {"first_delay_s": 0.01, "deadline_s": 20.0}
 

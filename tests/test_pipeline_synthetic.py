@@ -11,7 +11,7 @@ from cmae.pipeline import ViewConfig, synthetic_batches
 
 @pytest.mark.parametrize("num_views", [1, 2])
 def test_synthetic_batches_look_like_the_loaders(num_views):
-    views = ViewConfig(num_views=num_views, img_size=32, master_size=40, target_shift=8)
+    views = ViewConfig(num_views=num_views, img_size=32, source_crop_size=40, target_shift=8)
     batches = synthetic_batches(views, batch_size=6, device="cpu", draw_mask=toy_mask, seed=0)
     first, second = islice(batches, 2)
     assert first.online.shape == (6, 32, 32, 3)

@@ -55,7 +55,7 @@ def torchvision_crop(monkeypatch, views: ViewConfig, u: np.ndarray, height: int,
 def test_crop_is_torchvisions_for_the_same_random_numbers(monkeypatch, height, width):
     views = ViewConfig(min_area=0.2)
     samples = np.arange(150, dtype=np.int64)
-    u = uniforms(5, 2, sample_index=samples, num_lanes=2 * CROP_TRIES + 2)
+    u = uniforms(5, 2, sample_index=samples, num_draws=2 * CROP_TRIES + 2)
     expected = [torchvision_crop(monkeypatch, views, row, height, width) for row in u]
     params = draw_view_params(
         views,
@@ -191,7 +191,7 @@ def test_target_follows_the_master_unless_it_has_its_own_crop():
     [
         ({"target_shift": 33}, r"views\.target_shift=33 .* 0\.\.32"),
         ({"online_shift": -1}, r"views\.online_shift=-1"),
-        ({"master_size": 200}, r"views\.master_size=200 .* at least img_size=224"),
+        ({"source_crop_size": 200}, r"views\.source_crop_size=200 .* at least img_size=224"),
         ({"hflip_prob": 1.5}, r"views\.hflip_prob=1\.5 .* between 0 and 1"),
         ({"min_area": 0.0}, r"views\.min_area=0\.0"),
         ({"hue": 0.6}, r"views\.hue=0\.6"),
@@ -206,6 +206,6 @@ def test_config_errors_name_key_value_and_range(change, message):
 
 
 def test_one_view_without_room_is_a_plain_random_resized_crop():
-    views = ViewConfig(num_views=1, master_size=224)
+    views = ViewConfig(num_views=1, source_crop_size=224)
     assert not views.has_target
     assert (draw(views, n=10).online_offset == 0).all()

@@ -66,8 +66,8 @@ def test_switches_lower_the_roofline_of_the_step() -> None:
     assert step_ms(SpeedConfig(compile="blocks"), OptimConfig()) < 0.97 * base
     assert step_ms(SpeedConfig(), OptimConfig(residual="16bit")) < 0.9 * base
     # With one micro-batch the shadow's refresh moves what the casts moved: only launches are saved.
-    shadow = step_ms(SpeedConfig(target_shadow=True), OptimConfig())
-    assert shadow == pytest.approx(base, rel=1e-3)
+    target_copy = step_ms(SpeedConfig(target_copy=True), OptimConfig())
+    assert target_copy == pytest.approx(base, rel=1e-3)
 
 
 def result_file(folder: Path, *, device: str, batch_size: int, gmacs: float) -> None:
@@ -108,7 +108,7 @@ def test_overrides_and_json(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["bench", "--model", "--recipe", "mae_vit_b", "--gpu", "a100", "--json"]
     assert main([*command, "--batch_size", "256", "--model.depth", "24"]) == 0
     found = json.loads(capsys.readouterr().out)
-    config = ModelConfig(depth=24, contrastive_loss="none", mask_ratio=0.75, mask_cell=1)
+    config = ModelConfig(depth=24, contrastive_loss="none", mask_ratio=0.75, mask_unit=1)
     assert found["batch_size"] == 256
     expected = 2e-9 * count_multiply_adds(config)["training_step"]
     assert found["gflop_per_image"] == pytest.approx(expected)

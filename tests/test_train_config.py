@@ -55,12 +55,12 @@ def test_the_paper_recipe_differs_where_the_paper_does() -> None:
     config = parse("--recipe", "cmae_vit_b_paper")
     assert not config.model.two_tau_factor
     assert (config.data.views.online_shift, config.data.views.target_shift) == (30, 30)
-    assert (config.model.mask_cell, config.model.num_keep) == (1, 49)
+    assert (config.model.mask_unit, config.model.num_keep) == (1, 49)
 
 
 def test_mae_recipe_has_one_view_and_no_target() -> None:
     config = parse("--recipe", "mae_vit_l")
-    assert (config.data.views.num_views, config.data.views.master_size) == (1, 224)
+    assert (config.data.views.num_views, config.data.views.source_crop_size) == (1, 224)
     assert not config.model.has_contrast
     assert (config.model.num_keep, config.model.num_mask) == (49, 147)
 
@@ -81,7 +81,7 @@ ABLATIONS = [
     ("model.two_tau_factor", "false"),
     ("model.temperature", "0.2"),
     ("model.mask_ratio", "0.75"),
-    ("model.mask_cell", "1"),
+    ("model.mask_unit", "1"),
     ("model.target_final_norm", "true"),
     ("model.momentum", "0.99"),
     ("model.momentum_schedule", "cosine"),
@@ -148,8 +148,8 @@ def test_errors_of_the_model_name_the_key_with_its_section(
 
 
 def test_pictures_without_a_decoder_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    error = failure(capsys, "--run.picture_every", "5", "--model.reconstruction_weight", "0")
-    assert "run.picture_every is 5" in error
+    error = failure(capsys, "--run.image_every", "5", "--model.reconstruction_weight", "0")
+    assert "run.image_every is 5" in error
 
 
 def test_one_view_with_a_contrastive_loss_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

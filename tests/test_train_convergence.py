@@ -33,7 +33,7 @@ MODEL = ModelConfig(
     proj_hidden_dim=32,
     proj_dim=16,
     mask_ratio=0.5,
-    mask_cell=1,
+    mask_unit=1,
     head_norm="layer",  # batch norm would see how a batch is split
 )
 OPTIM = OptimConfig(global_batch_size=16, precision="bf16")
@@ -48,7 +48,7 @@ def batches(small_shards: str) -> list[Batch]:
     """The first batches of a run."""
     with build_loader(
         small_shards,
-        ViewConfig(img_size=32, master_size=40, target_shift=8),
+        ViewConfig(img_size=32, source_crop_size=40, target_shift=8),
         batch_size=16,
         global_batch_size=16,
         draw_mask=lambda index, epoch: draw_mask(MODEL, index, seed=0, epoch=epoch),
@@ -91,11 +91,11 @@ def fp32_reference(batches: list[Batch]) -> Tensor:
 @pytest.mark.parametrize(
     "speed",
     [
-        SpeedConfig(target_shadow=True),
+        SpeedConfig(target_copy=True),
         SpeedConfig(overlap_keys=False),
         SpeedConfig(sdpa="flash"),
     ],
-    ids=["target_shadow", "overlap_keys", "sdpa"],
+    ids=["target_copy", "overlap_keys", "sdpa"],
 )
 def test_these_switches_leave_every_bit(
     batches: list[Batch], reference: Tensor, speed: SpeedConfig

@@ -19,10 +19,10 @@ from test_train_pretrain import arguments, run
 
 from cmae.pipeline.bad_samples import BadLimit, read_ledger
 from cmae.pipeline.formats.dataset_index import build_indices
-from cmae.train.distributed import Ranks
+from cmae.train.distributed import World
 from cmae.train.loop import pretrain
 from cmae.train.loop.checkpoint import list_checkpoints, load_checkpoint
-from cmae.train.loop.step_batches import DataGate
+from cmae.train.loop.step_batches import StepBatches
 from cmae.train.monitor.metrics import read_metrics
 
 NUM = 40
@@ -96,20 +96,20 @@ def test_batches_that_all_come_late_end_the_step_before_the_collective_does(tmp_
             time.sleep(0.05)
             return object()
 
-    ranks = Ranks(0, 2, torch.device("cpu"))
-    gate = DataGate(
+    world = World(0, 2, torch.device("cpu"))
+    step_batches = StepBatches(
         Slow(),
-        ranks,
+        world,
         limit=BadLimit(0.1),
         ledger=tmp_path / "x",
         global_batch_size=8,
         stop_signal=lambda: 0,
         deadline_s=0.12,
     )
-    batches, error = gate._fetch(8)
+    batches, error = step_batches._fetch(8)
     assert batches == []
     assert re.search(r"3 of the 8 micro-batches .*remote_deadline_s=0\.12.*cache_dir", error)
-    assert len(gate._fetch(2)[0]) == 2
+    assert len(step_batches._fetch(2)[0]) == 2
 
 
 def launch(shards: str, out: Path, **overrides: object) -> subprocess.CompletedProcess[str]:

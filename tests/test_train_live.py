@@ -19,8 +19,8 @@ from rich.console import Console
 
 from cmae.pipeline.stage_stats import LoaderSnapshot
 from cmae.train.commands.top import condition, frame, stragglers, sum_windows, top, verdict
-from cmae.train.distributed import Ranks
-from cmae.train.monitor.status import LivePublisher, LiveStatus, live_folder, read_live
+from cmae.train.distributed import World
+from cmae.train.monitor.status import RunStatus, StatusPublisher, read_status, status_folder
 
 NOW = 1_800_000_000.0
 CPU = torch.device("cpu")
@@ -30,7 +30,7 @@ def window(**changes: Any) -> LoaderSnapshot:
     return replace(LoaderSnapshot.from_dict(loader()), **changes)
 
 
-def status(rank: int = 0, **changes: Any) -> LiveStatus:
+def status(rank: int = 0, **changes: Any) -> RunStatus:
     values = {
         "rank": rank,
         "world_size": 1,
@@ -47,14 +47,14 @@ def status(rank: int = 0, **changes: Any) -> LiveStatus:
         "loss": 1.2345,
         "window": window(),
     }
-    return LiveStatus(**values | changes)
+    return RunStatus(**values | changes)
 
 
 def waiting(share: float) -> LoaderSnapshot:
     return window(wait_s=30.0 * share)
 
 
-def drawn(statuses: list[LiveStatus], width: int = 130) -> str:
+def drawn(statuses: list[RunStatus], width: int = 130) -> str:
     console = Console(file=io.StringIO(), width=width)
     console.print(frame(Path("runs/x"), statuses, now=NOW, width=width))
     return console.file.getvalue()
@@ -73,10 +73,10 @@ class Counters:
 
 def publisher(
     out: Path, *, rank: int = 0, world_size: int = 1, every_s: float = 60.0
-) -> LivePublisher:
-    return LivePublisher(
+) -> StatusPublisher:
+    return StatusPublisher(
         out,
-        Ranks(rank, world_size, CPU),
+        World(rank, world_size, CPU),
         step=0,
         total_steps=3,
         global_batch_size=8,
@@ -87,10 +87,10 @@ def publisher(
 
 class TestPublisher:
     def test_a_status_reads_back_equal(self, tmp_path: Path) -> None:
-        live_folder(tmp_path).mkdir()
+        status_folder(tmp_path).mkdir()
         written = status(gpu={"sm_pct": 50.0})
-        written.save(live_folder(tmp_path) / "rank-0000.json")
-        assert read_live(tmp_path) == [written]
+        written.save(status_folder(tmp_path) / "rank-0000.json")
+        assert read_status(tmp_path) == [written]
 
     def test_a_run_publishes_steps_rate_and_wait(self, tmp_path: Path) -> None:
         with publisher(tmp_path, every_s=0.05) as live:
@@ -99,7 +99,7 @@ class TestPublisher:
                 live.step(step)
             live.loss = 2.5
             time.sleep(0.1)
-            (found,) = read_live(tmp_path)
+            (found,) = read_status(tmp_path)
         assert (found.state, found.step, found.loss) == ("running", 2, 2.5)
         assert found.step_ms == pytest.approx(100, rel=0.5)
         assert found.images_per_s == pytest.approx(8000 / found.step_ms)
@@ -111,19 +111,19 @@ class TestPublisher:
             time.sleep(0.5)  # compiling
             for step in (1, 2, 3):
                 live.step(step)
-        (found,) = read_live(tmp_path)
+        (found,) = read_status(tmp_path)
         assert found.step_ms < 100
 
     def test_the_end_is_written(self, tmp_path: Path) -> None:
         with publisher(tmp_path) as live:
             live.step(2)
-        assert read_live(tmp_path)[0].state == "stopped"
+        assert read_status(tmp_path)[0].state == "stopped"
         with publisher(tmp_path) as live:
             live.step(3)
-        assert read_live(tmp_path)[0].state == "finished"
+        assert read_status(tmp_path)[0].state == "finished"
         with pytest.raises(ZeroDivisionError), publisher(tmp_path):
             raise ZeroDivisionError("three by zero")
-        failed = read_live(tmp_path)[0]
+        failed = read_status(tmp_path)[0]
         assert (failed.state, failed.error) == ("failed", "ZeroDivisionError: three by zero")
 
     def test_marks_do_not_pile_up_in_a_long_step(self, tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ class TestPublisher:
             with publisher(tmp_path, rank=rank, world_size=3):
                 pass
         with publisher(tmp_path, rank=0, world_size=2):
-            assert [one.rank for one in read_live(tmp_path)] == [0, 1]
+            assert [one.rank for one in read_status(tmp_path)] == [0, 1]
 
     def test_a_folder_that_cannot_be_written_does_not_stop_the_run(self, tmp_path: Path) -> None:
         (tmp_path / "live").write_text("a file where the folder should be")
@@ -149,7 +149,7 @@ class TestPublisher:
 
     def test_a_folder_without_a_run_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"name the folder \(run\.out\)"):
-            read_live(tmp_path)
+            read_status(tmp_path)
 
 
 class TestCondition:
@@ -185,15 +185,15 @@ class TestVerdict:
         assert "1.0x head-room" in found  # 1 / the views' 97 % busy
 
     def test_ends_are_said_before_rates(self) -> None:
-        ranks = [status(rank, world_size=2) for rank in range(2)]
-        dead = [ranks[0], replace(ranks[1], time=NOW - 3700)]
+        world = [status(rank, world_size=2) for rank in range(2)]
+        dead = [world[0], replace(world[1], time=NOW - 3700)]
         assert verdict(dead, NOW).startswith("Dead: rank 1 (node-a")
         assert "1:01:40" in verdict(dead, NOW)
-        failed = [ranks[0], replace(ranks[1], state="failed", error="ValueError: x")]
+        failed = [world[0], replace(world[1], state="failed", error="ValueError: x")]
         assert verdict(failed, NOW) == "Failed: rank 1: ValueError: x"
-        done = [replace(one, state="finished") for one in ranks]
+        done = [replace(one, state="finished") for one in world]
         assert verdict(done, NOW).startswith("The run has finished")
-        stuck = [ranks[0], replace(ranks[1], step_age_s=99.0)]
+        stuck = [world[0], replace(world[1], step_age_s=99.0)]
         assert verdict(stuck, NOW) == "Stuck: rank 1 has done no step for 99 s."
 
     def test_a_rank_that_has_not_come_up_is_named(self) -> None:
@@ -205,16 +205,16 @@ class TestVerdict:
 
 class TestStragglers:
     def test_the_rank_that_waits_longest_is_named(self) -> None:
-        ranks = [status(i, world_size=4, window=waiting(0.02)) for i in range(4)]
-        assert list(stragglers(ranks, NOW)) == []
-        ranks[2] = replace(ranks[2], window=waiting(0.4), host="node-b")
-        (line,) = stragglers(ranks, NOW)
+        world = [status(i, world_size=4, window=waiting(0.02)) for i in range(4)]
+        assert list(stragglers(world, NOW)) == []
+        world[2] = replace(world[2], window=waiting(0.4), host="node-b")
+        (line,) = stragglers(world, NOW)
         assert line == ("straggler: rank 2 (node-b): waits for data 40% of the step, the others 2%")
 
     def test_a_slow_clock_is_named(self) -> None:
-        ranks = [status(i, world_size=4, gpu={"sm_clock_mhz": 1700.0}) for i in range(4)]
-        ranks[3] = replace(ranks[3], gpu={"sm_clock_mhz": 1100.0})
-        (line,) = stragglers(ranks, NOW)
+        world = [status(i, world_size=4, gpu={"sm_clock_mhz": 1700.0}) for i in range(4)]
+        world[3] = replace(world[3], gpu={"sm_clock_mhz": 1100.0})
+        (line,) = stragglers(world, NOW)
         assert "rank 3" in line
         assert "1100 MHz, the others 1700" in line
 
@@ -234,8 +234,8 @@ class TestFrame:
         assert "Stages of 2 ranks" in text
 
     def test_many_ranks_show_those_that_wait(self) -> None:
-        ranks = [status(i, world_size=64, window=waiting(i / 100)) for i in range(64)]
-        text = drawn(ranks)
+        world = [status(i, world_size=64, window=waiting(i / 100)) for i in range(64)]
+        text = drawn(world)
         assert "the 32 of 64 ranks" in text
         assert "│ 63 " in text
         assert "│ 31 " not in text
@@ -251,8 +251,8 @@ class TestFrame:
 
 class TestTop:
     def test_one_frame_for_a_log(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        live_folder(tmp_path).mkdir()
-        path = live_folder(tmp_path) / "rank-0000.json"
+        status_folder(tmp_path).mkdir()
+        path = status_folder(tmp_path) / "rank-0000.json"
         status(time=time.time()).save(path)
         assert top(tmp_path, once=True) == 0
         assert "Bound by" in capsys.readouterr().out

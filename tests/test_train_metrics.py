@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from cmae.model import Losses
-from cmae.train.distributed import Ranks
+from cmae.train.distributed import World
 from cmae.train.monitor.metrics import MetricLog, MetricWindow, describe, read_metrics
 
-ALONE = Ranks(0, 1, torch.device("cpu"))
+ALONE = World(0, 1, torch.device("cpu"))
 
 
 def test_a_resumed_log_drops_what_came_after_its_checkpoint(tmp_path: Path) -> None:
@@ -39,10 +39,10 @@ def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path: Path) -> None:
 def test_a_window_holds_the_mean_since_the_last_record() -> None:
     window = MetricWindow(ALONE.device)
     window.add(torch.full((len(Losses._fields),), 9.0))
-    window.read(images_per_step=8, waited_s=0.0, ranks=ALONE)
+    window.read(images_per_step=8, waited_s=0.0, world=ALONE)
     for value in (1.0, 3.0):
         window.add(torch.full((len(Losses._fields),), value))
-    record = window.read(images_per_step=8, waited_s=0.0, ranks=ALONE)
+    record = window.read(images_per_step=8, waited_s=0.0, world=ALONE)
     assert record["total"] == 2.0
     assert record["images_per_s"] > 0
 

@@ -19,9 +19,9 @@ from cmae.train.monitor.images import (
     GRAY,
     MARGIN_PX,
     TITLE_PX,
-    draw_sheet,
-    first_batch_picture,
-    reconstruction_picture,
+    draw_grid,
+    first_batch_grid,
+    reconstruction_grid,
 )
 from cmae.train.monitor.plots import loss_plot
 
@@ -38,7 +38,7 @@ CONFIG = ModelConfig(
     feature_decoder_depth=1,
     proj_hidden_dim=8,
     proj_dim=4,
-    mask_cell=1,
+    mask_unit=1,
 )
 
 
@@ -81,7 +81,7 @@ def test_reconstruction_keeps_visible_pixels_and_paints_hidden_ones(
     model: CMAE, batch: Batch, tmp_path: Path
 ) -> None:
     path = tmp_path / "r.png"
-    reconstruction_picture(model.train(), batch, path)
+    reconstruction_grid(model.train(), batch, path)
     assert model.training
     for row in range(3):
         online, hidden = batch.online[row].numpy(), is_hidden(batch, row)
@@ -100,7 +100,7 @@ def test_predicted_patches_have_the_level_of_the_true_ones(
     levels[:, :, SIZE // 2 :] = 200
     levels += torch.randint_like(levels, 0, 4)
     flat = Batch(levels, None, *(getattr(batch, name) for name in list(vars(batch))[2:]))
-    reconstruction_picture(model, flat, tmp_path / "r.png")
+    reconstruction_grid(model, flat, tmp_path / "r.png")
     painted, where = panel(tmp_path / "r.png", 0, 2).astype(int), is_hidden(flat, 0)[..., 0]
     left = np.arange(SIZE) < SIZE // 2
     assert abs(painted[where & left].mean() - 41) < 3
@@ -112,7 +112,7 @@ def test_first_batch_shows_views_and_mask(batch: Batch, tmp_path: Path, with_tar
     path = tmp_path / "b.png"
     if not with_target:
         batch = Batch(batch.online, None, *(getattr(batch, n) for n in list(vars(batch))[2:]))
-    first_batch_picture(batch, path)
+    first_batch_grid(batch, path)
     online = batch.online[1].numpy()
     np.testing.assert_array_equal(panel(path, 1, 0), online)
     np.testing.assert_array_equal(panel(path, 1, 1), np.where(is_hidden(batch, 1), GRAY, online))
@@ -124,7 +124,7 @@ def test_first_batch_shows_views_and_mask(batch: Batch, tmp_path: Path, with_tar
 
 def test_long_sheets_go_on_to_the_right(tmp_path: Path) -> None:
     images = [np.full((SIZE, SIZE, 3), 10 * i, np.uint8) for i in range(9)]
-    draw_sheet({"a": images}, tmp_path / "s.png")
+    draw_grid({"a": images}, tmp_path / "s.png")
     sheet = np.asarray(Image.open(tmp_path / "s.png"))
     assert {10 * i for i in range(9)} <= set(np.unique(sheet[MARGIN_PX + TITLE_PX :]).tolist())
 
@@ -146,7 +146,7 @@ def test_reconstruct_command_takes_image_files(
 def test_a_model_without_pixel_decoder_is_refused(batch: Batch, tmp_path: Path) -> None:
     blind = build_model(replace(CONFIG, reconstruction_weight=0.0), seed=0)
     with pytest.raises(ValueError, match="reconstruction_weight=0"):
-        reconstruction_picture(blind, batch, tmp_path / "r.png")
+        reconstruction_grid(blind, batch, tmp_path / "r.png")
 
 
 def records(**constant: float) -> str:

@@ -49,7 +49,7 @@ def arguments(shards: str, out: Path, **overrides: object) -> list[str]:
         "speed.device": "cpu",
         "speed.num_threads": 2,
         "data.shards": shards,
-        "data.views.master_size": 40,
+        "data.views.source_crop_size": 40,
         "data.views.target_shift": 8,
         "optim.global_batch_size": 8,
         "optim.total_steps": 8,

@@ -12,10 +12,9 @@ import pytest
 from cmae.train.profiling.analysis.bootstrap import estimate, estimates
 from cmae.train.profiling.analysis.bottleneck_model import Costs, cache_hits, loader_rate, solve
 from cmae.train.profiling.analysis.breakdown import account
-from cmae.train.profiling.analysis.records import Estimate, Part
+from cmae.train.profiling.analysis.records import Estimate, Part, Reading
 from cmae.train.profiling.analysis.verdict import Facts, judge, rank_actions
 from cmae.train.profiling.measure.python_time import Anatomy, python_ms
-from cmae.train.profiling.measure.timing import Reading
 
 COSTS = Costs(
     model_s=0.01,
@@ -56,7 +55,9 @@ def parts_of(cold_share: float = 0.0, **step_ms: float) -> dict[str, float]:
 
 
 def test_parts_are_the_differences_between_phases_and_sum_to_the_full_run() -> None:
-    parts = parts_of(0.5, replay=50, interference=53, feed=50, memory=70, warm=75, cold=95, full=86)
+    parts = parts_of(
+        0.5, replay=50, interference=53, prefetcher=50, memory=70, warm=75, cold=95, full=86
+    )
     expected = {
         "model": 48,
         "python": 2,
@@ -72,13 +73,17 @@ def test_parts_are_the_differences_between_phases_and_sum_to_the_full_run() -> N
 
 
 def test_a_wait_that_needs_no_decoding_is_the_feeds() -> None:
-    parts = parts_of(replay=50, interference=50, feed=90, memory=90, warm=90, cold=90, full=90)
+    parts = parts_of(
+        replay=50, interference=50, prefetcher=90, memory=90, warm=90, cold=90, full=90
+    )
     assert parts["feed"] == pytest.approx(40)
     assert parts["decode"] == pytest.approx(0)
 
 
 def test_interference_is_at_most_what_the_connected_run_lost() -> None:
-    parts = parts_of(replay=50, interference=80, feed=50, memory=60, warm=60, cold=60, full=60)
+    parts = parts_of(
+        replay=50, interference=80, prefetcher=50, memory=60, warm=60, cold=60, full=60
+    )
     assert (parts["interference"], parts["decode"]) == (pytest.approx(10), 0)
 
 
@@ -213,7 +218,7 @@ def test_what_binds_inside_the_step_is_credited_with_its_own_share() -> None:
 
 
 def test_a_part_that_the_rounds_do_not_agree_on_is_not_named() -> None:
-    found = facts(COSTS, model=80.0, feed=20.0)
+    found = facts(COSTS, model=80.0, prefetcher=20.0)
     parts = [found.parts[0], replace(found.parts[1], ms=Estimate(20.0, -5.0, 90.0, 3))]
     assert judge(found).binds == "feed"
     assert judge(replace(found, parts=parts)).binds == "model"

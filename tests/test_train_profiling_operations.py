@@ -13,12 +13,12 @@ from cmae.pipeline.sampling.epoch_plan import EpochPlan
 from cmae.pipeline.sources.expand import expand_shards
 from cmae.pipeline.sources.indexed import IndexedSource
 from cmae.pipeline.sources.records import RawBatch
-from cmae.pipeline.views.color_image import HostColor
+from cmae.pipeline.views.color_image import ImageColor
 from cmae.train.loop.loader_settings import LoaderSettings
 from cmae.train.profiling.analysis.records import Operation
 from cmae.train.profiling.measure.operations import measure_operations
 
-VIEWS = ViewConfig(img_size=32, master_size=40, target_shift=8, jitter_prob=1.0)
+VIEWS = ViewConfig(img_size=32, source_crop_size=40, target_shift=8, jitter_prob=1.0)
 SETTINGS = LoaderSettings(num_threads=1, prefetch=2, num_readers=1, hw_decoder_load=0.0)
 COLORS = ["colour jitter", "grayscale", "blur"]
 
@@ -56,7 +56,7 @@ def test_operations_come_in_order_and_decoding_costs_something(
 def test_a_cost_is_found_in_its_operation(
     recorded: list[RawBatch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    jitter = HostColor._jitter
+    jitter = ImageColor._jitter
 
     def slow(*arguments: object) -> None:
         end = time.thread_time() + 0.005
@@ -64,14 +64,14 @@ def test_a_cost_is_found_in_its_operation(
             pass
         jitter(*arguments)
 
-    monkeypatch.setattr(HostColor, "_jitter", slow)
+    monkeypatch.setattr(ImageColor, "_jitter", slow)
     costs = {name: one.cpu_ms.value for name, one in measure(recorded).items()}
     assert costs.pop("colour jitter") == pytest.approx(5, rel=0.4)
     assert max(costs.values()) < 3
 
 
 def test_colours_that_are_off_are_no_operation(recorded: list[RawBatch]) -> None:
-    views = ViewConfig(img_size=32, master_size=40, target_shift=8, color="none")
+    views = ViewConfig(img_size=32, source_crop_size=40, target_shift=8, color="none")
     assert not set(measure(recorded, views)) & set(COLORS)
 
 

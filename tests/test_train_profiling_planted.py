@@ -72,9 +72,9 @@ def test_a_slow_network_is_named_and_more_readers_would_help(tmp_path: Path) -> 
 def test_a_prediction_for_readers_comes_true(tmp_path: Path) -> None:
     fault = next(fault for fault in planted.FAULTS if fault.name == "slow network")
     config = planted.build_config(planted.write_photographs(tmp_path, count=48), threads=2)
-    ranks = planted.Ranks(0, 1, torch.device("cpu"))
+    world = planted.World(0, 1, torch.device("cpu"))
     options = replace(QUICK, steps=8)
-    with planted.open_subject(config, ranks, fault.step, wrap=fault.wrap) as subject:
+    with planted.open_subject(config, world, fault.step, wrap=fault.wrap) as subject:
         found = planted.measure(subject, options, config)
         doubled = [one for one in found.actions if one.overrides == {"speed.num_readers": 8}]
         measured = verify(
@@ -120,7 +120,7 @@ def test_python_in_the_training_thread_is_named(tmp_path: Path) -> None:
 def test_profile_of_a_real_step_sums_up_and_is_written(
     small_shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sizes = "--model.img_size 16 --data.views.master_size 20 --data.views.target_shift 4"
+    sizes = "--model.img_size 16 --data.views.source_crop_size 20 --data.views.target_shift 4"
     model = (
         "--model.patch_size 8 --model.embed_dim 32 --model.depth 1 --model.num_heads 2 "
         "--model.decoder_embed_dim 32 --model.decoder_depth 1 --model.decoder_num_heads 2 "
@@ -177,8 +177,8 @@ def test_a_slow_rank_is_named(tmp_path: Path) -> None:
     assert found.verdict.binds == "straggler"
     assert parts_of(found)["straggler"] == pytest.approx(100, rel=0.3)
     assert found.world_size == 2
-    assert [one["rank"] for one in found.ranks] == [0, 1]
-    assert found.ranks[1]["step_ms"] > found.ranks[0]["step_ms"] + 50
+    assert [one["rank"] for one in found.world] == [0, 1]
+    assert found.world[1]["step_ms"] > found.world[0]["step_ms"] + 50
 
 
 class SlowImages(Dataset[torch.Tensor]):
@@ -278,8 +278,8 @@ def test_memory_gives_again_what_storage_gave(small_shards: str) -> None:
 
 def open_quick(shards: str) -> Iterator[object]:
     config = planted.build_config(shards, threads=1)
-    ranks = planted.Ranks(0, 1, torch.device("cpu"))
-    return open_subject(config, ranks, lambda batches: None)
+    world = planted.World(0, 1, torch.device("cpu"))
+    return open_subject(config, world, lambda batches: None)
 
 
 def test_overrides_reach_nested_settings_and_refuse_unknown_ones(small_shards: str) -> None:

@@ -21,7 +21,7 @@ from cmae.model import ModelConfig, build_model
 from cmae.model.blocks import pin_sdpa
 from cmae.pipeline import Batch
 from cmae.train.config import OptimConfig, SpeedConfig
-from cmae.train.distributed import Ranks, join_ranks
+from cmae.train.distributed import World, join_world
 from cmae.train.loop import graphs
 from cmae.train.loop import sdpa as attention
 from cmae.train.loop.sdpa import AttentionShape, attention_shapes, pin_attention
@@ -35,9 +35,9 @@ def build(
     optim: OptimConfig = OPTIM,
     *,
     config: ModelConfig = SMALL,
-    ranks: Ranks = ALONE,
+    world: World = ALONE,
 ) -> TrainStep:
-    return TrainStep(build_model(config, seed=0).to(ranks.device), optim, speed, ranks)
+    return TrainStep(build_model(config, seed=0).to(world.device), optim, speed, world)
 
 
 def run(step: TrainStep, micro_batches: int, *, num_steps: int = 4) -> Tensor:
@@ -52,7 +52,7 @@ def run(step: TrainStep, micro_batches: int, *, num_steps: int = 4) -> Tensor:
 
 
 def move(batch: Batch, step: TrainStep) -> Batch:
-    device = step.ranks.device
+    device = step.world.device
     names = ("online", "target", "ids_keep", "ids_mask")
     return replace(batch, **{name: getattr(batch, name).to(device) for name in names})
 
@@ -107,16 +107,16 @@ def test_a_batch_of_another_size_is_refused_by_a_recording() -> None:
     ("speed", "optim", "ranks", "key"),
     [
         (SpeedConfig(cuda_graphs=True), OPTIM, ALONE, "speed.cuda_graphs"),
-        (SpeedConfig(cuda_graphs=True), OPTIM, Ranks(0, 8, torch.device("cuda")), "8 rank"),
-        (SpeedConfig(target_shadow=True), OPTIM, ALONE, "speed.target_shadow"),
+        (SpeedConfig(cuda_graphs=True), OPTIM, World(0, 8, torch.device("cuda")), "8 rank"),
+        (SpeedConfig(target_copy=True), OPTIM, ALONE, "speed.target_copy"),
         (SpeedConfig(), replace(OPTIM, precision="fp16"), ALONE, "optim.precision"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_by_name(
-    speed: SpeedConfig, optim: OptimConfig, ranks: Ranks, key: str
+    speed: SpeedConfig, optim: OptimConfig, world: World, key: str
 ) -> None:
     with pytest.raises(ValueError, match=key):
-        check_step(optim, speed, ranks)
+        check_step(optim, speed, world)
 
 
 def test_low_precision_parts_need_a_low_precision() -> None:
@@ -262,20 +262,20 @@ def run_variants(rank: int, port: int, out: Path) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     results = {}
-    with join_ranks("cpu") as ranks:
+    with join_world("cpu") as world:
         for name, speed in VARIANTS.items():
             micro_batches = 1 if speed.ddp_static_graph else 2
-            step = build(speed, ranks=ranks)
+            step = build(speed, world=world)
             results[name] = run(step, micro_batches), step.model.state_dict()
-        step = build(SpeedConfig(), ranks=ranks)
+        step = build(SpeedConfig(), world=world)
         results["one micro-batch"] = run(step, 1), step.model.state_dict()
         with pytest.raises(ValueError, match=r"ddp_static_graph.*2 micro-batches"):
-            run(build(VARIANTS["static graph"], ranks=ranks), 2)
+            run(build(VARIANTS["static graph"], world=world), 2)
         torch.compile = functools.partial(
             torch.compile, backend="aot_eager"
         )  # of this process alone
         for mode in ("blocks", "model"):
-            step = build(SpeedConfig(compile=mode), ranks=ranks)
+            step = build(SpeedConfig(compile=mode), world=world)
             results[f"compiled {mode}"] = run(step, 2), step.model.state_dict()
     torch.save(results, out / f"rank{rank}.pt")
 
@@ -303,8 +303,8 @@ def test_two_ranks_get_the_same_bits_however_they_talk(tmp_path: Path) -> None:
 # ---- on a GPU -------------------------------------------------------------------------------------
 
 
-def gpu() -> Ranks:
-    return Ranks(0, 1, torch.device("cuda"))
+def gpu() -> World:
+    return World(0, 1, torch.device("cuda"))
 
 
 @pytest.mark.gpu
@@ -314,8 +314,8 @@ def test_graphed_and_eager_steps_have_the_same_losses_on_a_gpu(
     micro_batches: int, compile: str
 ) -> None:
     optim = replace(OPTIM, precision="fp16")
-    eager = build(SpeedConfig(compile=compile), optim, ranks=gpu())
-    graphed = build(SpeedConfig(compile=compile, cuda_graphs=True), optim, ranks=gpu())
+    eager = build(SpeedConfig(compile=compile), optim, world=gpu())
+    graphed = build(SpeedConfig(compile=compile, cuda_graphs=True), optim, world=gpu())
     expected = run(eager, micro_batches, num_steps=8)
     found = run(graphed, micro_batches, num_steps=8)
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
@@ -327,15 +327,15 @@ def test_every_attention_kernel_gives_the_same_losses_on_a_gpu() -> None:
     optim = replace(OPTIM, precision="fp16")
     # Heads of 64 and 32, as in the published models: cuDNN and flash have shapes of their own.
     config = replace(SMALL, embed_dim=128, decoder_embed_dim=64)
-    expected = run(build(SpeedConfig(), optim, config=config, ranks=gpu()), 1)
+    expected = run(build(SpeedConfig(), optim, config=config, world=gpu()), 1)
     for choice in ("auto", "flash", "efficient", "math", "cudnn"):
-        step = build(SpeedConfig(sdpa=choice), optim, config=config, ranks=gpu())
+        step = build(SpeedConfig(sdpa=choice), optim, config=config, world=gpu())
         torch.testing.assert_close(run(step, 1), expected, rtol=5e-3, atol=5e-3, msg=choice)
 
 
 @pytest.mark.gpu
 def test_a_step_waits_for_the_gpu_once() -> None:
-    step = build(SpeedConfig(), replace(OPTIM, precision="fp16"), ranks=gpu())
+    step = build(SpeedConfig(), replace(OPTIM, precision="fp16"), world=gpu())
     batch = move(make_batch(SMALL, 0, 8), step)
     for _ in range(2):
         step([batch], lr=1e-3, momentum=0.9)
@@ -348,7 +348,7 @@ def test_a_step_waits_for_the_gpu_once() -> None:
 
 @pytest.mark.gpu
 def test_an_overflow_on_a_gpu_changes_nothing() -> None:
-    step = build(SpeedConfig(), replace(OPTIM, precision="fp16"), ranks=gpu())
+    step = build(SpeedConfig(), replace(OPTIM, precision="fp16"), world=gpu())
     batch = move(make_batch(SMALL, 0, 8), step)
     step([batch], lr=1e-3, momentum=0.9)
     step.model.encoder.norm.weight.register_hook(lambda gradient: gradient * float("inf"))

@@ -15,7 +15,7 @@ from torch import Tensor
 from cmae.model import Losses, ModelConfig, build_model, draw_mask
 from cmae.pipeline import Batch, LoaderState
 from cmae.train.config import OptimConfig, SpeedConfig
-from cmae.train.distributed import Ranks, join_ranks
+from cmae.train.distributed import World, join_world
 from cmae.train.loop.step import TrainStep
 
 SMALL = ModelConfig(
@@ -33,7 +33,7 @@ SMALL = ModelConfig(
     mask_ratio=0.5,
 )
 OPTIM = OptimConfig(global_batch_size=8, precision="fp32")
-ALONE = Ranks(0, 1, torch.device("cpu"))
+ALONE = World(0, 1, torch.device("cpu"))
 
 
 def make_batch(
@@ -61,11 +61,11 @@ def make_batch(
 
 
 def backward(
-    config: ModelConfig, ranks: Ranks, batches: list[Batch]
+    config: ModelConfig, world: World, batches: list[Batch]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     # float64: at initialisation the features of 8 images are so alike that batch norm, which divides by their
     # spread, turns float32's rounding into a per cent of the gradient.
-    step = TrainStep(build_model(config, seed=0).double(), OPTIM, SpeedConfig(), ranks)
+    step = TrainStep(build_model(config, seed=0).double(), OPTIM, SpeedConfig(), world)
     losses = step.backward(batches)
     gradients = {
         name: parameter.grad.clone()
@@ -86,13 +86,13 @@ def run_rank(rank: int, world_size: int, port: int, norm: str, micro: int, out: 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     config = replace(SMALL, head_norm=norm)
-    with join_ranks("cpu") as ranks:
+    with join_world("cpu") as world:
         size = 8 // (world_size * micro)
         batches = [
             make_batch(config, (k * world_size + rank) * size, size, torch.float64)
             for k in range(micro)
         ]
-        losses, gradients = backward(config, ranks, batches)
+        losses, gradients = backward(config, world, batches)
         torch.save((losses, gradients), out / f"rank{rank}.pt")
 
 
@@ -208,7 +208,7 @@ def test_half_precision_steps_lower_the_loss_on_a_gpu(precision: str) -> None:
     device = torch.device("cuda")
     optim = replace(OPTIM, precision=precision)
     step = TrainStep(
-        build_model(SMALL, seed=0).to(device), optim, SpeedConfig(), Ranks(0, 1, device)
+        build_model(SMALL, seed=0).to(device), optim, SpeedConfig(), World(0, 1, device)
     )
     batch = make_batch(SMALL, 0, 8)
     moved = replace(

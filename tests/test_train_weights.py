@@ -54,7 +54,7 @@ def test_an_export_loads_strictly_into_timm_with_the_same_features(
 
 def test_mae_weights_go_through_import(tmp_path: Path) -> None:
     config = replace(
-        TINY, contrastive_loss="none", mask_ratio=0.75, mask_cell=1, pos_embed_order="column"
+        TINY, contrastive_loss="none", mask_ratio=0.75, mask_unit=1, pos_embed_order="column"
     )
     model = build_model(config, seed=1)
     foreign = dict(model.encoder.state_dict())

@@ -34,7 +34,7 @@ class RunConfig:
     """How many of the newest checkpoints are kept."""
     keep_every: int | None = None
     """Checkpoints whose step is a multiple of this are kept for good."""
-    picture_every: int | None = None
+    image_every: int | None = None
     """Optimiser steps between two pictures of original, masked and reconstruction."""
     progress: bool = True
     """Show the live progress display on a terminal; without one, lines are printed instead."""
@@ -45,7 +45,7 @@ class RunConfig:
         """Refuse periods that are not positive."""
         for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, f"run.{name}", getattr(self, name), ">= 1")
-        for name in ("stop_at_step", "keep_every", "picture_every"):
+        for name in ("stop_at_step", "keep_every", "image_every"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"run.{name}", value, ">= 1, or null for never")
 
@@ -87,7 +87,7 @@ class SpeedConfig:
     sdpa: Literal["torch", "auto", "flash", "cudnn", "efficient", "math"] = "torch"
     """Attention kernel: torch's own choice, the fastest one by measurement of each shape at the start (a
     GPU only), or one for all shapes."""
-    target_shadow: bool = False
+    target_copy: bool = False
     """Keep a 16-bit copy of the target's matrices beside them, so that autocast does not cast them in every
     step. Same results; 2 bytes more for each of their weights."""
     overlap_keys: bool = True
@@ -269,10 +269,10 @@ class Config:
     def __post_init__(self) -> None:
         """Refuse views that do not fit the model."""
         views, model = self.data.views, self.model
-        if self.run.picture_every and not model.has_reconstruction:
+        if self.run.image_every and not model.has_reconstruction:
             raise ValueError(
-                f"run.picture_every is {self.run.picture_every}, but model.reconstruction_weight is 0: "
-                "there is no decoder to draw with; leave run.picture_every out"
+                f"run.image_every is {self.run.image_every}, but model.reconstruction_weight is 0: "
+                "there is no decoder to draw with; leave run.image_every out"
             )
         if views.img_size != model.img_size:
             raise ValueError(

@@ -132,6 +132,7 @@ def build_sections(parser: Parser, parsed: Namespace) -> Any:
 
 
 def to_config(sections: Any) -> Config:
+    """The sections that a run has, as one object; sections of single commands are left out."""
     from cmae.train.config import Config
 
     return Config(**{field.name: sections[field.name] for field in fields(Config)})

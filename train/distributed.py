@@ -19,7 +19,7 @@ COLLECTIVE_TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True)
-class Ranks:
+class World:
     """This process among all processes of the run."""
 
     rank: int
@@ -27,7 +27,7 @@ class Ranks:
     device: torch.device
 
     @property
-    def is_first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process writes files and speaks."""
         return self.rank == 0
 
@@ -39,7 +39,7 @@ def threads_per_rank() -> int:
 
 
 @contextmanager
-def join_ranks(device: str = "auto", *, timeout_s: float = COLLECTIVE_TIMEOUT_S) -> Iterator[Ranks]:
+def join_world(device: str = "auto", *, timeout_s: float = COLLECTIVE_TIMEOUT_S) -> Iterator[World]:
     """Join the process group that torchrun announces; without one, run alone and without a group.
 
     Args:
@@ -53,7 +53,7 @@ def join_ranks(device: str = "auto", *, timeout_s: float = COLLECTIVE_TIMEOUT_S)
     chosen = _choose_device(device, local_rank)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
-        yield Ranks(0, 1, chosen)
+        yield World(0, 1, chosen)
         return
     on_gpu = chosen.type == "cuda"
     dist.init_process_group(
@@ -62,7 +62,7 @@ def join_ranks(device: str = "auto", *, timeout_s: float = COLLECTIVE_TIMEOUT_S)
         device_id=chosen if on_gpu else None,
     )
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), chosen)
+        yield World(dist.get_rank(), dist.get_world_size(), chosen)
     finally:
         dist.destroy_process_group()
 
@@ -95,19 +95,19 @@ class RowGatherer:
         overlap: start the collective and return; False waits for it in `add`.
     """
 
-    def __init__(self, ranks: Ranks, *, overlap: bool = True) -> None:
-        self._ranks = ranks
+    def __init__(self, world: World, *, overlap: bool = True) -> None:
+        self._world = world
         self._overlap = overlap
         self._gathered: list[Tensor] = []
         self._under_way: list[tuple[dist.Work, Tensor]] = []
 
     def add(self, rows: Float[Tensor, "B D"]) -> None:
         """Start to gather this rank's rows."""
-        if self._ranks.world_size == 1:
+        if self._world.world_size == 1:
             self._gathered.append(rows)
             return
         rows = rows.contiguous()
-        gathered = rows.new_empty(self._ranks.world_size * len(rows), rows.shape[1])
+        gathered = rows.new_empty(self._world.world_size * len(rows), rows.shape[1])
         work = dist.all_gather_into_tensor(gathered, rows, async_op=self._overlap)
         if work is not None:
             self._under_way.append((work, rows))  # NCCL still reads `rows`
@@ -148,47 +148,47 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     return total
 
 
-def mean_over_ranks(value: Tensor, ranks: Ranks) -> Tensor:
+def mean_over_ranks(value: Tensor, world: World) -> Tensor:
     """Mean of a tensor over all ranks, without gradient."""
-    if ranks.world_size > 1:
+    if world.world_size > 1:
         dist.all_reduce(value)
-        value /= ranks.world_size
+        value /= world.world_size
     return value
 
 
-def largest(number: int, ranks: Ranks) -> int:
+def largest(number: int, world: World) -> int:
     """The largest of all ranks' numbers, on every rank."""
-    if ranks.world_size == 1:
+    if world.world_size == 1:
         return number
-    agreed = torch.tensor(number, device=ranks.device)
+    agreed = torch.tensor(number, device=world.device)
     dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
     return int(agreed.item())
 
 
-def gather_numbers(numbers: Sequence[int], ranks: Ranks) -> list[list[int]]:
+def gather_numbers(numbers: Sequence[int], world: World) -> list[list[int]]:
     """A few numbers of every rank, in rank order, on every rank."""
-    if ranks.world_size == 1:
+    if world.world_size == 1:
         return [list(numbers)]
-    own = torch.tensor(numbers, dtype=torch.int64, device=ranks.device)
-    rows = [torch.empty_like(own) for _ in range(ranks.world_size)]
+    own = torch.tensor(numbers, dtype=torch.int64, device=world.device)
+    rows = [torch.empty_like(own) for _ in range(world.world_size)]
     dist.all_gather(rows, own)
     gathered: list[list[int]] = torch.stack(rows).tolist()
     return gathered
 
 
-def gather_values(value: Any, ranks: Ranks) -> list[Any]:
+def gather_values(value: Any, world: World) -> list[Any]:
     """Every rank's value, in rank order, on every rank; anything that pickles."""
-    if ranks.world_size == 1:
+    if world.world_size == 1:
         return [value]
-    values: list[Any] = [None] * ranks.world_size
+    values: list[Any] = [None] * world.world_size
     dist.all_gather_object(values, value)
     return values
 
 
-def from_first(value: Any, ranks: Ranks) -> Any:
+def from_main(value: Any, world: World) -> Any:
     """The first rank's value, on every rank; anything that pickles."""
-    if ranks.world_size == 1:
+    if world.world_size == 1:
         return value
     values = [value]
-    dist.broadcast_object_list(values, src=0, device=ranks.device)
+    dist.broadcast_object_list(values, src=0, device=world.device)
     return values[0]

@@ -26,7 +26,7 @@ class Precision:
     """4: residual streams and norms in float32, as autocast on a GPU has them; 2: in 16 bits."""
     fused: bool = False
     """Casts are fused into their neighbours, as torch.compile does."""
-    target_shadow: bool = False
+    target_copy: bool = False
     """16-bit weights of the target are kept, not cast in every step."""
 
 
@@ -147,7 +147,7 @@ class _Counter:
     def linear(self, part: str, num_rows: int, width: int, width_out: int) -> Operation:
         weight = width * width_out
         is_target = part == "target"
-        cast = 0 if is_target and self.precision.target_shadow else weight * (_FULL + _HALF)
+        cast = 0 if is_target and self.precision.target_copy else weight * (_FULL + _HALF)
         if not is_target:
             cast *= 2
         step = weight * _HALF * (1 if is_target else 3)
@@ -246,7 +246,7 @@ class Memory:
     """Device memory of a step, bytes."""
 
     weights: int
-    """float32 weights of both branches, and the shadow."""
+    """float32 weights of both branches, and the target copy."""
     gradients: int
     optimizer: int
     cast_weights: int
@@ -273,7 +273,7 @@ def count_memory(config: ModelConfig, precision: Precision, *, num_keys: int) ->
     images = 3 * config.img_size**2 * (2 if config.has_contrast else 1)
     saved = sum(op.saved_bytes for op in operations(config, precision, num_keys=num_keys))
     return Memory(
-        weights=_FULL * (online + target) + (_HALF * target if precision.target_shadow else 0),
+        weights=_FULL * (online + target) + (_HALF * target if precision.target_copy else 0),
         gradients=_FULL * online,
         optimizer=2 * _FULL * online,
         cast_weights=_HALF * online,
@@ -287,5 +287,5 @@ def optimizer_bytes(config: ModelConfig) -> int:
 
 
 def ema_bytes(config: ModelConfig, precision: Precision) -> int:
-    """Traffic of the moving average (12 bytes a parameter) and of the shadow's refresh (6)."""
-    return (18 if precision.target_shadow else 12) * count_parameters(config)["target"]
+    """Traffic of the moving average (12 bytes a parameter) and of the target copy's refresh (6)."""
+    return (18 if precision.target_copy else 12) * count_parameters(config)["target"]

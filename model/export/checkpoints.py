@@ -107,7 +107,7 @@ def from_mae(state_dict: Mapping[str, Any], **overrides: Any) -> CMAE:
     fields |= {
         "contrastive_loss": "none",
         "mask_ratio": 0.75,
-        "mask_cell": 1,
+        "mask_unit": 1,
         "pos_embed_order": "column",
     }
     return _load(CMAE(ModelConfig(**fields | overrides)), source, _MAE_NAMES)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from cmae.pipeline.formats.presized import presized_line, sum_counts
+from cmae.pipeline.formats.presized import downscaled_line, sum_counts
 
 CLASSES_FILE = "classes.json"
 DATASET_FILE = "dataset.json"
@@ -19,7 +19,7 @@ def load_classes(folder: str | Path) -> list[str] | None:
     return [str(name) for name in json.loads(path.read_text())] if path.exists() else None
 
 
-def stated_presized(shards: Sequence[str | Path]) -> str:
+def stated_downscaled(shards: Sequence[str | Path]) -> str:
     """What `dataset.json` beside these local tars says of pre-resized images; '' where there is no such file.
 
     For tars that are read without an index. The counts are those of the whole folder.
@@ -31,4 +31,4 @@ def stated_presized(shards: Sequence[str | Path]) -> str:
         if (path := folder / DATASET_FILE).exists()
     ]
     counts = sum_counts(summary.get("presized", {}) for summary in summaries)
-    return presized_line(counts, sum(summary.get("num_samples", 0) for summary in summaries))
+    return downscaled_line(counts, sum(summary.get("num_samples", 0) for summary in summaries))

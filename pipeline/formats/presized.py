@@ -14,7 +14,7 @@ _MARK = re.compile(
 )
 
 
-def presize_mark(data: bytes) -> str:
+def downscale_mark(data: bytes) -> str:
     """What `presize_jpeg` did to this file, '640x600 -> 546x512, max_size 512, quality 95'; '' if nothing."""
     found = _MARK.match(data, JFIF_BYTES)
     return found[1].decode() if found else ""
@@ -34,7 +34,7 @@ def sum_counts(counts: Iterable[dict[str, int]]) -> dict[str, int]:
     return dict(sorted(total.items()))
 
 
-def presized_line(counts: dict[str, int], num_samples: int) -> str:
+def downscaled_line(counts: dict[str, int], num_samples: int) -> str:
     """For people: '42 of 1000 images pre-resized (max_size 512, quality 95)'; '' if there is none."""
     if not counts:
         return ""

@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from cmae.pipeline.formats.atomic import atomic_write
 from cmae.pipeline.formats.jpeg import MAX_PIXELS, BadImageError, JpegInfo, JpegKind, inspect_jpeg
-from cmae.pipeline.formats.presized import presize_mark, summarise_marks
+from cmae.pipeline.formats.presized import downscale_mark, summarise_marks
 from cmae.pipeline.formats.tar import KEY_AND_EXTENSION, TarError, TarRecord, iter_records, iter_tar
 
 FORMAT_VERSION = 1
@@ -199,7 +199,7 @@ def build_index(tar_path: str | Path, *, max_pixels: int = MAX_PIXELS) -> ShardI
     with open(tar_path, "rb", buffering=1 << 20) as file:
         for record in iter_records(file, name=str(tar_path)):
             rows.append(index_record(record, max_pixels=max_pixels))
-            marks.append(presize_mark(record.image))
+            marks.append(downscale_mark(record.image))
     if not rows:
         raise TarError(_no_images(tar_path))
     return ShardIndex.from_rows(rows, tar_path=tar_path, marks=marks)
@@ -288,12 +288,12 @@ def read_keys(index_file: str | Path) -> npt.NDArray[np.str_]:
 def _from_columns(columns: Columns) -> ShardIndex:
     keys = _decode_keys(columns.pop("keys"))
     size, digest = int(columns.pop("tar_size").item()), str(columns.pop("tar_digest"))
-    presized = presized_counts(columns)
+    presized = downscaled_counts(columns)
     arrays = {name: columns[name] for name in COLUMNS if name != "keys"}
     return ShardIndex(keys=keys, **arrays, tar_size=size, tar_digest=digest, presized=presized)
 
 
-def presized_counts(columns: Columns) -> dict[str, int]:
+def downscaled_counts(columns: Columns) -> dict[str, int]:
     """Pre-resized images by setting, from the arrays of an index file of either version."""
     if "presized_settings" not in columns:
         return {}

@@ -12,12 +12,12 @@ import torch
 
 from cmae.pipeline.bad_samples import BEFORE_FIRST_EPOCH, BadLimit, BadSample, Health
 from cmae.pipeline.batch import DrawMask, LoaderState
-from cmae.pipeline.formats.dataset_folder import stated_presized
+from cmae.pipeline.formats.dataset_folder import stated_downscaled
 from cmae.pipeline.formats.dataset_index import DatasetIndex
-from cmae.pipeline.formats.presized import presized_line
+from cmae.pipeline.formats.presized import downscaled_line
 from cmae.pipeline.formats.shard_index import index_path
 from cmae.pipeline.loader.loader import Loader, Wrap
-from cmae.pipeline.loader.prefetcher import Feed
+from cmae.pipeline.loader.prefetcher import Prefetcher
 from cmae.pipeline.loader.remote_order import order_of_use
 from cmae.pipeline.remote.client import Remote, RemoteConfig
 from cmae.pipeline.remote.files import Reading, choose_reading
@@ -27,10 +27,10 @@ from cmae.pipeline.sources.expand import expand_shards
 from cmae.pipeline.sources.indexed import IndexedSource
 from cmae.pipeline.sources.records import Source
 from cmae.pipeline.sources.stream import StreamSource
-from cmae.pipeline.views.backend import ViewMaker
+from cmae.pipeline.views.backend import ViewBackend
 from cmae.pipeline.views.config import ViewConfig, ViewStep
-from cmae.pipeline.views.cpu import HostViews
-from cmae.pipeline.views.dali import GraphViews
+from cmae.pipeline.views.cpu import CpuViews
+from cmae.pipeline.views.dali import DaliViews
 
 _DEFAULT_REMOTE = RemoteConfig()
 
@@ -132,7 +132,7 @@ def build_loader(
         opened = IndexedSource(
             index, plan=plan, check_crc=check_crc, num_readers=num_readers, remote=files, **place
         )
-        presized = presized_line(index.presized, len(index))
+        presized = downscaled_line(index.presized, len(index))
     elif last_batch == "pad":
         raise ValueError(
             "last_batch='pad' needs to know the samples of an epoch beforehand, and a stream does not: make "
@@ -140,13 +140,13 @@ def build_loader(
         )
     else:
         opened = StreamSource(paths, seed=seed, shuffle=shuffle, remote=Remote(remote), **place)
-        presized = stated_presized([path for path in paths if is_local(path)])
+        presized = stated_downscaled([path for path in paths if is_local(path)])
     with ExitStack() as undo:  # what is open is closed again where a later part cannot be had
         undo.callback(opened.close)
         if state is None:
             state = LoaderState(seed, epoch=0, next_sample=0, digest=opened.digest)
         _check_state(state, seed=seed, digest=opened.digest)
-        maker = open_maker(
+        view_backend = build_view_backend(
             views,
             device,
             backend=backend,
@@ -154,12 +154,12 @@ def build_loader(
             num_threads=num_threads or len(os.sched_getaffinity(0)),
             hw_decoder_load=hw_decoder_load,
         )
-        undo.callback(maker.close)
+        undo.callback(view_backend.close)
         if wrap is not None:
-            opened, maker = wrap(opened, maker)
-        feed = Feed(
+            opened, view_backend = wrap(opened, view_backend)
+        prefetcher = Prefetcher(
             opened,
-            maker,
+            view_backend,
             views=views,
             draw_mask=draw_mask,
             device=device,
@@ -167,10 +167,12 @@ def build_loader(
             prefetch=prefetch,
         )
         undo.pop_all()
-    return Loader(opened, maker, feed=feed, health=health, state=state, presized=presized)
+    return Loader(
+        opened, view_backend, prefetcher=prefetcher, health=health, state=state, presized=presized
+    )
 
 
-def open_maker(
+def build_view_backend(
     views: ViewConfig,
     device: torch.device,
     *,
@@ -179,15 +181,15 @@ def open_maker(
     num_threads: int,
     hw_decoder_load: float,
     last_step: ViewStep = "color",
-) -> ViewMaker:
+) -> ViewBackend:
     """What makes the views of a loader; for `last_step` see the makers.
 
     Raises:
         ValueError: The backend is unknown, or cannot work on this device.
     """
     if _pick_backend(backend, device) == "host":
-        return HostViews(views, num_threads=num_threads, last_step=last_step)
-    return GraphViews(
+        return CpuViews(views, num_threads=num_threads, last_step=last_step)
+    return DaliViews(
         views,
         device,
         batch_size=batch_size,

@@ -12,12 +12,12 @@ import torch
 
 from cmae.pipeline.bad_samples import Health
 from cmae.pipeline.batch import Batch, LoaderState
-from cmae.pipeline.loader.prefetcher import Feed
+from cmae.pipeline.loader.prefetcher import Prefetcher
 from cmae.pipeline.sources.records import Source
 from cmae.pipeline.stage_stats import LoaderSnapshot, State
-from cmae.pipeline.views.backend import ViewMaker
+from cmae.pipeline.views.backend import ViewBackend
 
-Wrap = Callable[[Source, ViewMaker], tuple[Source, ViewMaker]]
+Wrap = Callable[[Source, ViewBackend], tuple[Source, ViewBackend]]
 
 
 class Loader:
@@ -37,9 +37,9 @@ class Loader:
     def __init__(
         self,
         source: Source,
-        maker: ViewMaker,
+        view_backend: ViewBackend,
         *,
-        feed: Feed,
+        prefetcher: Prefetcher,
         health: Health,
         state: LoaderState,
         presized: str = "",
@@ -48,12 +48,12 @@ class Loader:
         self.steps_per_epoch = source.steps_per_epoch
         self.presized = presized
         self._source = source
-        self._maker = maker
-        self._feed = feed
+        self._view_backend = view_backend
+        self._prefetcher = prefetcher
         self._health = health
         self._state = state
         self._num_batches = 0
-        self._finalizer = weakref.finalize(self, feed.close)
+        self._finalizer = weakref.finalize(self, prefetcher.close)
 
     def __iter__(self) -> Self:
         return self
@@ -64,7 +64,7 @@ class Loader:
         Raises:
             DataError: Too many bad samples, or a shard that cannot be read.
         """
-        ready = self._feed.get()
+        ready = self._prefetcher.get()
         if ready.event is not None:
             _hand_over(ready.batch, ready.event)
         self._health.add(len(ready.batch.label), ready.bad)
@@ -85,19 +85,19 @@ class Loader:
     @property
     def wait_s(self) -> float:
         """Seconds that `next` was blocked so far."""
-        return self._feed.ready.seconds(State.STARVED)
+        return self._prefetcher.ready.seconds(State.STARVED)
 
     def snapshot(self) -> LoaderSnapshot:
         """All counters as of now; may be called from any thread at any time.
 
         The stages count batches made ahead; `batches`, `samples` and `bad_samples` those handed out.
         """
-        time_s, depth = self._feed.depth.read()
-        finish, ready = self._feed.stage.snapshot(), self._feed.ready.snapshot()
+        time_s, depth = self._prefetcher.depth.read()
+        finish, ready = self._prefetcher.stage.snapshot(), self._prefetcher.ready.snapshot()
         ready = replace(
             ready, blocked_s=finish.blocked_s
         )  # the feed's: the same wait, seen from the queue
-        stages = (self._source.stage.snapshot(), self._maker.stage.snapshot(), finish, ready)
+        stages = (self._source.stage.snapshot(), self._view_backend.stage.snapshot(), finish, ready)
         return LoaderSnapshot(
             time_s=time_s,
             stages={stage.name: stage for stage in stages},
@@ -106,7 +106,9 @@ class Loader:
             wait_s=ready.starved_s,
             queue_depth_mean=depth,
             bad_samples=self.bad_samples,
-            views_by_kind={} if self._maker.kinds is None else self._maker.kinds.snapshot(),
+            views_by_kind={}
+            if self._view_backend.kinds is None
+            else self._view_backend.kinds.snapshot(),
         )
 
     def close(self) -> None:

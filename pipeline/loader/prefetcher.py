@@ -20,13 +20,13 @@ from cmae.pipeline.bad_samples import BadSample
 from cmae.pipeline.batch import Batch, DrawMask, LoaderState
 from cmae.pipeline.sources.records import RawBatch, Source
 from cmae.pipeline.stage_stats import QueueDepth, Stage, State
-from cmae.pipeline.views.backend import ViewMaker, Views
+from cmae.pipeline.views.backend import ViewBackend, Views
 from cmae.pipeline.views.config import ViewConfig
 from cmae.pipeline.views.params import draw_view_params
 
 
 @dataclass(frozen=True)
-class Ready:
+class QueuedBatch:
     """A finished batch; on CUDA `event` says when its tensors may be read."""
 
     batch: Batch
@@ -35,7 +35,7 @@ class Ready:
     num_bytes: int
 
 
-class Feed:
+class Prefetcher:
     """Owns the thread between the source and the training step.
 
     The queue holds `prefetch` ready batches, so memory is bounded and the thread sleeps when training is
@@ -45,7 +45,7 @@ class Feed:
     def __init__(
         self,
         source: Source,
-        maker: ViewMaker,
+        view_backend: ViewBackend,
         *,
         views: ViewConfig,
         draw_mask: DrawMask,
@@ -54,18 +54,18 @@ class Feed:
         prefetch: int,
     ) -> None:
         self._source = source
-        self._maker = maker
+        self._view_backend = view_backend
         self._views = views
         self._draw_mask = draw_mask
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._ready: queue.Queue[Ready | BaseException] = queue.Queue(prefetch)
+        self._ready: queue.Queue[QueuedBatch | BaseException] = queue.Queue(prefetch)
         self._stop = threading.Event()
         self._seed = state.seed
         self.stage = Stage("finish", threads=1, first_state=State.STARVED)
         self.ready = Stage("ready", threads=1, first_state=State.AWAY)
         self.depth = QueueDepth()
-        maker.stage.downstream = self.stage
+        view_backend.stage.downstream = self.stage
         # A thread that asks for the first time gets the number that was set last, by any thread: ask here and
         # now, or the workers' 1 would become the training thread's number too.
         torch.get_num_threads()
@@ -76,7 +76,7 @@ class Feed:
         # DALI takes its pipelines down when the interpreter exits; the thread has to be gone by then.
         atexit.register(self.close)
 
-    def get(self) -> Ready:
+    def get(self) -> QueuedBatch:
         """The next batch; blocks.
 
         Raises:
@@ -89,7 +89,7 @@ class Feed:
             ready = self._wait()
         finally:
             self.ready.switch(State.AWAY)
-        if not isinstance(ready, Ready):
+        if not isinstance(ready, QueuedBatch):
             self._put(ready)  # the next call gets it too
             raise ready
         self.depth.add(-1)
@@ -98,7 +98,7 @@ class Feed:
         self.ready.add(items=size, num_bytes=ready.num_bytes, latencies_s=[latency_s])
         return ready
 
-    def _wait(self) -> Ready | BaseException:
+    def _wait(self) -> QueuedBatch | BaseException:
         while not self._stop.is_set():
             with contextlib.suppress(queue.Empty):
                 return self._ready.get(timeout=0.5)  # wakes now and then: Ctrl-C gets through
@@ -109,9 +109,9 @@ class Feed:
         atexit.unregister(self.close)
         self._stop.set()
         self._source.close()  # first: the thread may be waiting for a read that takes minutes
-        self._maker.cancel()  # or for a large batch
+        self._view_backend.cancel()  # or for a large batch
         self._thread.join()
-        self._maker.close()
+        self._view_backend.close()
 
     def _run(self, state: LoaderState) -> None:
         # Small work beside the decoding threads: a parallel region would only wait for their cores.
@@ -127,7 +127,7 @@ class Feed:
         for raw in self._source.batches(state):
             self.stage.switch(State.BUSY)
             in_flight.append((raw, self._submit(raw)))
-            if len(in_flight) == self._maker.depth(len(raw.records)):
+            if len(in_flight) == self._view_backend.depth(len(raw.records)):
                 ready = self._finish(*in_flight.popleft())
                 self.stage.switch(State.BLOCKED)
                 self._put(ready)
@@ -145,17 +145,17 @@ class Feed:
             width=raw.width,
         )
         cells = None
-        if self._maker.kinds is not None:
-            cells = self._maker.kinds.cells(raw.kind, raw.height, raw.width)
-        return self._maker.submit(raw.encoded, params, cells=cells)
+        if self._view_backend.kinds is not None:
+            cells = self._view_backend.kinds.cells(raw.kind, raw.height, raw.width)
+        return self._view_backend.submit(raw.encoded, params, cells=cells)
 
     def _collect(self, job: Any) -> Views:
         self.stage.switch(State.STARVED)
-        views = self._maker.collect(job)
+        views = self._view_backend.collect(job)
         self.stage.switch(State.BUSY)
         return views
 
-    def _finish(self, raw: RawBatch, job: Any) -> Ready:
+    def _finish(self, raw: RawBatch, job: Any) -> QueuedBatch:
         start = time.perf_counter()
         views = self._collect(job)
         while views.bad:
@@ -179,17 +179,17 @@ class Feed:
         num_bytes = sum(tensor.nbytes for tensor in tensors)
         latency_s = time.perf_counter() - start
         self.stage.add(items=len(batch.label), num_bytes=num_bytes, latencies_s=[latency_s])
-        return Ready(batch, raw.bad, event, num_bytes)
+        return QueuedBatch(batch, raw.bad, event, num_bytes)
 
     def _upload(self, array: Int64[np.ndarray, " B"]) -> Int64[Tensor, " B"]:
         tensor = torch.from_numpy(array)
         return tensor if self._stream is None else tensor.to(self._device)
 
-    def _put(self, item: Ready | BaseException) -> None:
+    def _put(self, item: QueuedBatch | BaseException) -> None:
         while not self._stop.is_set():
             try:
                 self._ready.put(item, timeout=0.1)
-                self.depth.add(1 if isinstance(item, Ready) else 0)
+                self.depth.add(1 if isinstance(item, QueuedBatch) else 0)
                 return
             except queue.Full:
                 continue

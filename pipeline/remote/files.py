@@ -292,7 +292,7 @@ class RemoteFiles:
             size, came = self._files[number].size, ByteCounter(report)
             try:
                 if self._copy(number, cache, wait=False, progress=came.add):
-                    came.settle(size)
+                    came.wait_until_idle(size)
                     report.add_items(1)
                     elsewhere = 0
                     continue

@@ -46,9 +46,11 @@ class ProgressReporter:
         self._lock = threading.Lock()
 
     def add_items(self, amount: int) -> None:
+        """Count finished indices or shards. From any thread."""
         self._add(amount, 0)
 
     def add_bytes(self, amount: int) -> None:
+        """Count bytes that arrived. From any thread."""
         self._add(0, amount)
 
     def close(self) -> None:
@@ -91,9 +93,10 @@ class ByteCounter:
         self._counted = 0
 
     def add(self, amount: int) -> None:
+        """Count bytes of the shard; those that were counted before are taken off."""
         self._counted += amount
         self._report.add_bytes(amount)
 
-    def settle(self, size: int) -> None:
+    def wait_until_idle(self, size: int) -> None:
         """The shard is complete: other processes may have brought it, or parts came twice."""
         self._report.add_bytes(size - self._counted)

@@ -103,8 +103,8 @@ def _shuffle_blocks(plan: EpochPlan, epoch: int) -> Int64[np.ndarray, " N"]:
         plan.seed,
         epoch,
         sample_index=np.arange(num_blocks),
-        num_lanes=1,
-        first_lane=_BLOCK_LANE,
+        num_draws=1,
+        first_draw=_BLOCK_LANE,
     )[:, 0]
     first = np.argsort(keys, kind="stable") * plan.block_size
     order = (first[:, None] + np.arange(plan.block_size)).reshape(-1)
@@ -116,6 +116,6 @@ def _shuffle_windows(plan: EpochPlan, order: Int64[np.ndarray, " N"], epoch: int
     for start in range(0, order.size, plan.window_size):
         window = order[start : start + plan.window_size]
         keys = hash_words(
-            plan.seed, epoch, sample_index=window, num_lanes=1, first_lane=_SAMPLE_LANE
+            plan.seed, epoch, sample_index=window, num_draws=1, first_draw=_SAMPLE_LANE
         )[:, 0]
         window[:] = window[np.argsort(keys, kind="stable")]

@@ -39,6 +39,7 @@ def claim_folder(out: Path, settings: dict[str, Any]) -> None:
 
 
 def is_finished(tar_path: Path) -> bool:
+    """Whether the shard was written to its end: its index is there and fits."""
     try:
         load_index(tar_path)
     except (FileNotFoundError, StaleIndexError):
@@ -47,6 +48,11 @@ def is_finished(tar_path: Path) -> bool:
 
 
 def check_space(out: Path, needed: int) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Raises:
+        ValueError: fewer than `needed` bytes are free.
+    """
     free = shutil.disk_usage(out).free
     if needed > free:
         raise ValueError(
@@ -56,6 +62,7 @@ def check_space(out: Path, needed: int) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file that is there whole or not at all."""
     with atomic_write(path) as file:
         file.write(json.dumps(value, indent=1).encode() + b"\n")
 

@@ -17,7 +17,7 @@ from cmae.pipeline.formats.presized import JFIF_BYTES
 _ORIENTATION_TAG = 0x0112
 
 
-def check_presize(max_size: int | None, quality: int) -> None:
+def check_downscale(max_size: int | None, quality: int) -> None:
     """Refuse settings that no image can be written with.
 
     Raises:
@@ -31,7 +31,7 @@ def check_presize(max_size: int | None, quality: int) -> None:
         raise ValueError(f"quality={quality} must be a JPEG quality in 1..100; 95 is the default")
 
 
-def needs_presize(info: JpegInfo, max_size: int | None) -> bool:
+def needs_downscale(info: JpegInfo, max_size: int | None) -> bool:
     """Whether the shorter side exceeds `max_size` pixels.
 
     CMYK files are left alone: each decoder turns them into RGB in its own way, which resizing would fix.
@@ -40,7 +40,7 @@ def needs_presize(info: JpegInfo, max_size: int | None) -> bool:
     return is_large and info.kind != JpegKind.CMYK
 
 
-def presize_jpeg(data: bytes, info: JpegInfo, *, max_size: int, quality: int) -> bytes:
+def downscale_jpeg(data: bytes, info: JpegInfo, *, max_size: int, quality: int) -> bytes:
     """Downscale a JPEG until its shorter side is `max_size` pixels, and encode it again.
 
     Antialiased Lanczos and full chroma resolution (4:4:4), which cost the fewest pixels of what was tried.

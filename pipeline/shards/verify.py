@@ -24,7 +24,7 @@ from cmae.pipeline.formats.jpeg import (
     inspect_decodable,
 )
 from cmae.pipeline.formats.parallel import no_progress, run_threads
-from cmae.pipeline.formats.presized import presized_line, sum_counts
+from cmae.pipeline.formats.presized import downscaled_line, sum_counts
 from cmae.pipeline.formats.shard_index import (
     ShardIndex,
     StaleIndexError,
@@ -102,7 +102,7 @@ def verify_shards(
             if (missing := int((check.labels == NO_LABEL).sum()))
         ]
     notes += _unusual([check.records for check in checks if check.records is not None])
-    if line := presized_line(sum_counts(check.presized for check in checks), len(labels)):
+    if line := downscaled_line(sum_counts(check.presized for check in checks), len(labels)):
         notes.append(line)
     return VerifyReport(
         num_shards=len(paths),

@@ -30,7 +30,7 @@ from cmae.pipeline.formats.atomic import atomic_write
 from cmae.pipeline.formats.dataset_folder import CLASSES_FILE, DATASET_FILE, SKIPPED_FILE
 from cmae.pipeline.formats.jpeg import BadImageError, JpegInfo, inspect_decodable
 from cmae.pipeline.formats.parallel import no_progress, run_threads
-from cmae.pipeline.formats.presized import presize_mark, sum_counts
+from cmae.pipeline.formats.presized import downscale_mark, sum_counts
 from cmae.pipeline.formats.shard_index import (
     IndexRow,
     ShardIndex,
@@ -48,7 +48,7 @@ from cmae.pipeline.shards.output_folder import (
     tidy_skipped,
     write_json,
 )
-from cmae.pipeline.shards.presize import check_presize, needs_presize, presize_jpeg
+from cmae.pipeline.shards.presize import check_downscale, downscale_jpeg, needs_downscale
 
 
 class WriteReport(NamedTuple):
@@ -120,7 +120,7 @@ def write_shards(
         raise ValueError(
             f"samples_per_shard={samples_per_shard} and max_shard_bytes={max_shard_bytes} must be at least 1"
         )
-    check_presize(max_size, quality)
+    check_downscale(max_size, quality)
     out = Path(out_dir).expanduser().resolve()
     out.mkdir(parents=True, exist_ok=True)
     settings = {
@@ -175,7 +175,7 @@ class _ShardWriter:
                     try:
                         data, info = self._prepare(_read_source(image))
                         rows.append(_add_to_tar(tar, image, data, info))
-                        marks.append(presize_mark(data))
+                        marks.append(downscale_mark(data))
                     except BadImageError as error:
                         if self._strict:
                             raise ValueError(f"{image.path}: {error} (strict=True)") from error
@@ -191,10 +191,10 @@ class _ShardWriter:
     def _prepare(self, data: bytes) -> tuple[bytes, JpegInfo]:
         """The bytes that go into the shard, and their header."""
         info = inspect_decodable(data)
-        if not needs_presize(info, self._settings["max_size"]):
+        if not needs_downscale(info, self._settings["max_size"]):
             return data, info
         size, quality = self._settings["max_size"], self._settings["quality"]
-        resized = presize_jpeg(data, info, max_size=size, quality=quality)
+        resized = downscale_jpeg(data, info, max_size=size, quality=quality)
         if len(resized) >= len(
             data
         ):  # a small step down from a file of low quality: nothing to gain

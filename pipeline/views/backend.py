@@ -16,7 +16,7 @@ from cmae.pipeline.stage_stats import KindTable, Stage
 from cmae.pipeline.views.params import ViewParams
 
 
-class ViewMaker(Protocol):
+class ViewBackend(Protocol):
     """Turns encoded images and drawn parameters into pixels, asynchronously."""
 
     stage: Stage

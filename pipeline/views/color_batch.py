@@ -20,7 +20,7 @@ from jaxtyping import Float, Float32, Int64, Shaped, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-from cmae.pipeline.views.color_image import HostColor
+from cmae.pipeline.views.color_image import ImageColor
 from cmae.pipeline.views.color_math import (
     HUE_CENTRES,
     HUE_SCALE,
@@ -43,7 +43,7 @@ def apply_color(
     if images.is_cuda:
         return color_chain(images, params, mode=mode)
     out = torch.empty_like(images, memory_format=torch.contiguous_format)
-    host = HostColor(images.shape[1])
+    host = ImageColor(images.shape[1])
     for row, (image, made) in enumerate(zip(images.numpy(), out.numpy(), strict=True)):
         host.apply(image, params, row=row, mode=mode, out=made)
     return out

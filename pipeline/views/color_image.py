@@ -31,7 +31,7 @@ _HUE_SCALE = np.float32(HUE_SCALE)
 _BLUR_BLOCK = 8  # outputs of one small matrix product; 8 to 16 cost the same
 
 
-class HostColor:
+class ImageColor:
     """Working memory for images of one size; belongs to one thread."""
 
     def __init__(self, img_size: int) -> None:

@@ -19,10 +19,10 @@ class ViewConfig:
 
     img_size: int = 224
     """Height and width of a view in pixels."""
-    master_size: int = 256
+    source_crop_size: int = 256
     """Height and width in pixels of the image from which both views are cut."""
     num_views: int = 2
-    """2 = online and target; 1 = online only (MAE: set master_size to img_size for one plain
+    """2 = online and target; 1 = online only (MAE: set source_crop_size to img_size for one plain
     RandomResizedCrop)."""
     min_area: float = 0.2
     """Smallest window as a fraction of the image's area, (0, 1]."""
@@ -83,16 +83,18 @@ class ViewConfig:
             self.target_crop in ("shift", "random_resized"), "target_crop", "shift, random_resized"
         )
         self._require(self.color in ("exact", "fast", "none"), "color", "exact, fast or none")
-        room = self.master_size - self.img_size
-        self._require(room >= 0, "master_size", f"at least img_size={self.img_size}")
+        room = self.source_crop_size - self.img_size
+        self._require(room >= 0, "source_crop_size", f"at least img_size={self.img_size}")
         self._require(
-            0 <= self.online_shift <= room, "online_shift", f"0..{room} (master_size - img_size)"
+            0 <= self.online_shift <= room,
+            "online_shift",
+            f"0..{room} (source_crop_size - img_size)",
         )
         if self.has_target and self.target_crop == "shift":
             self._require(
                 0 <= self.target_shift <= room,
                 "target_shift",
-                f"0..{room} (master_size - img_size)",
+                f"0..{room} (source_crop_size - img_size)",
             )
 
     def _require(self, condition: bool, name: str, allowed: str) -> None:

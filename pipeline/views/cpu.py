@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from cmae.pipeline.buffer_pool import BufferPool
 from cmae.pipeline.stage_stats import KindTable, Stage, State
 from cmae.pipeline.views.backend import UNDECODABLE, Views, WindowDecoder
-from cmae.pipeline.views.color_image import HostColor
+from cmae.pipeline.views.color_image import ImageColor
 from cmae.pipeline.views.config import ViewConfig, ViewStep
 from cmae.pipeline.views.params import ViewParams
 
@@ -35,7 +35,7 @@ class _Job:
     futures: list[Future[dict[int, str]]]
 
 
-class HostViews:
+class CpuViews:
     """Makes batches of views in a pool of threads.
 
     Args:
@@ -165,7 +165,7 @@ class _Worker:
         self._last_step = last_step
         self._decoder = WindowDecoder()
         has_color = views.has_color and last_step == "color"
-        self._color = HostColor(views.img_size) if has_color else None
+        self._color = ImageColor(views.img_size) if has_color else None
 
     def make(
         self,
@@ -178,7 +178,7 @@ class _Worker:
     ) -> bool:
         """Write both views of one sample; False when it cannot be decoded."""
         views = self._views
-        master = self._window(encoded, params.crop[row], views.master_size, params.flip[row])
+        master = self._window(encoded, params.crop[row], views.source_crop_size, params.flip[row])
         own = master
         if views.has_own_target_crop:
             flip = params.target_flip[row]

@@ -94,7 +94,7 @@ def _views(
         return fn.slice(master, start=start, shape=[views.img_size] * 2, axes=[0, 1])
 
     columns = ViewParams.columns()
-    master = window(columns["crop"], columns["flip"], views.master_size)
+    master = window(columns["crop"], columns["flip"], views.source_crop_size)
     own: tuple[Any, ...] = ()
     if views.has_own_target_crop:
         own = (window(columns["target_crop"], columns["target_flip"], views.img_size),)
@@ -119,7 +119,7 @@ class _Job:
     submitted_s: float = field(default_factory=time.perf_counter)
 
 
-class GraphViews:
+class DaliViews:
     """Runs the graph a few batches ahead; batches come out in the order in which they went in.
 
     Args:

@@ -96,7 +96,7 @@ def draw_view_params(
 
     Heights and widths are those of the stored images, EXIF orientation ignored.
     """
-    u = uniforms(seed, epoch, sample_index=sample_index, num_lanes=_Lane.COUNT)
+    u = uniforms(seed, epoch, sample_index=sample_index, num_draws=_Lane.COUNT)
     crop = _random_resized_crop(views, u[:, _Lane.CROP : _Lane.TARGET_CROP], height, width)
     flip = u[:, _Lane.FLIP] < views.hflip_prob
     target_crop, target_flip, target_shift = crop, flip, views.target_shift

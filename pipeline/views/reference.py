@@ -25,7 +25,9 @@ def reference_views(
     EXIF orientation is ignored; grey and CMYK files become RGB.
     """
     image = Image.open(io.BytesIO(jpeg)).convert("RGB")
-    master = _window(image, params.crop[row], size=views.master_size, flip=bool(params.flip[row]))
+    master = _window(
+        image, params.crop[row], size=views.source_crop_size, flip=bool(params.flip[row])
+    )
     online = _cut(master, params.online_offset[row], size=views.img_size)
     if not views.has_target:
         return np.asarray(online), None

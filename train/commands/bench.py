@@ -164,7 +164,7 @@ def step_precision(config: Config) -> Precision:
     return Precision(
         residual_bytes=2 if config.optim.residual == "16bit" else 4,
         fused=config.speed.compile != "none",
-        target_shadow=config.speed.target_shadow,
+        target_copy=config.speed.target_copy,
     )
 
 

@@ -122,6 +122,7 @@ def _print_table(console: Console, accuracies: dict[str, float]) -> None:
 
 
 def conclude(console: Console, accuracies: dict[str, float], out: Path) -> int:
+    """Say what lies where and whether the run learnt anything; the exit code."""
     for name, what in {
         "reconstruction.png": "original, masked input, reconstruction of validation tiles",
         "first_batch.png": "what the network was shown in its first step",

@@ -27,7 +27,7 @@ from rich.table import Table
 from cmae.pipeline.formats.dataset_folder import SKIPPED_FILE, load_classes
 from cmae.pipeline.formats.dataset_index import build_indices
 from cmae.pipeline.formats.parallel import run_threads
-from cmae.pipeline.formats.presized import presized_line
+from cmae.pipeline.formats.presized import downscaled_line
 from cmae.pipeline.remote.cache import ShardCache
 from cmae.pipeline.remote.client import Remote, RemoteConfig, RemoteFile
 from cmae.pipeline.remote.index import build_remote_indices, copy_shard, copy_unchecked, open_cache
@@ -109,7 +109,7 @@ def write(
         f"{_gib(report.num_bytes)}, {seconds:.1f} s: {out}"
     )
     if report.presized:
-        print(presized_line(report.presized, report.num_samples))
+        print(downscaled_line(report.presized, report.num_samples))
     if report.num_already_written:
         print(f"{_count(report.num_already_written, 'shard')} written before")
     if source.num_ignored:
@@ -397,7 +397,7 @@ def _count_table(facts: ShardStatistics, classes: list[str] | None) -> Table:
     mean = facts.image_bytes / facts.num_samples
     table.add_row("image bytes", f"{_gib(facts.image_bytes)}, {mean / 1e3:.1f} kB an image")
     if facts.presized:
-        table.add_row("pre-resized", presized_line(facts.presized, facts.num_samples))
+        table.add_row("pre-resized", downscaled_line(facts.presized, facts.num_samples))
     table.add_row("kinds", ", ".join(f"{count} {kind}" for kind, count in facts.kinds.items()))
     turned = [f"{count} stored as {o}" for o, count in facts.orientations.items() if o != 1]
     table.add_row("EXIF orientation", ", ".join(turned) or "all upright")

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cmae.pipeline.stage_stats import Histogram, LoaderSnapshot, StageSnapshot
-from cmae.train.monitor.status import EVERY_S, LiveStatus, read_live
+from cmae.train.monitor.status import EVERY_S, RunStatus, read_status
 from cmae.train.profiling.analysis.stages import StageShares, stage_shares
 from cmae.train.profiling.analysis.verdict import NAMES, SMALL
 from cmae.train.profiling.report.terminal import format_number, stage_bar, stage_table
@@ -44,7 +44,7 @@ def top(run: Path, *, once: bool = False, every_s: float = EVERY_S) -> int:
         every_s: seconds between two frames.
     """
     console = Console(highlight=False)
-    statuses = read_live(run)
+    statuses = read_status(run)
     if once or not console.is_terminal:
         console.print(frame(run, statuses, now=time.time(), width=console.width))
         return _exit_code(statuses)
@@ -55,19 +55,19 @@ def top(run: Path, *, once: bool = False, every_s: float = EVERY_S) -> int:
             if not any(_is_going(one, time.time()) for one in statuses):
                 return _exit_code(statuses)
             time.sleep(every_s)
-            statuses = read_live(run)
+            statuses = read_status(run)
 
 
-def _exit_code(statuses: Sequence[LiveStatus]) -> int:
+def _exit_code(statuses: Sequence[RunStatus]) -> int:
     conditions = [condition(one, time.time()) for one in statuses]
     return int(any(found in ("failed", "dead") for found in conditions))
 
 
-def _is_going(status: LiveStatus, now: float) -> bool:
+def _is_going(status: RunStatus, now: float) -> bool:
     return condition(status, now) in ("running", "stuck")
 
 
-def condition(status: LiveStatus, now: float) -> str:
+def condition(status: RunStatus, now: float) -> str:
     """running, stuck, dead, finished, stopped or failed.
 
     'stuck': the process writes, but its step takes ten times as long as the ones before. 'dead': the file
@@ -83,7 +83,7 @@ def condition(status: LiveStatus, now: float) -> str:
     return "stuck" if status.step_ms and status.step_age_s > limit_s else "running"
 
 
-def frame(run: Path, statuses: Sequence[LiveStatus], *, now: float, width: int) -> RenderableType:
+def frame(run: Path, statuses: Sequence[RunStatus], *, now: float, width: int) -> RenderableType:
     """One picture of the run.
 
     Args:
@@ -105,7 +105,7 @@ def frame(run: Path, statuses: Sequence[LiveStatus], *, now: float, width: int) 
     )
 
 
-def _headline(run: Path, statuses: Sequence[LiveStatus], now: float) -> Text:
+def _headline(run: Path, statuses: Sequence[RunStatus], now: float) -> Text:
     step, total = min(one.step for one in statuses), statuses[0].total_steps
     parts = [f"{run}", f"step {step}/{total} ({step / max(total, 1):.0%})"]
     rates = [one.images_per_s for one in statuses if one.images_per_s]
@@ -126,7 +126,7 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
 
 
-def verdict(statuses: Sequence[LiveStatus], now: float) -> str:
+def verdict(statuses: Sequence[RunStatus], now: float) -> str:
     """Where the run's time goes, in one sentence; first of all whether it goes on."""
     conditions = {one.rank: condition(one, now) for one in statuses}
     missing = set(range(statuses[0].world_size)) - set(conditions)
@@ -147,7 +147,7 @@ def verdict(statuses: Sequence[LiveStatus], now: float) -> str:
     return _limit(statuses)
 
 
-def _ended(how: str, statuses: Sequence[LiveStatus], now: float) -> str:
+def _ended(how: str, statuses: Sequence[RunStatus], now: float) -> str:
     ranks, one = _ranks([status.rank for status in statuses]), statuses[0]
     if how == "failed":
         return f"Failed: {ranks}: {one.error}"
@@ -157,7 +157,7 @@ def _ended(how: str, statuses: Sequence[LiveStatus], now: float) -> str:
     )
 
 
-def _limit(statuses: Sequence[LiveStatus]) -> str:
+def _limit(statuses: Sequence[RunStatus]) -> str:
     """The verdict on a run that goes: the model, or the stage of the loader that it waits for."""
     window = sum_windows([one.window for one in statuses])
     worst = max(statuses, key=lambda one: one.wait_share)
@@ -185,7 +185,7 @@ def _limit(statuses: Sequence[LiveStatus]) -> str:
     )
 
 
-def stragglers(statuses: Sequence[LiveStatus], now: float) -> Iterator[str]:
+def stragglers(statuses: Sequence[RunStatus], now: float) -> Iterator[str]:
     """Ranks that the others wait for, one line each.
 
     Every rank's step takes equally long, for they meet in the gradient's all-reduce. What tells a slow rank
@@ -213,7 +213,7 @@ def stragglers(statuses: Sequence[LiveStatus], now: float) -> Iterator[str]:
             yield f"straggler: rank {one.rank} ({one.host}): {'; '.join(reasons)}"
 
 
-def _rank_table(statuses: Sequence[LiveStatus], now: float, width: int) -> Table:
+def _rank_table(statuses: Sequence[RunStatus], now: float, width: int) -> Table:
     bar_width = max(4, min(14, (width - 78) // 3))
     table = Table(title="\nRanks", title_justify="left", title_style="bold")
     for name in ("rank", "host", "state"):
@@ -250,7 +250,7 @@ def _bar(stage: StageShares | None, width: int) -> Text:
     return Text("-") if stage is None else stage_bar(stage, width)
 
 
-def _gpu(status: LiveStatus) -> str:
+def _gpu(status: RunStatus) -> str:
     gpu = status.gpu
     cells = [f"SM {gpu['sm_pct']:.0f}%"] if "sm_pct" in gpu else []
     cells += [f"JPEG {gpu['jpeg_pct']:.0f}%"] if gpu.get("jpeg_pct") else []

@@ -13,12 +13,12 @@ from typing import Any, Self
 import torch
 
 from cmae.kernels.backend import use_backend
-from cmae.model import build_model, draw_mask, momentum_at
+from cmae.model import build_model, draw_mask
 from cmae.pipeline import FillProgress, Loader, LoaderState, RemoteConfig, build_loader
 from cmae.pipeline.bad_samples import BadLimit
 from cmae.pipeline.loader.loader import Wrap
 from cmae.train.config import BatchSplit, Config
-from cmae.train.distributed import Ranks, from_first, gather_values, join_ranks, largest
+from cmae.train.distributed import World, from_main, gather_values, join_world, largest
 from cmae.train.loop.checkpoint import (
     Checkpointer,
     CheckpointError,
@@ -29,12 +29,12 @@ from cmae.train.loop.checkpoint import (
     load_checkpoint,
 )
 from cmae.train.loop.loader_settings import LoaderSettings, loader_settings
-from cmae.train.loop.schedules import build_schedule
+from cmae.train.loop.schedules import build_schedule, ema_momentum
 from cmae.train.loop.step import TrainStep, check_step
-from cmae.train.loop.step_batches import DataGate
+from cmae.train.loop.step_batches import StepBatches
 from cmae.train.loop.weights import load_initial_weights
 from cmae.train.monitor.metrics import ColdStart
-from cmae.train.monitor.run_log import Recorder
+from cmae.train.monitor.run_log import RunLog
 
 LEDGER_FILE = "bad_samples.jsonl"
 
@@ -73,46 +73,46 @@ def pretrain(config: Config) -> Outcome:
         TrainingError: the loss is no longer finite, or too much of the data is bad.
     """
     with ExitStack() as stack:
-        ranks = stack.enter_context(join_ranks(config.speed.device))
-        check_step(config.optim, config.speed, ranks)
+        world = stack.enter_context(join_world(config.speed.device))
+        check_step(config.optim, config.speed, world)
         stack.enter_context(use_backend(config.speed.kernels))
         if config.speed.torch_threads is not None:
             torch.set_num_threads(config.speed.torch_threads)
         split = BatchSplit.of(
-            config.optim.global_batch_size, config.speed.micro_batch_size, ranks.world_size
+            config.optim.global_batch_size, config.speed.micro_batch_size, world.world_size
         )
-        found = _agree_on_checkpoint(config, ranks)
+        found = _agree_on_checkpoint(config, world)
         resumed = _load_complete(found, config) if found else None
-        settings, tuned_note = loader_settings(config, ranks.device)
-        cold_start = ColdStart(speak=ranks.is_first)
+        settings, tuned_note = loader_settings(config, world.device)
+        cold_start = ColdStart(speak=world.is_main)
         loader = stack.enter_context(
             open_loader(
-                config, split, ranks, settings=settings, resumed=resumed, progress=cold_start
+                config, split, world, settings=settings, resumed=resumed, progress=cold_start
             )
         )
-        _check_same_data(loader, ranks)
+        _check_same_data(loader, world)
         total_steps = _total_steps(config, loader)
         step = resumed["step"] if resumed else 0
-        recorder = stack.enter_context(
-            Recorder(config, ranks, start_step=step, total_steps=total_steps, loader=loader)
+        run_log = stack.enter_context(
+            RunLog(config, world, start_step=step, total_steps=total_steps, loader=loader)
         )
         changes = changed_settings(resumed["config"], config.to_dict()) if resumed else []
-        recorder.opening(found, changes)
-        cold_start.show = recorder.fill
+        run_log.opening(found, changes)
+        cold_start.show = run_log.fill
         if tuned_note:
-            recorder.say(tuned_note)
+            run_log.say(tuned_note)
         model = build_model(config.model, seed=config.seed)
         if config.init_from is not None and not resumed:
-            recorder.say(load_initial_weights(model, config.init_from))
+            run_log.say(load_initial_weights(model, config.init_from))
         train_step = TrainStep(
-            model.to(ranks.device), config.optim, config.speed, ranks, say=recorder.say
+            model.to(world.device), config.optim, config.speed, world, say=run_log.say
         )
         if resumed:
             train_step.load_state_dict(resumed)
         stop = stack.enter_context(StopSignals())
-        gate = _open_gate(config, ranks, loader, stop, resumed)
+        step_batches = _open_step_batches(config, world, loader, stop, resumed)
         del resumed  # a second copy of all weights
-        run = _Run(config, ranks, split, loader, gate, train_step, recorder)
+        run = _Run(config, world, split, loader, step_batches, train_step, run_log)
         return _loop(run, step, total_steps=total_steps)
 
 
@@ -121,46 +121,46 @@ class _Run:
     """Everything that one run holds open."""
 
     config: Config
-    ranks: Ranks
+    world: World
     split: BatchSplit
     loader: Loader
-    gate: DataGate
+    step_batches: StepBatches
     train_step: TrainStep
-    recorder: Recorder
+    run_log: RunLog
 
 
 def _loop(run: _Run, step: int, *, total_steps: int) -> Outcome:
-    config, gate, loader, recorder = run.config, run.gate, run.loader, run.recorder
+    config, step_batches, loader, run_log = run.config, run.step_batches, run.loader, run.run_log
     last_step = min(total_steps, config.run.stop_at_step or total_steps)
     schedule = build_schedule(
         config.optim, total_steps=total_steps, steps_per_epoch=loader.steps_per_epoch
     )
-    checkpoints = _open_checkpoints(config) if run.ranks.is_first else None
+    checkpoints = _open_checkpoints(config) if run.world.is_main else None
     skipped, saved, path = 0, step, None
     while step < last_step:
-        batches = gate.next_batches(run.split.accumulation)
+        batches = step_batches.next_batches(run.split.accumulation)
         if batches is None:  # on every rank alike
             break
-        momentum = momentum_at(config.model, step, total_steps)
+        momentum = ema_momentum(config.model, step, total_steps)
         losses, taken = run.train_step(batches, lr=schedule(step), momentum=momentum)
         if not taken:  # nothing has moved: not the weights, not the schedule, not the counter
             skipped += 1
-            recorder.skipped(step, skipped, batches, losses)
+            run_log.skipped(step, skipped, batches, losses)
             if skipped >= config.optim.max_skipped_steps:
                 raise TrainingError(_not_finite(step, skipped, config.run.out))
             continue
         skipped = 0
         step += 1
-        recorder.step(step, batches, losses)
+        run_log.step(step, batches, losses)
         if step % config.run.log_every == 0 or step == last_step:
-            recorder.record(
+            run_log.record(
                 step,
                 lr=schedule(step - 1),
                 epoch=batches[-1].epoch,
-                bad_samples=gate.bad_samples,
+                bad_samples=step_batches.bad_samples,
             )
-        if config.run.picture_every and step % config.run.picture_every == 0:
-            recorder.picture(step, run.train_step.model, batches[0])
+        if config.run.image_every and step % config.run.image_every == 0:
+            run_log.picture(step, run.train_step.model, batches[0])
         if checkpoints is not None and (
             step % config.run.checkpoint_every == 0 or step == last_step
         ):
@@ -169,15 +169,15 @@ def _loop(run: _Run, step: int, *, total_steps: int) -> Outcome:
         if saved < step:
             path = checkpoints.save(step, _state_of(run))
         checkpoints.wait()
-    if gate.failure is not None:
-        raise TrainingError(f"stopped at step {step} on all ranks: {gate.failure}")
-    recorder.closing(step, path, stopped=bool(gate.signal))
-    return Outcome(step, total_steps, path, gate.signal or None)
+    if step_batches.failure is not None:
+        raise TrainingError(f"stopped at step {step} on all ranks: {step_batches.failure}")
+    run_log.closing(step, path, stopped=bool(step_batches.signal))
+    return Outcome(step, total_steps, path, step_batches.signal or None)
 
 
 def _state_of(run: _Run) -> dict[str, Any]:
     """All that a checkpoint holds."""
-    state = {**run.train_step.state_dict(), **run.gate.state_dict()}
+    state = {**run.train_step.state_dict(), **run.step_batches.state_dict()}
     return {**state, "config": run.config.to_dict()}
 
 
@@ -188,13 +188,13 @@ def _open_checkpoints(config: Config) -> Checkpointer:
     )
 
 
-def _agree_on_checkpoint(config: Config, ranks: Ranks) -> Path | None:
+def _agree_on_checkpoint(config: Config, world: World) -> Path | None:
     """The checkpoint that the first rank finds; every rank must see the same file."""
     own = None
-    if ranks.is_first:
+    if world.is_main:
         own = find_checkpoint(config.run.resume, config.run.out / "checkpoints")
-    found: Path | None = from_first(own, ranks)
-    missing = largest(int(found is not None and not found.is_file()), ranks)
+    found: Path | None = from_main(own, world)
+    missing = largest(int(found is not None and not found.is_file()), world)
     if missing:
         raise CheckpointError(
             f"{found}: the first rank sees this checkpoint and another rank does not; run.out must lie "
@@ -218,7 +218,7 @@ def _load_complete(path: Path, config: Config) -> dict[str, Any]:
 def open_loader(
     config: Config,
     split: BatchSplit,
-    ranks: Ranks,
+    world: World,
     *,
     settings: LoaderSettings | None = None,
     resumed: dict[str, Any] | None = None,
@@ -230,7 +230,7 @@ def open_loader(
     Args:
         config: of the run.
         split: of the global batch.
-        ranks: this process among all.
+        world: this process among all.
         settings: threads and queues; None = those of the config, tuned ones where it leaves them open.
         resumed: a complete checkpoint.
         progress: hears of remote shards that are being copied.
@@ -240,17 +240,17 @@ def open_loader(
         ValueError: no shards, or settings that do not fit them.
     """
     check_shards(config)
-    settings = settings or loader_settings(config, ranks.device)[0]
+    settings = settings or loader_settings(config, world.device)[0]
     data = config.data
     return build_loader(
         data.shards,
         config.loader_views,
         batch_size=split.micro_batch_size,
         global_batch_size=config.optim.global_batch_size,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
+        rank=world.rank,
+        world_size=world.world_size,
         seed=config.seed,
-        device=ranks.device,
+        device=world.device,
         draw_mask=lambda sample_index, epoch: draw_mask(
             config.model, sample_index, seed=config.seed, epoch=epoch
         ),
@@ -279,16 +279,16 @@ def open_loader(
     )
 
 
-def _open_gate(
+def _open_step_batches(
     config: Config,
-    ranks: Ranks,
+    world: World,
     loader: Loader,
     stop: StopSignals,
     resumed: dict[str, Any] | None,
-) -> DataGate:
-    return DataGate(
+) -> StepBatches:
+    return StepBatches(
         loader,
-        ranks,
+        world,
         limit=BadLimit(config.data.max_bad_fraction),
         ledger=config.run.out / LEDGER_FILE,
         global_batch_size=config.optim.global_batch_size,
@@ -311,13 +311,13 @@ def check_shards(config: Config) -> None:
         )
 
 
-def _check_same_data(loader: Loader, ranks: Ranks) -> None:
+def _check_same_data(loader: Loader, world: World) -> None:
     """Every rank must have opened the same samples in the same way, or some are lost and others repeated.
 
     Raises:
         ValueError: on every rank; names those that differ.
     """
-    opened = gather_values((loader.state.digest, loader.steps_per_epoch), ranks)
+    opened = gather_values((loader.state.digest, loader.steps_per_epoch), world)
     others = [rank for rank, one in enumerate(opened) if one != opened[0]]
     if others:
         raise ValueError(

@@ -9,7 +9,7 @@ from cmae.model.config import ModelConfig
 from cmae.train.config import OptimConfig
 
 
-def momentum_at(config: ModelConfig, step: int, total_steps: int) -> float:
+def ema_momentum(config: ModelConfig, step: int, total_steps: int) -> float:
     """Share of the old target that the update after optimiser step `step` keeps.
 
     Args:

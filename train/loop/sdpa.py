@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from cmae.model import CMAE, ModelConfig
 from cmae.model.blocks import pin_sdpa
 from cmae.model.decoder import Decoder
-from cmae.model.target_copy import TargetShadow
+from cmae.model.target_copy import TargetCopy
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -49,7 +49,7 @@ def pin_attention(
     model: CMAE,
     choice: str,
     *,
-    shadow: TargetShadow | None,
+    target_copy: TargetCopy | None,
     batch_size: int,
     dtype: torch.dtype,
     device: torch.device,
@@ -62,7 +62,7 @@ def pin_attention(
         model: whose blocks are pinned.
         choice: a value of `speed.sdpa`. 'torch' does nothing; nor does 'auto' on a CPU, where torch has one
             fast kernel.
-        shadow: of the target, whose blocks are pinned alike.
+        target_copy: The 16-bit copy of the target, whose blocks are pinned alike.
         batch_size: images in one micro-batch.
         dtype: of autocast.
         device: where the model lies.
@@ -75,7 +75,7 @@ def pin_attention(
     if choice == "torch" or (choice == "auto" and device.type == "cpu"):
         return
     chosen: dict[AttentionShape, str] = {}
-    for blocks, shape in attention_shapes(model, shadow, batch_size):
+    for blocks, shape in attention_shapes(model, target_copy, batch_size):
         if shape not in chosen:
             timings = _measure(shape, dtype, device) if choice == "auto" else {}
             chosen[shape] = agree(min(timings, key=timings.__getitem__)) if timings else choice
@@ -88,7 +88,7 @@ def pin_attention(
 
 
 def attention_shapes(
-    model: CMAE, shadow: TargetShadow | None, batch_size: int
+    model: CMAE, target_copy: TargetCopy | None, batch_size: int
 ) -> Iterator[tuple[list[nn.Module], AttentionShape]]:
     """Blocks that share a shape of attention, and that shape."""
     config = model.config
@@ -96,7 +96,7 @@ def attention_shapes(
     seen = config.num_keep + prefix
     yield list(model.encoder.blocks), _encoder_shape(config, batch_size, seen, has_backward=True)
     if model.target_encoder is not None:
-        target = model.target_encoder if shadow is None else shadow.encoder
+        target = model.target_encoder if target_copy is None else target_copy.encoder
         num_tokens = seen if config.target_input == "visible" else config.num_patches + prefix
         shape = _encoder_shape(config, batch_size, num_tokens, has_backward=False)
         yield list(target.blocks), shape

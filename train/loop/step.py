@@ -17,10 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 from cmae.model import CMAE, Losses
 from cmae.model.blocks import Block
 from cmae.model.heads import SyncedBatchNorm1d, set_all_reduce
-from cmae.model.target_copy import TargetShadow, set_residual_dtype
+from cmae.model.target_copy import TargetCopy, set_residual_dtype
 from cmae.pipeline import Batch
 from cmae.train.config import OptimConfig, SpeedConfig
-from cmae.train.distributed import Ranks, RowGatherer, from_first, sum_over_ranks
+from cmae.train.distributed import RowGatherer, World, from_main, sum_over_ranks
 from cmae.train.loop.graphs import GraphedPasses
 from cmae.train.loop.optim import build_optimizer
 from cmae.train.loop.sdpa import pin_attention
@@ -47,7 +47,7 @@ class TrainStep:
         model: on the device of `ranks`.
         optim: precision, optimiser and what else changes results.
         speed: how the step is computed.
-        ranks: this process among all.
+        world: this process among all.
         say: gets a line for each choice that was made by measurement.
 
     Raises:
@@ -59,23 +59,23 @@ class TrainStep:
         model: CMAE,
         optim: OptimConfig,
         speed: SpeedConfig,
-        ranks: Ranks,
+        world: World,
         *,
         say: Callable[[str], None] = logger.info,
     ) -> None:
-        check_step(optim, speed, ranks)
+        check_step(optim, speed, world)
         self.model = model
-        self.ranks = ranks
+        self.world = world
         self.speed = speed
         self.clip_grad = optim.clip_grad
         self.dtype = _DTYPES[optim.precision]
         self.optimizer = build_optimizer(model, optim)
         self.precision = optim.precision
-        self.scaler = _build_scaler(optim.precision, ranks.device)
-        self.shadow = _build_shadow(model, optim, speed, self.dtype)
-        _set_residual(model, self.shadow, self.dtype if optim.residual == "16bit" else None)
-        _compile(model, self.shadow, speed.compile)
-        self.network = _replicate(model, optim, speed, ranks)
+        self.scaler = _build_scaler(optim.precision, world.device)
+        self.target_copy = _build_target_copy(model, optim, speed, self.dtype)
+        _set_residual(model, self.target_copy, self.dtype if optim.residual == "16bit" else None)
+        _compile(model, self.target_copy, speed.compile)
+        self.network = _replicate(model, optim, speed, world)
         self.graphs: GraphedPasses | None = None
         if speed.cuda_graphs:
             self.graphs = GraphedPasses(
@@ -123,10 +123,10 @@ class TrainStep:
         return not skipped.wait()  # the step's one host synchronisation
 
     def move_target(self, momentum: float) -> None:
-        """Moving average of the target, and its shadow."""
+        """Moving average of the target, and its 16-bit copy."""
         self.model.update_target(momentum)
-        if self.shadow is not None:
-            self.shadow.refresh()
+        if self.target_copy is not None:
+            self.target_copy.refresh()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on, but the data."""
@@ -143,8 +143,8 @@ class TrainStep:
         self.optimizer.load_state_dict(state["optimizer"])
         if state["precision"] == self.precision:
             self.scaler.load_state_dict(state["scaler"])
-        if self.shadow is not None:
-            self.shadow.refresh()
+        if self.target_copy is not None:
+            self.target_copy.refresh()
 
     def _recover(self) -> None:
         """After a skipped step: a fixed scale back to 1, and no NaN in the heads' running statistics.
@@ -169,8 +169,8 @@ class TrainStep:
         """
         self._prepare(batches)
         bank = self.start_keys(batches)
-        rank, world_size = self.ranks.rank, self.ranks.world_size
-        means = torch.zeros(len(Losses._fields), device=self.ranks.device)
+        rank, world_size = self.world.rank, self.world.world_size
+        means = torch.zeros(len(Losses._fields), device=self.world.device)
         for index, batch in enumerate(batches):
             is_last = index == len(batches) - 1
             offset = (index * world_size + rank) * batch.online.shape[0]
@@ -183,7 +183,7 @@ class TrainStep:
         """Target keys of all micro-batches, on their way to all ranks; in the order of the global batch."""
         if not self.model.config.has_contrast:
             return None
-        bank = RowGatherer(self.ranks, overlap=self.speed.overlap_keys)
+        bank = RowGatherer(self.world, overlap=self.speed.overlap_keys)
         for batch in batches:
             assert batch.target is not None  # Config asks for two views
             compute = self.target_keys if self.graphs is None else self.graphs.keys
@@ -193,7 +193,7 @@ class TrainStep:
     def target_keys(self, target: Tensor, ids_keep: Tensor) -> Tensor:
         """Keys of one micro-batch of this rank, (B, P)."""
         with self._autocast():
-            return self.model.target_keys(target, ids_keep, shadow=self.shadow)
+            return self.model.target_keys(target, ids_keep, target_copy=self.target_copy)
 
     def _prepare(self, batches: Sequence[Batch]) -> None:
         """What must precede the first pass, or every one."""
@@ -207,12 +207,12 @@ class TrainStep:
             pin_attention(
                 self.model,
                 self.speed.sdpa,
-                shadow=self.shadow,
+                target_copy=self.target_copy,
                 batch_size=len(batches[0].online),
                 dtype=self.dtype,
-                device=self.ranks.device,
+                device=self.world.device,
                 say=self._say,
-                agree=lambda choice: str(from_first(choice, self.ranks)),
+                agree=lambda choice: str(from_main(choice, self.world)),
             )
             self._is_pinned = True
         if self.graphs is not None:
@@ -230,7 +230,7 @@ class TrainStep:
             return self.online_losses(**inputs, keys=keys, label_offset=offset, divisor=divisor)
         if isinstance(keys, Tensor):
             inputs["keys"] = keys
-        inputs["divisor"] = torch.full((), float(divisor), device=self.ranks.device)
+        inputs["divisor"] = torch.full((), float(divisor), device=self.world.device)
         return self.graphs.losses(**inputs)
 
     @property
@@ -267,7 +267,7 @@ class TrainStep:
 
     def _autocast(self) -> torch.autocast:
         enabled = self.dtype is not torch.float32
-        return torch.autocast(self.ranks.device.type, dtype=self.dtype, enabled=enabled)
+        return torch.autocast(self.world.device.type, dtype=self.dtype, enabled=enabled)
 
 
 class HostFlag:
@@ -290,26 +290,26 @@ class HostFlag:
         return bool(self._value.item() > 0)
 
 
-def check_step(optim: OptimConfig, speed: SpeedConfig, ranks: Ranks) -> None:
+def check_step(optim: OptimConfig, speed: SpeedConfig, world: World) -> None:
     """Refuse settings that the step cannot obey on this machine, before anything is built.
 
     Raises:
         ValueError: as said; names the key and the repair.
     """
-    device = ranks.device
+    device = world.device
     if optim.precision == "fp16" and device.type == "cpu":
         raise ValueError(
             "optim.precision is 'fp16' and the device is a CPU, which has no fast fp16; "
             "set optim.precision to 'bf16' or 'fp32'"
         )
-    if speed.target_shadow and optim.precision == "fp32":
+    if speed.target_copy and optim.precision == "fp32":
         raise ValueError(
-            "speed.target_shadow is true, but with optim.precision fp32 there is nothing to cast; set it to "
+            "speed.target_copy is true, but with optim.precision fp32 there is nothing to cast; set it to "
             "false, or optim.precision to fp16 or bf16"
         )
-    if speed.cuda_graphs and (device.type != "cuda" or ranks.world_size > 1):
+    if speed.cuda_graphs and (device.type != "cuda" or world.world_size > 1):
         raise ValueError(
-            f"speed.cuda_graphs is true, but this run has {ranks.world_size} rank(s) on "
+            f"speed.cuda_graphs is true, but this run has {world.world_size} rank(s) on "
             f"{device.type}; it records the step of one GPU alone: set it to false"
         )
     if optim.target_fp8 and device.type == "cuda":
@@ -328,22 +328,22 @@ def _build_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=never)
 
 
-def _build_shadow(
+def _build_target_copy(
     model: CMAE, optim: OptimConfig, speed: SpeedConfig, dtype: torch.dtype
-) -> TargetShadow | None:
-    if not model.config.has_contrast or not (speed.target_shadow or optim.target_fp8):
+) -> TargetCopy | None:
+    if not model.config.has_contrast or not (speed.target_copy or optim.target_fp8):
         return None
-    return TargetShadow(model, dtype=dtype, fp8=optim.target_fp8)
+    return TargetCopy(model, dtype=dtype, fp8=optim.target_fp8)
 
 
-def _set_residual(model: CMAE, shadow: TargetShadow | None, dtype: torch.dtype | None) -> None:
+def _set_residual(model: CMAE, target_copy: TargetCopy | None, dtype: torch.dtype | None) -> None:
     set_residual_dtype(model, dtype)
-    if shadow is not None:
-        set_residual_dtype(shadow.encoder, dtype)
+    if target_copy is not None:
+        set_residual_dtype(target_copy.encoder, dtype)
 
 
-def _compile(model: CMAE, shadow: TargetShadow | None, mode: str) -> None:
-    target = model.target_encoder if shadow is None else shadow.encoder
+def _compile(model: CMAE, target_copy: TargetCopy | None, mode: str) -> None:
+    target = model.target_encoder if target_copy is None else target_copy.encoder
     if mode == "blocks":
         # All blocks share one Python frame. Each kind of block, shape and grad mode is one entry in its
         # cache: CMAE needs seven, torch allows eight.
@@ -361,14 +361,14 @@ def _compile(model: CMAE, shadow: TargetShadow | None, mode: str) -> None:
 
 
 def _replicate(
-    model: CMAE, optim: OptimConfig, speed: SpeedConfig, ranks: Ranks
+    model: CMAE, optim: OptimConfig, speed: SpeedConfig, world: World
 ) -> CMAE | DistributedDataParallel:
-    if ranks.world_size == 1:
+    if world.world_size == 1:
         return model
     set_all_reduce(model, sum_over_ranks)
     network = DistributedDataParallel(
         model,
-        device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
+        device_ids=[world.device.index] if world.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
         bucket_cap_mb=speed.ddp_bucket_mb,
         static_graph=speed.ddp_static_graph,

@@ -11,12 +11,12 @@ from typing import Any
 
 from cmae.pipeline import Batch, DataError, Loader, LoaderState
 from cmae.pipeline.bad_samples import BadLimit
-from cmae.train.distributed import Ranks, gather_numbers, gather_values
+from cmae.train.distributed import World, gather_numbers, gather_values
 
 logger = logging.getLogger(__name__)
 
 
-class DataGate:
+class StepBatches:
     """Fetches the batches of a step, and counts good and bad samples over all ranks.
 
     One collective a step carries three numbers of every rank: the signal it got, its bad samples, and
@@ -36,7 +36,7 @@ class DataGate:
     def __init__(
         self,
         loader: Loader,
-        ranks: Ranks,
+        world: World,
         *,
         limit: BadLimit,
         ledger: Path,
@@ -46,12 +46,12 @@ class DataGate:
         counts: dict[str, int] | None = None,
     ) -> None:
         self._loader = loader
-        self._ranks = ranks
+        self._world = world
         self._limit = limit
         self._ledger = ledger
         self._global_batch_size = global_batch_size
         self._stop_signal = stop_signal
-        self._deadline_s = deadline_s if ranks.world_size > 1 else math.inf
+        self._deadline_s = deadline_s if world.world_size > 1 else math.inf
         self._bad_before = counts["bad"] if counts else 0
         self._position: LoaderState = loader.state
         self.samples = counts["samples"] if counts else 0
@@ -67,7 +67,7 @@ class DataGate:
         """This rank's batches of one step, or None when all ranks have to stop here. A collective."""
         batches, error = self._fetch(count)
         own = (self._stop_signal(), self._loader.bad_samples, int(error != ""))
-        signals, bad, failed = zip(*gather_numbers(own, self._ranks), strict=True)
+        signals, bad, failed = zip(*gather_numbers(own, self._world), strict=True)
         self.signal = max(signals)
         counts = {
             "bad": self._bad_before + sum(bad),
@@ -94,7 +94,7 @@ class DataGate:
         except (DataError, OSError) as error:
             return [], str(error)
         except Exception as error:  # unforeseen: the others must not wait for this rank in vain
-            logger.exception("the data path of rank %d failed", self._ranks.rank)
+            logger.exception("the data path of rank %d failed", self._world.rank)
             return [], f"{type(error).__name__}: {error}"
 
     def _fetch_in_time(self, count: int) -> list[Batch]:
@@ -117,5 +117,5 @@ class DataGate:
         return batches
 
     def _explain(self, error: str) -> str:
-        errors = gather_values(error, self._ranks)
+        errors = gather_values(error, self._world)
         return "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(errors) if text)

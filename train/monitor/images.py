@@ -34,7 +34,7 @@ TITLE_PX = 26
 INK, PAPER = (40, 40, 40), (255, 255, 255)
 
 
-def reconstruction_picture(model: CMAE, batch: Batch, path: Path, *, num_images: int = 16) -> None:
+def reconstruction_grid(model: CMAE, batch: Batch, path: Path, *, num_images: int = 16) -> None:
     """Draw the reconstructions of a batch's first images; see `draw_reconstructions`."""
     draw_reconstructions(model, batch.online[:num_images], batch.ids_keep[:num_images], path)
 
@@ -66,10 +66,10 @@ def draw_reconstructions(
         "masked input": _paint_gray(online, hidden),
         "reconstruction": torch.where(hidden, predicted, online),
     }
-    draw_sheet({title: list(images.numpy()) for title, images in columns.items()}, path)
+    draw_grid({title: list(images.numpy()) for title, images in columns.items()}, path)
 
 
-def first_batch_picture(batch: Batch, path: Path, *, num_images: int = 8) -> None:
+def first_batch_grid(batch: Batch, path: Path, *, num_images: int = 8) -> None:
     """Draw the online view, the target view and the masked online view of the first images of a batch."""
     online = batch.online[:num_images].cpu()
     num_patches = batch.ids_keep.shape[1] + batch.ids_mask.shape[1]
@@ -77,10 +77,10 @@ def first_batch_picture(batch: Batch, path: Path, *, num_images: int = 8) -> Non
     columns = {"online view": online, "online, masked": _paint_gray(online, hidden)}
     if batch.target is not None:
         columns["target view"] = batch.target[:num_images].cpu()
-    draw_sheet({title: list(images.numpy()) for title, images in columns.items()}, path)
+    draw_grid({title: list(images.numpy()) for title, images in columns.items()}, path)
 
 
-def draw_sheet(columns: dict[str, list[Panel]], path: Path) -> None:
+def draw_grid(columns: dict[str, list[Panel]], path: Path) -> None:
     """Write a PNG with one titled column for each list of images; after 4 rows they go on to the right.
 
     Small images are enlarged by a whole factor without smoothing, so that every pixel stays visible.
@@ -122,6 +122,11 @@ def _paint_gray(
 
 
 def load_square(path: Path, size: int) -> UInt8[Tensor, "S S 3"]:
+    """An image file, turned as its EXIF says, cropped to a square around its middle and resized.
+
+    Raises:
+        ValueError: there is no such file.
+    """
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file")
     with Image.open(path) as opened:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cmae.model import Losses
 from cmae.pipeline import FillProgress
-from cmae.train.distributed import Ranks, mean_over_ranks
+from cmae.train.distributed import World, mean_over_ranks
 
 
 class MetricWindow:
@@ -34,15 +34,15 @@ class MetricWindow:
         self._sums += losses
         self._steps += 1
 
-    def read(self, *, images_per_step: int, waited_s: float, ranks: Ranks) -> dict[str, float]:
+    def read(self, *, images_per_step: int, waited_s: float, world: World) -> dict[str, float]:
         """Means over the window and all ranks; starts the next window. Synchronises with the device.
 
         Args:
             images_per_step: over all ranks.
             waited_s: seconds that the loop has waited for data since its start.
-            ranks: a collective; every rank must call.
+            world: This process among all; a collective, every rank must call.
         """
-        means = mean_over_ranks(self._sums / max(1, self._steps), ranks).tolist()
+        means = mean_over_ranks(self._sums / max(1, self._steps), world).tolist()
         now = time.perf_counter()
         elapsed = now - self._started
         record = dict(zip(Losses._fields, means, strict=True))

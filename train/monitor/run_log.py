@@ -18,42 +18,42 @@ from cmae.model import CMAE
 from cmae.model.blocks import unpinned
 from cmae.pipeline import Batch, FillProgress, Loader
 from cmae.train.config import Config
-from cmae.train.distributed import Ranks
+from cmae.train.distributed import World
 from cmae.train.monitor.gpu import gpu_reader
-from cmae.train.monitor.images import first_batch_picture, reconstruction_picture
+from cmae.train.monitor.images import first_batch_grid, reconstruction_grid
 from cmae.train.monitor.metrics import Display, MetricLog, MetricWindow
 from cmae.train.monitor.plots import loss_plot
-from cmae.train.monitor.status import LivePublisher
+from cmae.train.monitor.status import StatusPublisher
 
 
-class Recorder:
+class RunLog:
     """Collects losses on every rank; on the first one also writes files and speaks.
 
     Args:
         config: of the run.
-        ranks: this process among all.
+        world: this process among all.
         start_step: step that the run begins after.
         total_steps: length of the schedule.
         loader: asked for its waiting time.
     """
 
     def __init__(
-        self, config: Config, ranks: Ranks, *, start_step: int, total_steps: int, loader: Loader
+        self, config: Config, world: World, *, start_step: int, total_steps: int, loader: Loader
     ) -> None:
         self._config = config
-        self._ranks = ranks
+        self._world = world
         self._loader = loader
         self._start_step = start_step
         self._total_steps = total_steps
-        self._window = MetricWindow(ranks.device)
-        self._live = LivePublisher(
+        self._window = MetricWindow(world.device)
+        self._live = StatusPublisher(
             config.run.out,
-            ranks,
+            world,
             step=start_step,
             total_steps=total_steps,
             global_batch_size=config.optim.global_batch_size,
             snapshot=loader.snapshot,
-            read_gpu=gpu_reader(ranks.device),
+            read_gpu=gpu_reader(world.device),
         )
         self._resources = ExitStack()
         self._seen_bad = 0
@@ -61,7 +61,7 @@ class Recorder:
 
     def __enter__(self) -> Self:
         """Open the files and start the display, on the first rank."""
-        if self._ranks.is_first:
+        if self._world.is_main:
             run, config = self._config.run, self._config
             run.out.mkdir(parents=True, exist_ok=True)
             write_config(config, run.out / "config.yaml")
@@ -89,14 +89,14 @@ class Recorder:
 
     def opening(self, resumed_from: Path | None, notes: Sequence[str]) -> None:
         """Say what is about to run, and what differs from the checkpoint it continues."""
-        if not self._ranks.is_first:
+        if not self._world.is_main:
             return
         config, loader = self._config, self._loader
         self._display.say(
             f"{config.run.out}: {loader.num_samples or 'an unknown number of'} samples, "
             f"{loader.steps_per_epoch or '?'} steps an epoch, {self._total_steps} steps, "
-            f"global batch {config.optim.global_batch_size} on {self._ranks.world_size} x "
-            f"{self._ranks.device.type}, {config.optim.precision}"
+            f"global batch {config.optim.global_batch_size} on {self._world.world_size} x "
+            f"{self._world.device.type}, {config.optim.precision}"
         )
         if loader.presized:
             self._display.say(f"[yellow]not the original files:[/] {loader.presized}")
@@ -107,33 +107,33 @@ class Recorder:
 
     def say(self, message: str) -> None:
         """Print a message, on the first rank."""
-        if self._ranks.is_first:
+        if self._world.is_main:
             self._display.say(message)
 
     def fill(self, progress: FillProgress) -> None:
         """Show how far the copying of remote shards is, on the first rank. From any thread."""
-        if self._ranks.is_first:
+        if self._world.is_main:
             self._display.fill(progress)
 
     def step(self, step: int, batches: Sequence[Batch], losses: Tensor) -> None:
         """Note a step that was taken."""
         self._window.add(losses)
         self._live.step(step)
-        if not self._ranks.is_first:
+        if not self._world.is_main:
             return
         self._display.advance(step)
         if step == self._start_step + 1:
-            first_batch_picture(batches[0], self._config.run.out / "first_batch.png")
+            first_batch_grid(batches[0], self._config.run.out / "first_batch.png")
 
     def record(self, step: int, *, lr: float, epoch: int, bad_samples: int) -> None:
         """Average over the ranks since the last record, write and show. A collective."""
         record = self._window.read(
             images_per_step=self._config.optim.global_batch_size,
             waited_s=self._loader.wait_s,
-            ranks=self._ranks,
+            world=self._world,
         )
         self._live.loss = record["total"]
-        if not self._ranks.is_first:
+        if not self._world.is_main:
             return
         record |= {"lr": lr, "epoch": epoch, "bad_samples": bad_samples}
         self._log.write(step, record)
@@ -156,32 +156,32 @@ class Recorder:
         out.mkdir(parents=True, exist_ok=True)
         line = {
             "after_step": step,
-            "rank": self._ranks.rank,
+            "rank": self._world.rank,
             "losses": losses.tolist(),
             "samples": [index for batch in batches for index in batch.sample_index.tolist()],
         }
-        with (out / f"skipped_steps.rank{self._ranks.rank}.jsonl").open(
+        with (out / f"skipped_steps.rank{self._world.rank}.jsonl").open(
             "a", encoding="utf-8"
         ) as file:
             file.write(json.dumps(line) + "\n")
-        if self._ranks.is_first:
+        if self._world.is_main:
             self._display.say(
                 f"[yellow]step {step + 1} skipped ({count} in a row): gradients are not finite[/]"
             )
 
     def picture(self, step: int, model: CMAE, batch: Batch) -> None:
         """Draw original, masked and reconstruction of the first images of a batch."""
-        if self._ranks.is_first:
+        if self._world.is_main:
             folder = self._config.run.out / "pictures"
             folder.mkdir(exist_ok=True)
             # A compiled block would be compiled again for the few images of a picture.
             eagerly = torch.compiler.set_stance("force_eager")
             with torch.no_grad(), eagerly, unpinned(model):
-                reconstruction_picture(model, batch, folder / f"step-{step:08d}.png")
+                reconstruction_grid(model, batch, folder / f"step-{step:08d}.png")
 
     def closing(self, step: int, checkpoint: Path | None, *, stopped: bool) -> None:
         """Say where the results lie."""
-        if not self._ranks.is_first:
+        if not self._world.is_main:
             return
         out = self._config.run.out
         if self._log.path.stat().st_size:

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from cmae.pipeline.stage_stats import LoaderSnapshot
-from cmae.train.distributed import Ranks
+from cmae.train.distributed import World
 
 EVERY_S = 2.0
 _WINDOW_S = 10.0
@@ -29,7 +29,7 @@ _FORMAT = 1
 
 
 @dataclass(frozen=True)
-class LiveStatus:
+class RunStatus:
     """One rank at one moment."""
 
     rank: int
@@ -74,18 +74,18 @@ class LiveStatus:
         temporary.replace(path)
 
 
-def live_folder(out: Path) -> Path:
+def status_folder(out: Path) -> Path:
     """Where the ranks of a run write."""
     return out / "live"
 
 
-def read_live(out: Path) -> list[LiveStatus]:
+def read_status(out: Path) -> list[RunStatus]:
     """The status of every rank of a run, by rank.
 
     Raises:
         ValueError: no rank has written one, or another version has.
     """
-    paths = sorted(live_folder(out).glob("rank-*.json"))
+    paths = sorted(status_folder(out).glob("rank-*.json"))
     if not paths:
         raise ValueError(
             f"{out} holds no live/rank-*.json; name the folder (run.out) of a run that has been started"
@@ -93,14 +93,14 @@ def read_live(out: Path) -> list[LiveStatus]:
     return [_load(path) for path in paths]
 
 
-def _load(path: Path) -> LiveStatus:
+def _load(path: Path) -> RunStatus:
     values: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if values.get("format") != _FORMAT:
         raise ValueError(
             f"{path} has format {values.get('format')}, this version reads {_FORMAT}; "
             "use the version that runs the job"
         )
-    return LiveStatus(**{**values, "window": LoaderSnapshot.from_dict(values["window"])})
+    return RunStatus(**{**values, "window": LoaderSnapshot.from_dict(values["window"])})
 
 
 class _Mark(NamedTuple):
@@ -113,12 +113,12 @@ class _Mark(NamedTuple):
     loader: LoaderSnapshot
 
 
-class LivePublisher:
+class StatusPublisher:
     """Writes this rank's status while it is open.
 
     Args:
         out: folder of the run, on storage that `cmae top` sees too.
-        ranks: this process among all.
+        world: this process among all.
         step: that the run begins after.
         total_steps: length of the schedule.
         global_batch_size: images of a step over all ranks.
@@ -130,7 +130,7 @@ class LivePublisher:
     def __init__(
         self,
         out: Path,
-        ranks: Ranks,
+        world: World,
         *,
         step: int,
         total_steps: int,
@@ -143,8 +143,8 @@ class LivePublisher:
         """Set by the loop when it has read one from the device."""
         self.error: OSError | None = None
         """Why nothing is written any more; the run goes on."""
-        self._path = live_folder(out) / f"rank-{ranks.rank:04d}.json"
-        self._ranks, self._total_steps = ranks, total_steps
+        self._path = status_folder(out) / f"rank-{world.rank:04d}.json"
+        self._world, self._total_steps = world, total_steps
         self._global_batch_size = global_batch_size
         self._snapshot, self._read_gpu, self._every_s = snapshot, read_gpu, every_s
         self._last = (
@@ -160,9 +160,9 @@ class LivePublisher:
         """Remove what an earlier run with more ranks left, and start writing."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            if self._ranks.is_first:
+            if self._world.is_main:
                 for path in self._path.parent.glob("rank-*.json"):
-                    if int(path.stem.removeprefix("rank-")) >= self._ranks.world_size:
+                    if int(path.stem.removeprefix("rank-")) >= self._world.world_size:
                         path.unlink()
         except OSError as error:
             self.error = error
@@ -205,16 +205,16 @@ class LivePublisher:
         except OSError as failure:
             self.error = failure
 
-    def _status(self, state: str, error: str) -> LiveStatus:
+    def _status(self, state: str, error: str) -> RunStatus:
         now = _Mark(time.perf_counter(), *self._last, self._snapshot())
         before = self._window_start(now)
         steps = now.step - before.step if before else 0
-        return LiveStatus(
-            rank=self._ranks.rank,
-            world_size=self._ranks.world_size,
+        return RunStatus(
+            rank=self._world.rank,
+            world_size=self._world.world_size,
             host=socket.gethostname(),
             pid=os.getpid(),
-            device=str(self._ranks.device),
+            device=str(self._world.device),
             state=state,
             time=time.time(),
             step=now.step,

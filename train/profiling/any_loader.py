@@ -18,10 +18,18 @@ from cmae.train.machine import describe_machine, usable_cores
 from cmae.train.profiling.analysis.bootstrap import estimate, estimates
 from cmae.train.profiling.analysis.bottleneck_model import Costs, solve
 from cmae.train.profiling.analysis.breakdown import UNEXPLAINED
-from cmae.train.profiling.analysis.records import Action, Estimate, Part, Phase, Profile, Verdict
+from cmae.train.profiling.analysis.records import (
+    Action,
+    Estimate,
+    Part,
+    Phase,
+    Profile,
+    Reading,
+    Verdict,
+)
 from cmae.train.profiling.measure.phases import synchronise
 from cmae.train.profiling.measure.python_time import dissect, python_ms
-from cmae.train.profiling.measure.timing import Reading, draining, run_stretch
+from cmae.train.profiling.measure.timing import background_consumer, run_stretch
 
 BatchT = TypeVar("BatchT")
 
@@ -163,7 +171,7 @@ class _ForeignBench(Generic[BatchT]):
 
     def _interference(self) -> Reading:
         batches = cycle(self.kept)
-        with draining(lambda: next(self._batches)) as release:
+        with background_consumer(lambda: next(self._batches)) as release:
 
             def draw() -> BatchT:
                 release()

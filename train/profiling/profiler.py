@@ -20,9 +20,9 @@ from cmae.pipeline import Batch, LoaderState, synthetic_batches
 from cmae.pipeline.loader.loader import Wrap
 from cmae.pipeline.sources.records import Source
 from cmae.pipeline.stage_stats import MEGAPIXEL_EDGES
-from cmae.pipeline.views.backend import ViewMaker
+from cmae.pipeline.views.backend import ViewBackend
 from cmae.train.config import BatchSplit, Config
-from cmae.train.distributed import Ranks, from_first, join_ranks
+from cmae.train.distributed import World, from_main, join_world
 from cmae.train.loop.loader_settings import loader_settings
 from cmae.train.loop.pretrain import open_loader
 from cmae.train.loop.step import TrainStep, check_step
@@ -39,6 +39,7 @@ from cmae.train.profiling.analysis.records import (
     Part,
     Phase,
     Profile,
+    Reading,
     Verdict,
 )
 from cmae.train.profiling.analysis.verdict import Facts, draw_curves, judge, rank_actions
@@ -47,8 +48,8 @@ from cmae.train.profiling.measure.operations import measure_operations
 from cmae.train.profiling.measure.phases import WHAT, Bench, Step, Subject, without_collectives
 from cmae.train.profiling.measure.python_time import dissect, python_ms
 from cmae.train.profiling.measure.storage import StorageCurve, probe_storage
-from cmae.train.profiling.measure.switches import SwitchedMaker, SwitchedSource
-from cmae.train.profiling.measure.timing import Reading, merge_snapshots, settle
+from cmae.train.profiling.measure.switches import SwitchedBackend, SwitchedSource
+from cmae.train.profiling.measure.timing import merge_snapshots, wait_until_idle
 from cmae.train.profiling.measure.trials import override, run_trials
 
 Say = Callable[[str], None]
@@ -82,18 +83,18 @@ def profile(config: Config, options: ProfileConfig, *, say: Say = print) -> Prof
     """
     config = replace(config, run=replace(config.run, out=options.out))
     with ExitStack() as stack:
-        ranks = stack.enter_context(join_ranks(config.speed.device))
-        check_step(config.optim, config.speed, ranks)
+        world = stack.enter_context(join_world(config.speed.device))
+        check_step(config.optim, config.speed, world)
         stack.enter_context(use_backend(config.speed.kernels))
         if config.speed.torch_threads is not None:
             torch.set_num_threads(config.speed.torch_threads)
         model = build_model(config.model, seed=config.seed)
-        train_step = TrainStep(model.to(ranks.device), config.optim, config.speed, ranks)
+        train_step = TrainStep(model.to(world.device), config.optim, config.speed, world)
         # Without a learning rate the step costs what it costs, and the weights stay where they are.
         step = lambda batches: train_step(batches, lr=0.0, momentum=1.0)  # noqa: E731
-        local = (lambda: without_collectives(train_step)) if ranks.world_size > 1 else None
-        subject = stack.enter_context(open_subject(config, ranks, step, local=local))
-        return measure(subject, options, config, say=say if ranks.is_first else _silent)
+        local = (lambda: without_collectives(train_step)) if world.world_size > 1 else None
+        subject = stack.enter_context(open_subject(config, world, step, local=local))
+        return measure(subject, options, config, say=say if world.is_main else _silent)
 
 
 def _silent(line: str) -> None:
@@ -102,38 +103,38 @@ def _silent(line: str) -> None:
 
 @contextmanager
 def open_subject(
-    config: Config, ranks: Ranks, step: Step, *, local: Any = None, wrap: Wrap | None = None
+    config: Config, world: World, step: Step, *, local: Any = None, wrap: Wrap | None = None
 ) -> Iterator[Subject]:
     """The run's loader with switches in it, and what its batches go to.
 
     Args:
         config: of the run.
-        ranks: this process among all.
+        world: this process among all.
         step: takes one optimiser step's micro-batches.
         local: see `Subject.local`.
         wrap: put around the real source and maker, inside the switches.
     """
     split = BatchSplit.of(
-        config.optim.global_batch_size, config.speed.micro_batch_size, ranks.world_size
+        config.optim.global_batch_size, config.speed.micro_batch_size, world.world_size
     )
-    switches: list[tuple[SwitchedSource, SwitchedMaker]] = []
+    switches: list[tuple[SwitchedSource, SwitchedBackend]] = []
 
-    def switched(source: Source, maker: ViewMaker) -> tuple[Source, ViewMaker]:
+    def switched(source: Source, view_backend: ViewBackend) -> tuple[Source, ViewBackend]:
         if wrap is not None:
-            source, maker = wrap(source, maker)
-        switches.append((SwitchedSource(source), SwitchedMaker(maker)))
+            source, view_backend = wrap(source, view_backend)
+        switches.append((SwitchedSource(source), SwitchedBackend(view_backend)))
         return switches[0]
 
-    settings, _ = loader_settings(config, ranks.device)
-    with open_loader(config, split, ranks, settings=settings, wrap=switched) as loader:
-        source, maker = switches[0]
+    settings, _ = loader_settings(config, world.device)
+    with open_loader(config, split, world, settings=settings, wrap=switched) as loader:
+        source, view_backend = switches[0]
         yield Subject(
             loader=loader,
             source=source,
-            maker=maker,
+            view_backend=view_backend,
             step=step,
-            synthetic=_synthetic(config, split, ranks),
-            ranks=ranks,
+            synthetic=_synthetic(config, split, world),
+            world=world,
             start=LoaderState(config.seed, epoch=0, next_sample=0, digest=source.digest),
             settings=settings,
             local=local,
@@ -141,11 +142,11 @@ def open_subject(
         )
 
 
-def _synthetic(config: Config, split: BatchSplit, ranks: Ranks) -> list[Batch]:
+def _synthetic(config: Config, split: BatchSplit, world: World) -> list[Batch]:
     batches = synthetic_batches(
         config.loader_views,
         batch_size=split.micro_batch_size,
-        device=ranks.device,
+        device=world.device,
         draw_mask=lambda index, epoch: draw_mask(
             config.model, index, seed=config.seed, epoch=epoch
         ),
@@ -181,14 +182,14 @@ def measure(
     """Profile a subject that is open already."""
     created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     rounds = run_rounds(subject, options, say=say)
-    ranks = subject.ranks
+    world = subject.world
     cold_share = 0.0 if rounds.resident is None else 1 - rounds.resident
     parts = account(
         rounds.readings,
         python_ms=rounds.python_ms,
         cold_share=cold_share,
         local_ms=rounds.local_ms,
-        waits_show=ranks.device.type == "cpu" and ranks.world_size == 1,
+        waits_show=world.device.type == "cpu" and world.world_size == 1,
     )
     probes = _probe(subject, rounds.end, say) if subject.source.can_return else {}
     facts = _facts(subject, rounds, parts, cold_share)
@@ -200,14 +201,14 @@ def measure(
         operations = measure_operations(
             config.loader_views,
             recorded,
-            device=ranks.device,
+            device=world.device,
             backend=config.speed.view_backend,
             settings=subject.settings,
         )
-        trials = run_trials(config, ranks, recorded, costs=facts.costs, say=say)
+        trials = run_trials(config, world, recorded, costs=facts.costs, say=say)
         facts = replace(facts, trials=trials)
     # Every rank has measured for itself; what is tried now, all have to try together.
-    actions = from_first(rank_actions(facts), ranks)
+    actions = from_main(rank_actions(facts), world)
     if options.verify:
         unread = replace(subject, start=rounds.end)
         actions = verify(
@@ -223,12 +224,12 @@ def measure(
     verdict = judge(facts)
     return Profile(
         created=created,
-        machine=describe_machine(ranks.device),
+        machine=describe_machine(world.device),
         config=config.to_dict(),
-        global_batch_size=subject.images_per_step * ranks.world_size,
-        world_size=ranks.world_size,
+        global_batch_size=subject.images_per_step * world.world_size,
+        world_size=world.world_size,
         phases=tuple(
-            build_phase(name, readings, world_size=ranks.world_size)
+            build_phase(name, readings, world_size=world.world_size)
             for name, readings in rounds.readings.items()
         ),
         step_ms=estimate([one.step_ms for one in rounds.readings["full"]]),
@@ -251,15 +252,15 @@ def run_rounds(subject: Subject, options: ProfileConfig, *, say: Say) -> Rounds:
     bench = Bench(subject, steps=1)
     bench.steps = _plan(bench, subject, options, deadline=deadline, say=say)
     bench.resident.clear()
-    anatomy = dissect(lambda: subject.step(subject.synthetic), subject.ranks.device)
+    anatomy = dissect(lambda: subject.step(subject.synthetic), subject.world.device)
     readings: dict[str, list[Reading]] = {name: [] for name in bench.phases()}
-    python, local_ms, waits = [], [], [0.0] * subject.ranks.world_size
+    python, local_ms, waits = [], [], [0.0] * subject.world.world_size
     begun = time.monotonic()
     count = options.rounds or _MOST_ROUNDS
     for number in range(count):
         now = time.monotonic()
         is_over = number >= 2 and now + (now - begun) / number > deadline
-        if from_first(is_over, subject.ranks):
+        if from_main(is_over, subject.world):
             if options.rounds or number < 3:
                 bench.notes.append(
                     f"the budget of {options.budget_s:g} s ended after {number} rounds"
@@ -271,11 +272,11 @@ def run_rounds(subject: Subject, options: ProfileConfig, *, say: Say) -> Rounds:
         cpu_ms = 1000 * readings["replay"][-1].step_cpu_s / bench.steps
         python.append(python_ms(cpu_ms, readings["replay"][-1].step_ms, anatomy))
         if subject.local:
-            local_ms.append(_gather(readings["local"][-1].step_ms, subject.ranks))
+            local_ms.append(_gather(readings["local"][-1].step_ms, subject.world))
             own = 1000 * readings["full"][-1].next_s / bench.steps
-            waits = [a + b for a, b in zip(waits, _gather(own, subject.ranks), strict=True)]
+            waits = [a + b for a, b in zip(waits, _gather(own, subject.world), strict=True)]
     resident = statistics.fmean(bench.resident) if bench.resident else None
-    gpu = _gpu_load(bench, subject.ranks.device)
+    gpu = _gpu_load(bench, subject.world.device)
     return Rounds(
         readings=readings,
         python_ms=python,
@@ -330,21 +331,21 @@ def verify(
     measured = list(actions)
     cold_share = cold_share if cold_share > 0.05 else 0.0
     bench = Bench(subject, steps=steps, cold_share=cold_share)
-    base = estimate([subject.ranks.world_size * rate for rate in base_rates])
+    base = estimate([subject.world.world_size * rate for rate in base_rates])
     settings = [number for number, action in enumerate(actions) if action.overrides]
     for number in settings[: options.verify]:
         action = actions[number]
         say(f"verify: {action.what}")
         changed = override(config, action.overrides)
-        with open_subject(changed, subject.ranks, subject.step, wrap=subject.wrap) as other:
+        with open_subject(changed, subject.world, subject.step, wrap=subject.wrap) as other:
             whole = _whole_bursts(steps, other.settings.num_readers)
             beside = Bench(other, steps=whole, cold_share=cold_share)
-            gain = estimate(_gains(bench, beside, options, subject.ranks))
+            gain = estimate(_gains(bench, beside, options, subject.world))
         measured[number] = replace(action, measured_images_per_s=_scaled(gain, base.value))
     return tuple(measured)
 
 
-def _gains(bench: Bench, changed: Bench, options: ProfileConfig, ranks: Ranks) -> list[float]:
+def _gains(bench: Bench, changed: Bench, options: ProfileConfig, world: World) -> list[float]:
     """Rate with a change over the rate without it, in neighbouring stretches of the full run.
 
     Each reads files that neither has read before.
@@ -354,14 +355,14 @@ def _gains(bench: Bench, changed: Bench, options: ProfileConfig, ranks: Ranks) -
     for number in range(1 + (options.rounds or 7)):
         rates = []
         for one, other in ((bench, changed), (changed, bench)):
-            settle()
+            wait_until_idle()
             reading = one.run("full")
             rates.append(reading.images / reading.wall_s)
             other.place = one.place
         if number:  # the first pair warms up
             gains.append(rates[1] / rates[0])
         is_over = number >= 3 and time.monotonic() > end
-        if from_first(is_over, ranks):
+        if from_main(is_over, world):
             break
     return gains
 
@@ -388,7 +389,7 @@ def _plan(
     begun = time.monotonic()
     step_s = bench.run("full").wall_s
     stretch_s = time.monotonic() - begun - step_s  # what a stretch takes beside its timed steps
-    if from_first(step_s > _SLOW_STEP_S, subject.ranks):
+    if from_main(step_s > _SLOW_STEP_S, subject.world):
         bench.warm_up = False
         stretch_s -= step_s
     readers = subject.settings.num_readers
@@ -397,7 +398,7 @@ def _plan(
     num_phases = len(bench.phases())
     if not options.steps and num_phases * (stretch_s + steps * step_s) * 3 > left:
         steps = max(1, math.floor((left / 3 / num_phases - stretch_s) / step_s))
-    return int(from_first(steps, subject.ranks))
+    return int(from_main(steps, subject.world))
 
 
 def _whole_bursts(steps: int, readers: int) -> int:
@@ -405,11 +406,11 @@ def _whole_bursts(steps: int, readers: int) -> int:
     return readers * math.ceil(steps / readers)
 
 
-def _gather(value: float, ranks: Ranks) -> list[float]:
+def _gather(value: float, world: World) -> list[float]:
     """Every rank's number, on every rank."""
-    if ranks.world_size == 1:
+    if world.world_size == 1:
         return [value]
-    values: list[Any] = [None] * ranks.world_size
+    values: list[Any] = [None] * world.world_size
     dist.all_gather_object(values, value)
     return values
 
@@ -438,8 +439,8 @@ def _facts(subject: Subject, rounds: Rounds, parts: Sequence[Part], cold_share: 
         parts=parts,
         costs=costs,
         measured_images_per_s=_rate(readings["full"]),
-        world_size=subject.ranks.world_size,
-        device=subject.ranks.device.type,
+        world_size=subject.world.world_size,
+        device=subject.world.device.type,
         others_cores=statistics.median(one.others_cpu_s / one.wall_s for one in every),
         waiting_for_cores=delay / busy if busy else 0.0,
         details=_details(subject, costs),
@@ -518,7 +519,7 @@ def _costs(subject: Subject, readings: Readings, cold_share: float) -> Costs:
         read_cold_s=read_cold.busy_s,
         num_bytes=read_warm.bytes,
         cold_share=cold_share,
-        cores=max(0.5, usable_cores() / _local_ranks(subject.ranks) - others),
+        cores=max(0.5, usable_cores() / _local_ranks(subject.world) - others),
         threads=float(threads),
         readers=read_warm.threads,
     )
@@ -556,8 +557,8 @@ def _cpu(readings: Sequence[Reading]) -> float:
     return statistics.median(one.process_cpu_s / one.images for one in readings)
 
 
-def _local_ranks(ranks: Ranks) -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if ranks.world_size > 1 else 1
+def _local_ranks(world: World) -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world.world_size > 1 else 1
 
 
 def _ranks(rounds: Rounds) -> tuple[dict[str, Any], ...]:
@@ -593,7 +594,7 @@ def _unused_levers(config: Config, *, is_gpu: bool) -> list[str]:
         "speed.compile blocks": speed.compile == "none",
         "optim.precision fp16": config.optim.precision == "fp32" and is_gpu,
         "speed.sdpa auto": speed.sdpa == "torch" and is_gpu,
-        "speed.target_shadow true": not speed.target_shadow and config.optim.precision != "fp32",
+        "speed.target_copy true": not speed.target_copy and config.optim.precision != "fp32",
     }
     return [lever for lever, is_unused in levers.items() if is_unused]
 

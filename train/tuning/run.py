@@ -17,7 +17,7 @@ from rich.table import Table
 
 from cmae.pipeline import Loader
 from cmae.train.config import BatchSplit, Config
-from cmae.train.distributed import Ranks, join_ranks
+from cmae.train.distributed import World, join_world
 from cmae.train.loop.loader_settings import LoaderSettings, default_settings, tunable
 from cmae.train.loop.pretrain import check_shards, open_loader
 from cmae.train.tuning.search import Measure, Phase, Result, Search, Window
@@ -64,15 +64,15 @@ def tune(config: Config, options: TuneOptions, *, console: Console | None = None
     """
     console = console or Console()
     check_shards(config)
-    with _share_of_cores(options.local_ranks), join_ranks(config.speed.device) as ranks:
-        circumstances = describe_circumstances(config, ranks.device)
-        result = search(config, options, ranks, say=console.print)
+    with _share_of_cores(options.local_ranks), join_world(config.speed.device) as world:
+        circumstances = describe_circumstances(config, world.device)
+        result = search(config, options, world, say=console.print)
     for phase in result.phases:
         console.print(_phase_table(phase, options.step_images_per_s))
     entry = TunedEntry(
         circumstances, result.settings, date.today().isoformat(), _measurements(result)
     )
-    names = tunable(ranks.device)
+    names = tunable(world.device)
     console.print(_verdict(result, options, names), highlight=False)
     store_tuned(tune_path(), entry)
     console.print(
@@ -86,20 +86,20 @@ def tune(config: Config, options: TuneOptions, *, console: Console | None = None
 def search(
     config: Config,
     options: TuneOptions,
-    ranks: Ranks,
+    world: World,
     *,
     say: Callable[[str], None],
 ) -> Result:
     """Measure until the budget is spent. `speed`'s explicit settings are not searched."""
     default = default_settings()
-    fixed = {name: getattr(config.speed, name) for name in tunable(ranks.device)}
+    fixed = {name: getattr(config.speed, name) for name in tunable(world.device)}
     fixed = {name: value for name, value in fixed.items() if value is not None}
     default = replace(default, **fixed)
     with tempfile.TemporaryDirectory() as out:  # for the ledger of bad samples
         config = replace(config, run=replace(config.run, out=Path(out)))
-        window_s = options.budget_s / _WINDOWS[ranks.device.type] * (1 - _OPENING_SHARE)
-        measure, has_readers = _loader_measure(config, options, ranks, window_s=window_s)
-        grid = build_grid(default, ranks.device, has_readers=has_readers)
+        window_s = options.budget_s / _WINDOWS[world.device.type] * (1 - _OPENING_SHARE)
+        measure, has_readers = _loader_measure(config, options, world, window_s=window_s)
+        grid = build_grid(default, world.device, has_readers=has_readers)
         grid = {name: values for name, values in grid.items() if name not in fixed}
         if not grid:
             given = ", ".join(f"speed.{name}" for name in fixed)
@@ -134,24 +134,24 @@ def build_grid(
 
 
 def _loader_measure(
-    config: Config, options: TuneOptions, ranks: Ranks, *, window_s: float
+    config: Config, options: TuneOptions, world: World, *, window_s: float
 ) -> tuple[Measure, bool]:
     """The measure of the real loader, and whether that reads by index."""
     split = BatchSplit.of(
         config.optim.global_batch_size, config.speed.micro_batch_size, options.local_ranks
     )
     # A batch of the run's size, but windows of a few seconds have to hold several.
-    size = min(split.micro_batch_size, 128 if ranks.device.type == "cuda" else 32)
+    size = min(split.micro_batch_size, 128 if world.device.type == "cuda" else 32)
     config = replace(config, optim=replace(config.optim, global_batch_size=size))
 
     def open_with(settings: LoaderSettings) -> Loader:
-        return open_loader(config, BatchSplit(size, 1), ranks, settings=settings)
+        return open_loader(config, BatchSplit(size, 1), world, settings=settings)
 
     def measure(settings: LoaderSettings, pace: float | None) -> Window:
         with open_with(settings) as loader:
             for _ in range(2):  # the first ones wait for first-use allocations; none are in stock
                 next(loader)
-            return _measure_window(loader, pace, window_s=window_s, device=ranks.device)
+            return _measure_window(loader, pace, window_s=window_s, device=world.device)
 
     with open_with(default_settings()) as loader:
         return measure, loader.num_samples is not None

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from cmae.train.profiling.analysis.bootstrap import estimates
-from cmae.train.profiling.analysis.records import Part
-from cmae.train.profiling.measure.timing import Reading
+from cmae.train.profiling.analysis.records import Part, Reading
 
 UNEXPLAINED = 0.05
 """Share of the step above which the residual is said aloud."""

@@ -7,7 +7,38 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cmae.pipeline import LoaderSnapshot
+
 FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one stretch of a phase measured, on this rank."""
+
+    phase: str
+    step_times_ms: tuple[float, ...]
+    wall_s: float
+    images: int
+    """Of this rank."""
+    next_s: float
+    """Seconds that the training thread spent in `next`."""
+    next_cpu_s: float
+    """CPU seconds of the training thread in `next`: work that no background thread does for it."""
+    step_cpu_s: float
+    """CPU seconds of the training thread outside `next`."""
+    process_cpu_s: float
+    """CPU seconds of this process and its children, all threads."""
+    others_cpu_s: float
+    """CPU seconds that other processes took on the cores this process may use; 0 where unknown."""
+    run_delay_s: float
+    """Seconds that this process's threads waited for a core, together; 0 where unknown."""
+    loader: LoaderSnapshot | None = None
+
+    @property
+    def step_ms(self) -> float:
+        """Mean wall time of a step, ms."""
+        return 1000 * self.wall_s / len(self.step_times_ms)
 
 
 @dataclass(frozen=True)

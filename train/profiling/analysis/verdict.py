@@ -243,8 +243,8 @@ def _other_changes(facts: Facts) -> list[_Change]:
         after = replace(costs, cores=costs.cores + facts.others_cores)
         what = f"stop the other processes, which take {facts.others_cores:.1f} cores"
         found.append(_Change(what, {}, after, ("neighbour", "cores")))
-    feed = replace(costs, feed_s=costs.feed_s / 2)
-    found.append(_Change("a feed thread of half the cost", {}, feed, ("feed",)))
+    prefetcher = replace(costs, feed_s=costs.feed_s / 2)
+    found.append(_Change("a feed thread of half the cost", {}, prefetcher, ("feed",)))
     faster = replace(costs, model_s=costs.model_s / 2, step_cpu_s=costs.step_cpu_s / 2)
     return [*found, _Change("a step of half the time", {}, faster, ("model",))]
 

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from cmae.pipeline import ViewConfig, ViewParams, draw_view_params
-from cmae.pipeline.loader.factory import open_maker
+from cmae.pipeline.loader.factory import build_view_backend
 from cmae.pipeline.sources.records import RawBatch
-from cmae.pipeline.views.backend import ViewMaker
+from cmae.pipeline.views.backend import ViewBackend
 from cmae.pipeline.views.config import ViewStep
 from cmae.train.loop.loader_settings import LoaderSettings
 from cmae.train.profiling.analysis.bootstrap import estimates
@@ -87,7 +87,7 @@ def measure_operations(
     prefixes = (*_GEOMETRY, *(_COLOR if views.has_color else ()))
     with ExitStack() as stack:
         makers = {
-            one.name: open_maker(
+            one.name: build_view_backend(
                 views,
                 device,
                 backend=backend,
@@ -98,8 +98,8 @@ def measure_operations(
             )
             for one in prefixes
         }
-        for maker in makers.values():
-            stack.callback(maker.close)
+        for view_backend in makers.values():
+            stack.callback(view_backend.close)
         jobs = _choose(makers[prefixes[-1].name], [(raw, _params(views, raw)) for raw in recorded])
         if not jobs:
             return ()
@@ -130,33 +130,33 @@ def _params(views: ViewConfig, raw: RawBatch) -> ViewParams:
     )
 
 
-def _choose(maker: ViewMaker, jobs: Sequence[_Job]) -> list[_Job]:
+def _choose(view_backend: ViewBackend, jobs: Sequence[_Job]) -> list[_Job]:
     """As many batches as take about `_STRETCH_S`, at least two; again and again where there are too few."""
-    good = [job for job in jobs[:16] if not _run(maker, [job])]
+    good = [job for job in jobs[:16] if not _run(view_backend, [job])]
     if not good:
         return []
     begun = time.perf_counter()
-    _run(maker, good)
+    _run(view_backend, good)
     seconds = (time.perf_counter() - begun) / len(good)
     count = max(2, min(200, round(_STRETCH_S / seconds)))
     return list(islice(cycle(good), count))
 
 
-def _run(maker: ViewMaker, jobs: Sequence[_Job]) -> int:
+def _run(view_backend: ViewBackend, jobs: Sequence[_Job]) -> int:
     """Make the views of all batches as the loader does; the number of files that could not be decoded."""
     in_flight: deque[Any] = deque()
     bad = 0
     for raw, params in jobs:
-        in_flight.append(maker.submit(raw.encoded, params))
-        if len(in_flight) >= maker.depth(len(raw.records)):
-            bad += len(maker.collect(in_flight.popleft()).bad)
-    return bad + sum(len(maker.collect(job).bad) for job in in_flight)
+        in_flight.append(view_backend.submit(raw.encoded, params))
+        if len(in_flight) >= view_backend.depth(len(raw.records)):
+            bad += len(view_backend.collect(in_flight.popleft()).bad)
+    return bad + sum(len(view_backend.collect(job).bad) for job in in_flight)
 
 
-def _time(maker: ViewMaker, jobs: Sequence[_Job], device: torch.device) -> _Reading:
+def _time(view_backend: ViewBackend, jobs: Sequence[_Job], device: torch.device) -> _Reading:
     images = sum(len(raw.records) for raw, _ in jobs)
     begun, cpu_s = time.perf_counter(), process_cpu_s()
-    _run(maker, jobs)
+    _run(view_backend, jobs)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     wall_ms = 1000 * (time.perf_counter() - begun) / images

@@ -17,12 +17,17 @@ from cmae.model.heads import set_all_reduce
 from cmae.pipeline import Batch, Loader, LoaderState
 from cmae.pipeline.loader.loader import Wrap
 from cmae.pipeline.sources.records import Extent
-from cmae.train.distributed import Ranks, sum_over_ranks
+from cmae.train.distributed import World, sum_over_ranks
 from cmae.train.loop.loader_settings import LoaderSettings
 from cmae.train.loop.step import TrainStep
 from cmae.train.profiling.measure.page_cache import evict, resident_fraction, touch
-from cmae.train.profiling.measure.switches import SwitchedMaker, SwitchedSource
-from cmae.train.profiling.measure.timing import Reading, draining, run_stretch, settle
+from cmae.train.profiling.measure.switches import SwitchedBackend, SwitchedSource
+from cmae.train.profiling.measure.timing import (
+    Reading,
+    background_consumer,
+    run_stretch,
+    wait_until_idle,
+)
 
 WHAT = {
     "local": "the step on one batch, each rank for itself, without any collective",
@@ -55,11 +60,11 @@ class Subject:
 
     loader: Loader
     source: SwitchedSource
-    maker: SwitchedMaker
+    view_backend: SwitchedBackend
     step: Step
     synthetic: list[Batch]
     """One optimiser step's micro-batches that never change."""
-    ranks: Ranks
+    world: World
     start: LoaderState
     settings: LoaderSettings
     """The loader's threads and queues."""
@@ -122,7 +127,7 @@ class Bench:
         subject = self._subject
         names = ["full", "synthetic", "replay"]
         names += ["local"] if subject.local else []
-        names += ["replay_h2d"] if subject.ranks.device.type == "cuda" else []
+        names += ["replay_h2d"] if subject.world.device.type == "cuda" else []
         names += ["interference", "feed", "memory", "loader_memory"]
         if subject.source.can_return:
             return [*names, "warm", "cold", "loader_warm"]
@@ -130,15 +135,15 @@ class Bench:
 
     def run(self, phase: str) -> Reading:
         """One stretch of a phase, on every rank at the same time; a range of its name for NVTX tools."""
-        if self._subject.ranks.device.type != "cuda":
+        if self._subject.world.device.type != "cuda":
             return self._run(phase)
         with torch.cuda.nvtx.range(f"cmae {phase}"):
             return self._run(phase)
 
     def _run(self, phase: str) -> Reading:
         if phase in _WITHOUT_LOADER:
-            settle()
-        if self._subject.ranks.world_size > 1:
+            wait_until_idle()
+        if self._subject.world.world_size > 1:
             dist.barrier()
         runs: dict[str, Callable[[], Reading]] = {
             "full": self._full,
@@ -187,12 +192,12 @@ class Bench:
         return self._fed("cold")
 
     def _feed(self) -> Reading:
-        self._subject.maker.instant = True
+        self._subject.view_backend.instant = True
         try:
             self._switch("memory")
             return self._fed("feed")
         finally:
-            self._subject.maker.instant = False
+            self._subject.view_backend.instant = False
 
     def _interference(self) -> Reading:
         subject = self._subject
@@ -202,7 +207,7 @@ class Bench:
         else:
             self._switch("memory")
         replayed = self._replayed()
-        with draining(self._on_a_side_stream(self._next_micro_batches)) as release:
+        with background_consumer(self._on_a_side_stream(self._next_micro_batches)) as release:
 
             def draw() -> Sequence[Batch]:
                 release()
@@ -218,7 +223,7 @@ class Bench:
 
     def _replay_h2d(self) -> Reading:
         host = [_map_tensors(batch, lambda t: t.cpu().pin_memory()) for batch in self._replay]
-        copies = _copied_ahead(cycle(host), self._subject.ranks.device)
+        copies = _copied_ahead(cycle(host), self._subject.world.device)
         draw = lambda: [next(copies) for _ in range(self._subject.accumulation)]  # noqa: E731
         self._warm_up(draw)
         return self._timed("replay_h2d", draw)
@@ -280,7 +285,7 @@ class Bench:
             step or subject.step,
             count=self.steps,
             images_per_step=subject.images_per_step,
-            synchronise=lambda: synchronise(subject.ranks.device),
+            synchronise=lambda: synchronise(subject.world.device),
             snapshot=subject.loader.snapshot if loader else None,
         )
 
@@ -290,7 +295,7 @@ class Bench:
 
     def _on_a_side_stream(self, take: Callable[[], object]) -> Callable[[], object]:
         """Keep the drained batches' events away from the stream that trains."""
-        device = self._subject.ranks.device
+        device = self._subject.world.device
         if device.type != "cuda":
             return take
         stream = torch.cuda.Stream(device)
@@ -353,12 +358,12 @@ def without_collectives(step: TrainStep) -> Iterator[None]:
     The bank of keys is this rank's own meanwhile; gradients stay on the rank, so that weights drift apart
     unless the learning rate is 0.
     """
-    ranks, network = step.ranks, step.network
-    step.ranks = Ranks(0, 1, ranks.device)
+    world, network = step.world, step.network
+    step.world = World(0, 1, world.device)
     step.network = step.model
     set_all_reduce(step.model, lambda value: value)
     try:
         yield
     finally:
         set_all_reduce(step.model, sum_over_ranks)
-        step.ranks, step.network = ranks, network
+        step.world, step.network = world, network

@@ -17,7 +17,7 @@ from cmae.pipeline import LoaderState, ViewParams
 from cmae.pipeline.sources.indexed import IndexedSource
 from cmae.pipeline.sources.records import Extent, RawBatch, Source
 from cmae.pipeline.stage_stats import KindTable, Stage
-from cmae.pipeline.views.backend import ViewMaker, Views
+from cmae.pipeline.views.backend import ViewBackend, Views
 
 Mode = Literal["storage", "memory"]
 
@@ -133,10 +133,10 @@ class SwitchedSource:
         self.inner.close()
 
 
-class SwitchedMaker:
+class SwitchedBackend:
     """A view maker that can hand out views it has made before, at no cost."""
 
-    def __init__(self, inner: ViewMaker) -> None:
+    def __init__(self, inner: ViewBackend) -> None:
         self.inner = inner
         self.instant = False
         """Give the same views again instead of making any."""

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,35 +15,7 @@ from typing import Any
 import psutil
 
 from cmae.pipeline import LoaderSnapshot
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What one stretch of a phase measured, on this rank."""
-
-    phase: str
-    step_times_ms: tuple[float, ...]
-    wall_s: float
-    images: int
-    """Of this rank."""
-    next_s: float
-    """Seconds that the training thread spent in `next`."""
-    next_cpu_s: float
-    """CPU seconds of the training thread in `next`: work that no background thread does for it."""
-    step_cpu_s: float
-    """CPU seconds of the training thread outside `next`."""
-    process_cpu_s: float
-    """CPU seconds of this process and its children, all threads."""
-    others_cpu_s: float
-    """CPU seconds that other processes took on the cores this process may use; 0 where unknown."""
-    run_delay_s: float
-    """Seconds that this process's threads waited for a core, together; 0 where unknown."""
-    loader: LoaderSnapshot | None = None
-
-    @property
-    def step_ms(self) -> float:
-        """Mean wall time of a step, ms."""
-        return 1000 * self.wall_s / len(self.step_times_ms)
+from cmae.train.profiling.analysis.records import Reading
 
 
 def run_stretch(
@@ -118,7 +90,7 @@ def process_cpu_s() -> float:
     return total
 
 
-def settle(*, limit_s: float = 2.0) -> None:
+def wait_until_idle(*, limit_s: float = 2.0) -> None:
     """Wait until this process does nothing: a loader that fills its queue must not slow what comes next."""
     end = time.monotonic() + limit_s
     while time.monotonic() < end:
@@ -147,7 +119,7 @@ def _run_delay_s() -> float:
 
 
 @contextmanager
-def draining(take: Callable[[], object]) -> Iterator[Callable[[], None]]:
+def background_consumer(take: Callable[[], object]) -> Iterator[Callable[[], None]]:
     """A thread that takes one batch and throws it away, each time the function that is yielded is called.
 
     It falls behind when batches come too slowly; leaving waits for the batch that is being taken.

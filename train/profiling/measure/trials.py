@@ -15,14 +15,15 @@ from PIL import Image
 
 from cmae.pipeline import Loader
 from cmae.pipeline.sources.records import RawBatch, Record, Source
-from cmae.pipeline.views.backend import ViewMaker
+from cmae.pipeline.views.backend import ViewBackend
 from cmae.train.config import BatchSplit, Config
-from cmae.train.distributed import Ranks
+from cmae.train.distributed import World
 from cmae.train.loop.pretrain import open_loader
 from cmae.train.profiling.analysis.bottleneck_model import Costs
+from cmae.train.profiling.analysis.records import Reading
 from cmae.train.profiling.analysis.verdict import Trial
 from cmae.train.profiling.measure.switches import SwitchedSource
-from cmae.train.profiling.measure.timing import Reading, run_stretch, settle
+from cmae.train.profiling.measure.timing import run_stretch, wait_until_idle
 
 _WARM = 3  # batches that are not timed
 _STRETCH_S = 0.7
@@ -61,7 +62,7 @@ class _Variant:
 
 def run_trials(
     config: Config,
-    ranks: Ranks,
+    world: World,
     recorded: list[RawBatch],
     *,
     costs: Costs,
@@ -75,16 +76,16 @@ def run_trials(
 
     Args:
         config: of the run.
-        ranks: this process among all.
+        world: this process among all.
         recorded: encoded files.
         costs: measured ones of the run.
         say: called with a line for each trial.
         rounds: how often each is measured, in turn.
     """
-    variants = [_Variant("as it is", {}, recorded), *_variants(config, ranks, recorded)]
+    variants = [_Variant("as it is", {}, recorded), *_variants(config, world, recorded)]
     with ExitStack() as stack:
         loaders = [
-            stack.enter_context(_open(override(config, one.overrides), ranks, one.batches))
+            stack.enter_context(_open(override(config, one.overrides), world, one.batches))
             for one in variants
         ]
         count = math.ceil(4 * _STRETCH_S / _time(loaders[0], 4).wall_s)
@@ -118,12 +119,12 @@ def _trial(
     )
 
 
-def _variants(config: Config, ranks: Ranks, recorded: list[RawBatch]) -> list[_Variant]:
+def _variants(config: Config, world: World, recorded: list[RawBatch]) -> list[_Variant]:
     views, found = config.data.views, []
     if config.model.has_contrast and views.color == "exact":
         what = "fast colour operations, whose pixels differ (data.views.color)"
         found.append(_Variant(what, {"data.views.color": "fast"}, recorded))
-    if ranks.device.type == "cpu":
+    if world.device.type == "cpu":
         now = "host" if config.speed.view_backend == "auto" else config.speed.view_backend
         other = "dali" if now == "host" else "host"
         what = f"views by {other} instead of {now}"
@@ -132,7 +133,7 @@ def _variants(config: Config, ranks: Ranks, recorded: list[RawBatch]) -> list[_V
         for load in (0.0, 0.3, 0.9):
             what = f"{100 * load:.0f} % of the JPEGs on the GPU's decoder unit"
             found.append(_Variant(what, {"speed.hw_decoder_load": load}, recorded))
-    side = 2 * views.master_size
+    side = 2 * views.source_crop_size
     shorter = [min(one.height, one.width) for raw in recorded for one in raw.records]
     if statistics.median(shorter) > 1.2 * side:
         what = f"shards of images resized to {side} px (cmae shards write)"
@@ -158,19 +159,19 @@ def _resize(record: Record, side: int) -> Record:
     return replace(record, data=data, height=size[1], width=size[0])
 
 
-def _open(config: Config, ranks: Ranks, recorded: list[RawBatch]) -> Loader:
+def _open(config: Config, world: World, recorded: list[RawBatch]) -> Loader:
     split = BatchSplit.of(
-        config.optim.global_batch_size, config.speed.micro_batch_size, ranks.world_size
+        config.optim.global_batch_size, config.speed.micro_batch_size, world.world_size
     )
 
-    def from_memory(source: Source, maker: ViewMaker) -> tuple[Source, ViewMaker]:
-        return SwitchedSource.holding(source, recorded), maker
+    def from_memory(source: Source, view_backend: ViewBackend) -> tuple[Source, ViewBackend]:
+        return SwitchedSource.holding(source, recorded), view_backend
 
-    return open_loader(config, split, ranks, wrap=from_memory)
+    return open_loader(config, split, world, wrap=from_memory)
 
 
 def _time(loader: Loader, num_batches: int) -> Reading:
-    settle()  # the loader that was timed before fills its queue
+    wait_until_idle()  # the loader that was timed before fills its queue
     for _ in range(_WARM + 2):
         next(loader)
     size = len(next(loader).label)
