@@ -43,7 +43,7 @@ def test_lanes_are_the_outputs_of_splitmix64_started_at_the_samples_state():
 
 
 @pytest.mark.parametrize(
-    ("seed", "epoch", "first_lane"), [(1, 0, 0), (0, 1, 0), (0, 0, 1), (-1, 0, 0), (2**63, 0, 0)]
+    ("seed", "epoch", "first_draw"), [(1, 0, 0), (0, 1, 0), (0, 0, 1), (-1, 0, 0), (2**63, 0, 0)]
 )
 def test_every_argument_changes_the_numbers(seed, epoch, first_draw):
     base = uniforms(0, 0, sample_index=SAMPLES[:8], num_draws=4)

@@ -104,7 +104,7 @@ def test_a_batch_of_another_size_is_refused_by_a_recording() -> None:
 
 
 @pytest.mark.parametrize(
-    ("speed", "optim", "ranks", "key"),
+    ("speed", "optim", "world", "key"),
     [
         (SpeedConfig(cuda_graphs=True), OPTIM, ALONE, "speed.cuda_graphs"),
         (SpeedConfig(cuda_graphs=True), OPTIM, World(0, 8, torch.device("cuda")), "8 rank"),

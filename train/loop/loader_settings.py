@@ -13,7 +13,6 @@ import torch
 
 from cmae.train.config import Config
 from cmae.train.distributed import threads_per_rank
-from cmae.train.tuning.tuned import describe_circumstances, find_tuned, tune_path
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,8 @@ def loader_settings(config: Config, device: torch.device) -> tuple[LoaderSetting
 
     Explicit settings win over tuned ones, tuned ones over the defaults.
     """
+    from cmae.train.tuning.tuned import describe_circumstances, find_tuned, tune_path
+
     speed, default = config.speed, default_settings()
     open_names = [name for name in tunable(device) if getattr(speed, name) is None]
     entry, note = None, ""

@@ -20,10 +20,10 @@ from cmae.pipeline.sources.records import Extent
 from cmae.train.distributed import World, sum_over_ranks
 from cmae.train.loop.loader_settings import LoaderSettings
 from cmae.train.loop.step import TrainStep
+from cmae.train.profiling.analysis.records import Reading
 from cmae.train.profiling.measure.page_cache import evict, resident_fraction, touch
 from cmae.train.profiling.measure.switches import SwitchedBackend, SwitchedSource
 from cmae.train.profiling.measure.timing import (
-    Reading,
     background_consumer,
     run_stretch,
     wait_until_idle,
