@@ -332,7 +332,7 @@ def describe_run(
         "images_per_s": summarise(rates),
         **utilisation(contender.case, rates, ceilings),
         "peak_memory_gb": contender.peak_bytes / 1e9,
-        "build_s": round(contender.build_s, 1),
+        "build_s": round(contender.build_s, 3),
     }
 
 

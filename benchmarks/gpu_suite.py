@@ -18,7 +18,7 @@ import torch
 from suite import ROOT, build_parser, run_suite
 
 PYTHON = sys.executable
-TESTS = (PYTHON, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider")
+TESTS = (PYTHON, "-m", "pytest", "-vv", "--tb=short", "-p", "no:cacheprovider")
 GPU_ONLY = ("-m", "gpu and not slow")
 STEP = (PYTHON, "benchmarks/bench_step.py", "--rounds", "3", "--steps", "6")
 LEVERS = (*STEP, "--methods", "cmae", "--precisions", "fp16", "--levers")

@@ -110,7 +110,10 @@ def run_section(name: str, command: Sequence[str], *, limit_s: float) -> dict[st
     environment = {
         **os.environ,
         "PYTHONSAFEPATH": "1",
-        "PYTHONPATH": str(ROOT / "benchmarks"),  # for `harness`, which safe mode would not find
+        # For `harness`, which safe mode would not find.
+        "PYTHONPATH": os.pathsep.join(
+            [str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        ),
         "PYTHONUNBUFFERED": "1",
     }
     process = subprocess.Popen(

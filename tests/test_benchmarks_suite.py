@@ -180,6 +180,12 @@ class TestSuite:
         (row,) = suite.run_sections(sections, ["slow"], budget_s=20, limits_s={"slow": 2})
         assert (row["exit_code"], row["end"]) == (124, "measured 1\n")
 
+    def test_a_section_sees_the_callers_packages(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("PYTHONPATH", "/packages")
+        code = "import os; print(os.environ['PYTHONPATH'])"
+        row = suite.run_section("path", [sys.executable, "-c", code], limit_s=20)
+        assert row["end"].strip().split(":") == [str(ROOT / "benchmarks"), "/packages"]
+
     def test_results_are_packed_into_one_archive(self, tmp_path: Path) -> None:
         summary, file = tmp_path / "summary.json", tmp_path / "x.json"
         for path in (summary, file):
@@ -196,7 +202,7 @@ class TestSuite:
         assert gpu_suite.LIMITS_S.keys() == gpu_suite.SECTIONS.keys()
         for command in gpu_suite.SECTIONS.values():
             if "pytest" in command:
-                assert {"-v", "gpu and not slow"} <= set(command)
+                assert {"-vv", "gpu and not slow"} <= set(command)
             files = [word for word in command if word.endswith(".py")]
             assert all((ROOT / word).is_file() for word in files)
 
