@@ -52,27 +52,31 @@ SIZES = {
     "h": (1280, 32, 16, 14),
 }
 
-# Each changes one thing; 'best' is what they should give together. What compiles comes last: it is the first
-# to be left out when time is short.
+# Each changes one thing; 'best' is what they should give together. What matters most comes first: the last
+# are left out when time is short.
 LEVERS: dict[str, dict[str, dict[str, Any]]] = {
     "base": {},
-    "sdpa: auto": {"speed": {"sdpa": "auto"}},
+    "residual: 16bit": {"optim": {"residual": "16bit"}},
+    "target_copy": {"speed": {"target_copy": True}},
     "sdpa: flash": {"speed": {"sdpa": "flash"}},
     "sdpa: cudnn": {"speed": {"sdpa": "cudnn"}},
-    "sdpa: math": {"speed": {"sdpa": "math"}},
-    "target_copy": {"speed": {"target_copy": True}},
-    "residual: 16bit": {"optim": {"residual": "16bit"}},
-    "target_fp8": {"optim": {"target_fp8": True}},
-    "cuda_graphs": {"speed": {"cuda_graphs": True}},
     "compile: blocks": {"speed": {"compile": "blocks"}},
     "best": {
-        "speed": {"compile": "blocks", "sdpa": "auto", "target_copy": True},
+        "speed": {"compile": "blocks", "target_copy": True},
         "optim": {"residual": "16bit"},
     },
     "best + cuda_graphs": {
-        "speed": {"compile": "blocks", "sdpa": "auto", "target_copy": True, "cuda_graphs": True},
+        "speed": {"compile": "blocks", "target_copy": True, "cuda_graphs": True},
         "optim": {"residual": "16bit"},
     },
+    "best + target_fp8": {
+        "speed": {"compile": "blocks", "target_copy": True},
+        "optim": {"residual": "16bit", "target_fp8": True},
+    },
+    "cuda_graphs": {"speed": {"cuda_graphs": True}},
+    "sdpa: auto": {"speed": {"sdpa": "auto"}},
+    "target_fp8": {"optim": {"target_fp8": True}},
+    "sdpa: math": {"speed": {"sdpa": "math"}},
     "compile: model": {"speed": {"compile": "model"}},
 }
 CPU_LEVERS = ["base", "sdpa: flash", "sdpa: math"]
@@ -128,6 +132,7 @@ class Contender:
 
     def __init__(self, case: Case, *, steps: int) -> None:
         self.case, self.steps = case, steps
+        started = time.perf_counter()
         before = allocated()
         config = case.model
         optim = OptimConfig(
@@ -147,6 +152,8 @@ class Contender:
             )
         )
         self.take_step()
+        synchronise()
+        self.build_s = time.perf_counter() - started
         self.own_bytes = allocated() - before
         self.peak_bytes = 0
         self.is_warm = False
@@ -302,20 +309,80 @@ def measure_group(
         measured, parts = {}, {}
     rows = []
     for name, case in cases.items():
-        row = {"name": name, **case.describe()}
         contender = built[name]
         if not isinstance(contender, Contender) or name not in measured:
             reason = contender if isinstance(contender, str) else "out of memory"
-            rows.append({**row, "error": reason})
+            rows.append({"name": name, **case.describe(), "error": reason})
             continue
-        rates = [m.images_per_s for m in measured[name]]
-        row |= {"images_per_s": summarise(rates), **utilisation(case, rates, ceilings)}
-        row |= {"peak_memory_gb": contender.peak_bytes / 1e9, "parts_ms": parts[name]}
+        rows.append(
+            {"name": name, **case.describe(), **describe_run(contender, measured[name], ceilings)}
+        )
+        rows[-1]["parts_ms"] = parts[name]
         if "base" in measured:
-            gains = [a / b.images_per_s for a, b in zip(rates, measured["base"], strict=True)]
-            row["gain"] = summarise(gains)
-        rows.append(row)
+            rows[-1]["gain"] = gain(measured[name], measured["base"])
     return rows
+
+
+def describe_run(
+    contender: Contender, measured: Sequence[Measurement], ceilings: dict[str, float]
+) -> dict[str, Any]:
+    """Rates, memory and seconds of building (the first step, with its compilation) of a contender."""
+    rates = [m.images_per_s for m in measured]
+    return {
+        "images_per_s": summarise(rates),
+        **utilisation(contender.case, rates, ceilings),
+        "peak_memory_gb": contender.peak_bytes / 1e9,
+        "build_s": round(contender.build_s, 3),
+    }
+
+
+def gain(measured: Sequence[Measurement], base: Sequence[Measurement]) -> dict[str, Any]:
+    """Rate over the base's of the same round."""
+    pairs = zip(measured, base, strict=True)
+    return summarise([one.images_per_s / other.images_per_s for one, other in pairs])
+
+
+def measure_levers(
+    cases: dict[str, Case],
+    arguments: argparse.Namespace,
+    ceilings: dict[str, float],
+    *,
+    note: Callable[[dict[str, Any]], None],
+) -> None:
+    """One lever at a time, in turn with the base; `note` gets its row as soon as there is one.
+
+    Only two contenders are in memory at once, and a process that is stopped has told all it has measured.
+    """
+    base = build(cases["base"], steps=arguments.steps)
+    for name, case in cases.items():
+        row = {"name": name, **case.describe()}
+        if isinstance(base, str) or time.perf_counter() > arguments.build_until:
+            note({**row, "error": base if isinstance(base, str) else "no time left"})
+            continue
+        contender = base if name == "base" else build(case, steps=arguments.steps)
+        if isinstance(contender, str):
+            note({**row, "error": contender})
+            continue
+        try:
+            measured = interleave({"base": base, name: contender}, rounds=arguments.rounds)
+            row |= describe_run(contender, measured[name], ceilings)
+            row |= {
+                "parts_ms": contender.parts_ms(),
+                "gain": gain(measured[name], measured["base"]),
+            }
+        except torch.OutOfMemoryError:
+            row["error"] = "out of memory"
+        note(row)
+        del contender
+        tidy()
+
+
+def tidy() -> None:
+    """Give back memory, and forget what was compiled: torch's limit of compilations counts them all."""
+    gc.collect()
+    torch.compiler.reset()
+    if ON_GPU:
+        torch.cuda.empty_cache()
 
 
 def utilisation(
@@ -362,22 +429,33 @@ def main() -> None:
     """Measure and write the result file."""
     arguments = parse_arguments()
     config = vars(arguments).copy()
-    arguments.build_until = time.perf_counter() + 0.6 * arguments.budget_s
+    arguments.build_until = time.perf_counter() + 0.8 * arguments.budget_s
     ceilings = {name: measure_matmul_tflops(DEVICE, DTYPES[name]) for name in arguments.precisions}
     rows: list[dict[str, Any]] = []
+    name = "step" if arguments.levers is None else "levers"
+    chosen = [*arguments.sizes, *(f"b{size}" for size in arguments.batch_sizes)]
+    if arguments.levers is not None:
+        chosen += [arguments.methods[0], arguments.precisions[0]]
+    label = "vit-" + "-".join(chosen)
+
+    def note(row: dict[str, Any]) -> None:
+        rows.append(row)
+        told = f"{row['gain']['median']:.3f} of the base" if "gain" in row else row["error"]
+        print(f"{row['name']:<20} B {row['batch_size']:<4} {told}", flush=True)
+        write_result(name, label=label, config=config, rows=rows)
+
     for size in arguments.sizes:
         for batch_size in arguments.batch_sizes:
             if time.perf_counter() > arguments.build_until:
                 print(f"no time left for ViT-{size.upper()}, {batch_size} images")
                 continue
-            rows += measure_group(cases_of(size, batch_size, arguments), arguments, ceilings)
-            gc.collect()
-            torch.compiler.reset()  # its limit of compilations counts those of all groups
-            if ON_GPU:
-                torch.cuda.empty_cache()
-    name = "step" if arguments.levers is None else "levers"
-    sizes, batches = ("-".join(map(str, x)) for x in (arguments.sizes, arguments.batch_sizes))
-    write_result(name, label=f"vit-{sizes}-b{batches}", config=config, rows=rows)
+            cases = cases_of(size, batch_size, arguments)
+            if arguments.levers is None:
+                rows += measure_group(cases, arguments, ceilings)
+                write_result(name, label=label, config=config, rows=rows)
+            else:
+                measure_levers(cases, arguments, ceilings, note=note)
+            tidy()
 
 
 def cases_of(size: str, batch_size: int, arguments: argparse.Namespace) -> dict[str, Case]:

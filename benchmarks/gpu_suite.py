@@ -1,81 +1,123 @@
-"""Every check and benchmark that wants a GPU, in one command, within a time budget.
+"""Every check and benchmark that wants a GPU, in one command, within a time budget, over several calls.
 
     python benchmarks/gpu_suite.py --budget-s 540
+    python benchmarks/gpu_suite.py --sections no-dali --resume runs/gpu.json      and again, to go on
 
-Sections run in order, each in a process of its own: one that fails or runs out of time leaves the others
-alone. The summary goes to `benchmarks/results/<date>_gpu-suite_<device>_<sha>.json`; the benchmarks write
-files of their own.
+Sections run in the order of their questions (docs/design/0009-open-on-a-gpu.md), each in a process of its
+own: one that fails or runs out of time leaves the others alone. Those of 'dali' come after those of
+'no-dali'. Sections and calls share the caches of compiled code. The summary goes to
+`benchmarks/results/<date>_gpu-suite_<device>_<sha>.json`; the benchmarks write files of their own.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 
 import torch
-from suite import build_parser, run_suite
+from suite import ROOT, build_parser, run_suite
 
 PYTHON = sys.executable
-STEP = (PYTHON, "benchmarks/bench_step.py", "--rounds", "3", "--steps", "8")
-SECTIONS: dict[str, list[str]] = {
+TESTS = (PYTHON, "-m", "pytest", "-vv", "--tb=short", "-p", "no:cacheprovider")
+GPU_ONLY = ("-m", "gpu and not slow")
+STEP = (PYTHON, "benchmarks/bench_step.py", "--rounds", "3", "--steps", "6")
+LEVERS = (*STEP, "--methods", "cmae", "--precisions", "fp16", "--levers")
+NO_DALI: dict[str, list[str]] = {
     "doctor": [PYTHON, "-m", "cmae.train", "doctor"],
-    "tests": [PYTHON, "-m", "pytest", "-m", "gpu", "-q", "tests"],
-    "kernels": [PYTHON, "benchmarks/bench_kernels.py", "--rounds", "20"],
+    "first-minute": [*TESTS, *GPU_ONLY, "tests/test_train_step.py", "tests/test_train_speed.py"],
     "levers": [
-        *(*STEP, "--levers", "--methods", "cmae", "--precisions", "fp16"),
-        *("--batch-sizes", "128", "--budget-s", "120"),
+        *(*LEVERS, "base", "residual: 16bit", "target_shadow", "sdpa: flash", "sdpa: cudnn"),
+        *("compile: blocks", "best", "best + cuda_graphs", "best + target_fp8"),
+        *("--batch-sizes", "128", "--budget-s", "140"),
     ],
-    "step": [*STEP, "--batch-sizes", "128", "256", "512", "--budget-s", "60"],
-    "step-sizes": [
-        *(*STEP, "--sizes", "s", "l", "h", "--batch-sizes", "128", "--methods", "cmae"),
-        *("--precisions", "fp16", "--budget-s", "45"),
+    "attention": [PYTHON, "benchmarks/bench_attention.py", "--rounds", "20"],
+    "color": [PYTHON, "benchmarks/bench_color.py", "--rounds", "20"],
+    "step": [*LEVERS, "base", "best", "--batch-sizes", "512", "256", "--budget-s", "60"],
+    "step-mae": [
+        *(*STEP, "--methods", "mae", "--precisions", "bf16", "--levers", "base", "best"),
+        *("--batch-sizes", "256", "--budget-s", "40"),
     ],
-    "model": [
-        PYTHON,
-        "-m",
-        "cmae.train",
-        "bench",
-        "--model",
-        "--recipe",
-        "cmae_vit_b",
-        "--gpu",
-        "measured",
+    "kernels": [
+        *(PYTHON, "benchmarks/bench_kernels.py", "--rounds", "10"),
+        *("--batch-sizes", "128", "--keys", "4096"),
     ],
-    "loader": [PYTHON, "benchmarks/bench_loader.py", "--rounds", "3"],
-    "profile": [PYTHON, "benchmarks/bench_profile.py", "--budget-s", "45", "--verify", "4"],
-    "fp8": [PYTHON, "benchmarks/fp8_curve.py", "--steps", "300", "--precision", "fp16"],
-    "e2e": [PYTHON, "benchmarks/bench_e2e.py"],
-    "sweep-decode": [
-        *(PYTHON, "benchmarks/bench_sweep.py", "--sweeps", "threads", "hw_decoder_load"),
-    ],
-    "sweep-step": [
-        *(PYTHON, "benchmarks/bench_sweep.py", "--sweeps", "batch_size", "img_size"),
-    ],
-    "demo": [PYTHON, "-m", "cmae.train", "demo", "--out", "runs/gpu-demo"],
+    "test-model": [*TESTS, *GPU_ONLY, "tests/test_model_cmae.py", "tests/test_model_shadow.py"],
+    "test-kernels": [*TESTS, *GPU_ONLY, "tests/test_kernels_gpu.py"],
 }
+DALI: dict[str, list[str]] = {
+    "decode": [PYTHON, "benchmarks/bench_decode.py"],
+    "test-pipeline": [*TESTS, *GPU_ONLY, "tests/test_pipeline_gpu.py"],
+    "sweep-decode": [
+        *(PYTHON, "benchmarks/bench_sweep.py", "--sweeps", "hw_decoder_load", "--rounds", "2"),
+    ],
+    "e2e": [PYTHON, "benchmarks/bench_e2e.py", "--rounds", "4"],
+    "e2e-fast": [PYTHON, "benchmarks/bench_e2e.py", "--rounds", "3", "--color", "fast"],
+    "loader": [
+        *(PYTHON, "benchmarks/bench_loader.py", "--rounds", "2", "--colors", "exact", "none"),
+        "--presized",
+    ],
+    "sizes": [
+        *(*LEVERS, "base", "best", "--sizes", "l", "h", "s", "--batch-sizes", "128"),
+        *("--budget-s", "80"),
+    ],
+    "profile": [PYTHON, "benchmarks/bench_profile.py", "--budget-s", "45", "--verify", "2"],
+    "test-profiling": [*TESTS, *GPU_ONLY, "tests/test_train_profiling_planted.py"],
+}
+SECTIONS = NO_DALI | DALI
+GROUPS = {"no-dali": list(NO_DALI), "dali": list(DALI)}
 LIMITS_S: dict[str, float] = {
     "doctor": 30,
-    "tests": 120,
+    "first-minute": 75,
+    "levers": 170,
+    "attention": 30,
+    "color": 25,
+    "step": 75,
+    "step-mae": 50,
     "kernels": 60,
-    "levers": 130,
-    "step": 80,
-    "step-sizes": 60,
-    "model": 15,
-    "profile": 110,
-    "fp8": 60,
-    "e2e": 90,
+    "test-model": 30,
+    "test-kernels": 90,
+    "decode": 110,
+    "test-pipeline": 45,
     "sweep-decode": 60,
-    "sweep-step": 60,
+    "e2e": 75,
+    "e2e-fast": 45,
+    "loader": 60,
+    "sizes": 100,
+    "profile": 70,
+    "test-profiling": 30,
 }
-"""A section that hangs must not take the others' time; those without a limit get what is left."""
+"""A section that hangs must not take the others' time."""
+TAKES_SHARDS = ("decode", "sweep-decode", "e2e", "e2e-fast", "loader", "profile")
+
+
+def choose(words: list[str]) -> list[str]:
+    """Names of sections, from names of sections and groups."""
+    return [name for word in words for name in GROUPS.get(word, [word])]
+
+
+def with_shards(sections: dict[str, list[str]], shards: str | None) -> dict[str, list[str]]:
+    """The commands, reading real images where they can."""
+    extra = [] if shards is None else ["--shards", shards]
+    return {
+        name: command + (extra if name in TAKES_SHARDS else [])
+        for name, command in sections.items()
+    }
 
 
 def main() -> int:
     """Run the chosen sections."""
-    arguments = build_parser(__doc__, SECTIONS, budget_s=540).parse_args()
+    parser = build_parser(__doc__, {**SECTIONS, **GROUPS}, budget_s=540)
+    parser.set_defaults(sections=list(GROUPS))
+    parser.add_argument("--shards", help="tars; default: what each benchmark finds")
+    arguments = parser.parse_args()
+    arguments.sections = choose(arguments.sections)
     if not torch.cuda.is_available():
         print("gpu_suite: torch sees no GPU; `cmae doctor` says why", file=sys.stderr)
         return 1
-    return run_suite("gpu-suite", SECTIONS, arguments, limits_s=LIMITS_S)
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        os.environ.setdefault(name, str(ROOT / "runs" / "compiled" / name.split("_")[0].lower()))
+    sections = with_shards(SECTIONS, arguments.shards)
+    return run_suite("gpu-suite", sections, arguments, limits_s=LIMITS_S)
 
 
 if __name__ == "__main__":

@@ -13,15 +13,17 @@ benchmarks/tables.py draws the README's tables. The GPU's suite is gpu_suite.py,
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -63,20 +65,33 @@ def run_sections(
     *,
     budget_s: float,
     limits_s: Mapping[str, float],
+    known: Sequence[Mapping[str, Any]] = (),
+    note: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> list[dict[str, Any]]:
-    """Run the named sections in order; one row for each, whatever became of it."""
+    """Run the named sections in order; one row for each, whatever became of it.
+
+    Args:
+        sections: commands by name.
+        names: those to run.
+        budget_s: seconds for all of them. A section that could not have half of its limit is not begun.
+        limits_s: longest time of a section.
+        known: rows of an earlier call; sections that came to an end there are not run again.
+        note: told of all rows after every section, so that a kill loses at most one.
+    """
     deadline = time.perf_counter() + budget_s
-    rows = []
-    for name in names:
+    rows = [dict(row) for row in known if row["exit_code"] is not None]
+    finished = {row["section"] for row in rows}
+    for name in (name for name in names if name not in finished):
         left = deadline - time.perf_counter()
         script = next((word for word in sections[name] if word.endswith(".py")), None)
-        if left < 5:
+        if left < max(5, limits_s.get(name, 0) / 2):
             rows.append(_not_run(name, "no time left"))
         elif script is not None and not (ROOT / script).is_file():
             rows.append(_not_run(name, f"{script} is not there"))
         else:
             limit = min(left, limits_s.get(name, left))
             rows.append(run_section(name, sections[name], limit_s=limit))
+        note(rows)
     return rows
 
 
@@ -95,7 +110,10 @@ def run_section(name: str, command: Sequence[str], *, limit_s: float) -> dict[st
     environment = {
         **os.environ,
         "PYTHONSAFEPATH": "1",
-        "PYTHONPATH": str(ROOT / "benchmarks"),  # for `harness`, which safe mode would not find
+        # For `harness`, which safe mode would not find.
+        "PYTHONPATH": os.pathsep.join(
+            [str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        ),
         "PYTHONUNBUFFERED": "1",
     }
     process = subprocess.Popen(
@@ -150,6 +168,14 @@ def build_parser(
         "--budget-s", type=float, default=budget_s, help="for all sections together"
     )
     parser.add_argument("--copy-to", type=Path, help="copy the result files there too")
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        help="kept after every section; what has ended in it is not run again",
+    )
+    parser.add_argument(
+        "--pack", action="store_true", help="copy as one archive beside the summary"
+    )
     return parser
 
 
@@ -165,18 +191,42 @@ def run_suite(
     Returns:
         The largest exit code of a section, 0 when all went well.
     """
+    resume: Path | None = arguments.resume
+    known = json.loads(resume.read_text()) if resume is not None and resume.is_file() else []
+
+    def note(rows: list[dict[str, Any]]) -> None:
+        if resume is not None:
+            resume.parent.mkdir(parents=True, exist_ok=True)
+            resume.write_text(json.dumps(rows, indent=1))
+
     rows = run_sections(
-        sections, arguments.sections, budget_s=arguments.budget_s, limits_s=limits_s
+        sections,
+        arguments.sections,
+        budget_s=arguments.budget_s,
+        limits_s=limits_s,
+        known=known,
+        note=note,
     )
     summary = write_result(benchmark, config={"budget_s": arguments.budget_s}, rows=rows)
     if arguments.copy_to is not None:
-        arguments.copy_to.mkdir(parents=True, exist_ok=True)
-        for path in [summary, *(ROOT / name for row in rows for name in row["results"])]:
-            shutil.copy(path, arguments.copy_to)
+        names = dict.fromkeys(name for row in rows for name in row["results"])
+        files = [path for path in (ROOT / name for name in names) if path.is_file()]
+        copy_results(summary, files, arguments.copy_to, pack=arguments.pack)
     for row in rows:
         why = row["end"] if row["exit_code"] is None else ""
         print(f"{row['section']:<16} exit {row['exit_code']}  {row['seconds']} s  {why}")
     return max((row["exit_code"] or 0 for row in rows), default=0)
+
+
+def copy_results(summary: Path, files: Sequence[Path], folder: Path, *, pack: bool) -> None:
+    """Copy the summary and the files, or the summary and one archive of all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in [summary] if pack else [summary, *files]:
+        shutil.copy(path, folder)
+    if pack:
+        with tarfile.open(folder / f"{summary.stem}.tar.gz", "w:gz") as archive:
+            for path in [summary, *files]:
+                archive.add(path, arcname=path.name)
 
 
 def main() -> int:

@@ -62,6 +62,31 @@ def test_what_cannot_run_or_comes_too_late_says_so(bench: ModuleType) -> None:
     assert rows[1]["error"] == "no time left"
 
 
+def test_every_lever_is_told_as_soon_as_it_is_measured(bench: ModuleType) -> None:
+    names = ("base", "sdpa: cudnn", "residual: 16bit")
+    cases = {n: bench.Case("cmae", "ti", "bf16", 4, **bench.LEVERS[n]) for n in names}
+    rows: list[dict[str, object]] = []
+    seen: list[int] = []
+    real = bench.build
+
+    def build(case: object, *, steps: int) -> object:
+        seen.append(len(rows))
+        return real(case, steps=steps)
+
+    bench.build = build
+    bench.measure_levers(
+        cases, arguments(time.perf_counter() + 600), {"bf16": 0.1}, note=rows.append
+    )
+    assert seen == [0, 1, 2]
+    assert [row["name"] for row in rows] == list(names)
+    assert rows[0]["gain"]["median"] == 1.0
+    assert rows[1]["error"].startswith("speed.sdpa is 'cudnn'")
+    assert rows[2]["build_s"] > 0
+    late: list[dict[str, object]] = []
+    bench.measure_levers(cases, arguments(0.0), {"bf16": 0.1}, note=late.append)
+    assert {row["error"] for row in late} == {"no time left"}
+
+
 def test_tables_show_levers_and_errors(bench: ModuleType) -> None:
     import tables
 

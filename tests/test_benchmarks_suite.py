@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tarfile
 import time
 from copy import deepcopy
 from pathlib import Path
@@ -146,6 +147,64 @@ class TestSuite:
         sections = {"one": [sys.executable, "-c", "raise SystemExit(3)"]}
         (row,) = suite.run_sections(sections, ["one"], budget_s=1, limits_s={})
         assert (row["exit_code"], row["end"]) == (None, "no time left")
+
+    def test_a_section_that_could_not_have_half_of_its_limit_is_not_begun(self) -> None:
+        code = "import time; time.sleep(0.2)"
+        sections = {name: [sys.executable, "-c", code] for name in ("long", "short")}
+        limits = {"long": 100.0, "short": 20.0}
+        rows = suite.run_sections(sections, list(sections), budget_s=30, limits_s=limits)
+        assert [row["exit_code"] for row in rows] == [None, 0]
+
+    def test_a_later_call_goes_on_where_the_first_one_stopped(self, tmp_path: Path) -> None:
+        runs = tmp_path / "runs"
+        code = f"open({str(runs)!r}, 'a').write('x')"
+        sections = {name: [sys.executable, "-c", code] for name in ("one", "two")}
+        noted: list[list[str]] = []
+
+        def note(rows: list[dict[str, Any]]) -> None:
+            noted.append([row["section"] for row in rows])
+
+        first = suite.run_sections(sections, ["one"], budget_s=60, limits_s={}, note=note)
+        late = suite.run_sections(sections, ["two"], budget_s=1, limits_s={}, known=first)
+        assert [row["exit_code"] for row in late] == [0, None]
+        rows = suite.run_sections(
+            sections, ["one", "two"], budget_s=60, limits_s={}, known=late, note=note
+        )
+        assert [(row["section"], row["exit_code"]) for row in rows] == [("one", 0), ("two", 0)]
+        assert runs.read_text() == "xx"
+        assert noted == [["one"], ["one", "two"]]
+
+    def test_a_section_that_is_stopped_has_shown_what_it_printed(self) -> None:
+        code = "import time; print('measured 1', flush=True); time.sleep(60)"
+        sections = {"slow": [sys.executable, "-c", code]}
+        (row,) = suite.run_sections(sections, ["slow"], budget_s=20, limits_s={"slow": 2})
+        assert (row["exit_code"], row["end"]) == (124, "measured 1\n")
+
+    def test_a_section_sees_the_callers_packages(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("PYTHONPATH", "/packages")
+        code = "import os; print(os.environ['PYTHONPATH'])"
+        row = suite.run_section("path", [sys.executable, "-c", code], limit_s=20)
+        assert row["end"].strip().split(":") == [str(ROOT / "benchmarks"), "/packages"]
+
+    def test_results_are_packed_into_one_archive(self, tmp_path: Path) -> None:
+        summary, file = tmp_path / "summary.json", tmp_path / "x.json"
+        for path in (summary, file):
+            path.write_text("{}")
+        suite.copy_results(summary, [file], tmp_path / "out", pack=True)
+        with tarfile.open(tmp_path / "out" / "summary.tar.gz") as archive:
+            assert archive.getnames() == ["summary.json", "x.json"]
+        assert len(list((tmp_path / "out").iterdir())) == 2
+
+    def test_the_gpu_suites_groups_hold_every_section_once_and_tests_leave_out_the_slow(
+        self,
+    ) -> None:
+        assert gpu_suite.choose(["no-dali", "dali"]) == list(gpu_suite.SECTIONS)
+        assert gpu_suite.LIMITS_S.keys() == gpu_suite.SECTIONS.keys()
+        for command in gpu_suite.SECTIONS.values():
+            if "pytest" in command:
+                assert {"-vv", "gpu and not slow"} <= set(command)
+            files = [word for word in command if word.endswith(".py")]
+            assert all((ROOT / word).is_file() for word in files)
 
     def test_limits_of_the_cpu_suite_fit_under_fifteen_minutes(self) -> None:
         assert suite.LIMITS_S.keys() <= suite.SECTIONS.keys()

@@ -309,6 +309,19 @@ def gpu() -> World:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compile", ["none", "blocks"])
+def test_equal_steps_have_equal_bits_on_a_gpu(compile: str) -> None:
+    config = replace(SMALL, embed_dim=128, decoder_embed_dim=64)  # heads as wide as in real models
+    steps = []
+    for _ in range(2):
+        speed = SpeedConfig(compile=compile)
+        steps.append(build(speed, replace(OPTIM, precision="fp16"), config=config, ranks=gpu()))
+        run(steps[-1], 1)
+    for name, value in steps[0].model.state_dict().items():
+        assert torch.equal(value, steps[1].model.state_dict()[name]), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", ["none", "blocks"])
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_graphed_and_eager_steps_have_the_same_losses_on_a_gpu(
     micro_batches: int, compile: str
