@@ -334,9 +334,8 @@ def _apply_jitter(  # type: ignore[no-untyped-def]
         before = (1 << shift) - 1
         left = (left & before) | ((left >> 4) & (-1 - before))
         factor = tl.load(row + 1 + operation)
-        if to_contrast:
-            if operation == 1:
-                active = active * 0
+        if to_contrast and operation == 1:
+            active = active * 0
         if active != 0:
             if operation == 3:
                 if factor != 0.0:
@@ -522,7 +521,7 @@ def _band(  # type: ignore[no-untyped-def]
 ):
     """Weight of each source in each target on an axis of `size`, as two fp16 parts; borders reflect.
 
-    Targets are 0 to `tile` and sources `-tile / 2` to `3 tile / 2`, counted from `first`; numbers are float32.
+    Targets are 0 to `tile` and sources `-tile / 2` to `3 tile / 2`, counted from `first`; all float32.
     Sources past the axis are zeros, whatever their weight.
     """
     weight = _tap(target - source, sharpness, radius)

@@ -414,7 +414,7 @@ def color_images(batch: int, height: int, width: int) -> Tensor:
 
 
 def check_color(images: Tensor, params: Tensor, mode: str, *, is_rounded: bool) -> Tensor:
-    """The kernel's result; jitter has the reference's bits, products of a blur or a matrix round alike but for ties."""
+    """The kernel's result; jitter has the reference's bits, blur and matrix round alike but for ties."""
     before = images.clone()
     mine = color_jitter(images, params, mode=mode, backend="triton")
     expected = color_jitter(images, params, mode=mode, backend="torch")
