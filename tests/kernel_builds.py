@@ -25,7 +25,14 @@ TYPES = {
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
 }
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may take
+# Bytes a block may take.
+SHARED_LIMIT = {
+    80: 163 * 1024,
+    86: 99 * 1024,
+    89: 99 * 1024,
+    90: 227 * 1024,
+    100: 227 * 1024,
+}
 
 
 @dataclass(frozen=True)

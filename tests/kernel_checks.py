@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cmae.kernels.backend import INTERPRETED
 from cmae.kernels.block_mask import block_mask
+from cmae.kernels.color_jitter import PARAMS, color_jitter
 from cmae.kernels.info_nce import info_nce
 from cmae.kernels.masked_mse import masked_mse
 from cmae.kernels.patch_gather import patch_gather
@@ -32,6 +33,7 @@ TOLERANCE_SOFTMAX_FP32 = 1e-5
 # Of a float32 loss whose logits come from fp16 products: 2^-12 of each factor, averaged over a row.
 TOLERANCE_FP16_DOT = 1e-3
 CONSTANTS = {"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375)}
+OPS = ["patch_gather", "masked_mse", "info_nce", "block_mask", "color_jitter"]
 SCALE = 65536.0  # of the loss, as GradScaler starts with
 
 
@@ -390,6 +392,130 @@ def test_block_mask_refuses_grids_that_one_program_cannot_hold():
         block_mask(torch.arange(2, device=DEVICE), backend="triton", **arguments)
 
 
+# -- color_jitter --------------------------------------------------------------------------------------
+
+
+def color_params(batch: int, **columns: Any) -> Tensor:
+    """Rows that change nothing, but for the named columns."""
+    neutral = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0}
+    params = torch.zeros(batch, len(PARAMS))
+    for index, name in enumerate(PARAMS):
+        params[:, index] = torch.as_tensor(columns.get(name, neutral.get(name, 0.0)))
+    return params.to(DEVICE)
+
+
+def color_images(batch: int, height: int, width: int) -> Tensor:
+    """Noise, and among it a black, a white, a grey and a saturated image."""
+    images = pixels(batch, height, width)
+    for index, level in enumerate([0, 255, 77]):
+        images[index::8] = level
+    images[3::8] = images[3::8] // 128 * 255
+    return images
+
+
+def check_color(images: Tensor, params: Tensor, mode: str, *, is_rounded: bool) -> Tensor:
+    """The kernel's result; jitter has the reference's bits, blur and matrix round alike but for ties."""
+    before = images.clone()
+    mine = color_jitter(images, params, mode=mode, backend="triton")
+    expected = color_jitter(images, params, mode=mode, backend="torch")
+    assert torch.equal(images, before)
+    assert mine.dtype == torch.uint8
+    assert mine.shape == images.shape
+    error = (mine.int() - expected.int()).abs()
+    if INTERPRETED and not is_rounded:
+        assert error.max() == 0
+    assert error.max() <= 2
+    assert error.float().mean() < 1e-3
+    return mine
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+@pytest.mark.parametrize(
+    ("height", "width"), [(1, 1), (2, 3), (9, 16), (30, 33), (33, 30), (44, 68)]
+)
+def test_color_jitter_in_all_orders(mode, height, width):
+    draw = rand(24, 4, seed=3).cpu().tanh()
+    params = color_params(
+        24,
+        jitter=torch.arange(24) % 7 != 6,
+        brightness=1 + 0.4 * draw[:, 0],
+        contrast=1 + 0.4 * draw[:, 1],
+        saturation=1 + 0.4 * draw[:, 2],
+        hue=0.1 * draw[:, 3],
+        order=torch.arange(24),
+        grayscale=torch.arange(24) % 5 == 4,
+    )
+    images = color_images(24, height, width)
+    check_color(images, params, mode, is_rounded=mode == "fast")
+    params[:, 7] = torch.linspace(-0.5, 2.0, 24)
+    check_color(images, params, mode, is_rounded=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("brightness", [0.0, 0.6, 1.0, 1.4, 2.0]),
+        ("contrast", [0.0, 0.6, 1.0, 1.4, 2.0]),
+        ("saturation", [0.0, 0.6, 1.0, 1.4, 2.0]),
+        ("hue", [-0.5, -0.1, 0.0, 0.1, 0.5]),
+        ("grayscale", [0.0, 1.0]),
+    ],
+)
+def test_color_jitter_of_one_operation(name, values):
+    images = color_images(8, 24, 20).repeat(len(values), 1, 1, 1)
+    column = torch.tensor(values).repeat_interleave(8)
+    params = color_params(
+        len(images), jitter=1.0, order=torch.arange(len(images)) % 24, **{name: column}
+    )
+    made = check_color(images, params, "exact", is_rounded=False)
+    neutral = column == (0 if name in ("hue", "grayscale") else 1)
+    assert torch.equal(made[neutral], images[neutral])
+    assert name == "hue" or not torch.equal(made[~neutral], images[~neutral])
+
+
+@pytest.mark.parametrize(
+    ("height", "width"), [(1, 1), (2, 5), (12, 31), (33, 40), (70, 36), (32, 96)]
+)
+def test_color_jitter_blurs(height, width):
+    sigma = torch.tensor([0.1, 0.3, 0.34, 1.0, 1.9, 2.0, 2.75, 9.0])
+    images = color_images(8, height, width)
+    made = check_color(images, color_params(8, blur_sigma=sigma), "exact", is_rounded=True)
+    assert torch.equal(made[:3], images[:3])  # one level everywhere
+
+
+def test_color_jitter_leaves_rows_without_an_operation_alone():
+    images = color_images(6, 20, 24)
+    params = color_params(6, brightness=0.5, hue=0.3, order=17, grayscale=torch.arange(6) == 4)
+    made = check_color(images, params, "exact", is_rounded=False)
+    assert (made != images).flatten(1).any(1).tolist() == [False] * 4 + [True, False]
+
+
+def test_color_jitter_takes_columns_of_a_matrix_and_images_at_any_address():
+    draw = {"jitter": 1.0, "brightness": 0.7, "contrast": 1.3, "hue": 0.1, "order": 21}
+    params = color_params(3, **draw, blur_sigma=torch.tensor([0.0, 1.5, 0.0]))
+    wide = torch.full((3, 22), float("nan"), device=DEVICE)
+    wide[:, -8:] = params
+    images = color_images(3, 12, 16)
+    expected = color_jitter(images, params, backend="triton")
+    assert torch.equal(color_jitter(images, wide[:, -8:], backend="triton"), expected)
+    odd = torch.empty(images.numel() + 1, dtype=torch.uint8, device=DEVICE)[1:].view(images.shape)
+    odd.copy_(images)
+    assert torch.equal(color_jitter(odd, params, backend="triton"), expected)
+
+
+def test_color_jitter_of_nothing_is_empty():
+    made = color_jitter(pixels(0, 8, 8), color_params(0), backend="triton")
+    assert made.shape == (0, 8, 8, 3)
+
+
+def test_color_jitter_kernel_refuses_images_that_are_not_contiguous():
+    images = pixels(2, 8, 12)
+    with pytest.raises(ValueError, match="strides"):
+        color_jitter(images[:, :, ::2], color_params(2), backend="triton")
+    with pytest.raises(ValueError, match="neighbours"):
+        color_jitter(images, color_params(2).T.contiguous().T, backend="triton")
+
+
 # -- all ops -------------------------------------------------------------------------------------------
 
 
@@ -425,17 +551,27 @@ def op_calls() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
             ops.block_mask,
             (torch.arange(3, device=DEVICE), 4, 6, 2, 3, 1, -5, 16),
         ),
+        "color_jitter": (
+            ops.color_jitter,
+            (
+                color_images(5, 37, 44),
+                color_params(
+                    5, jitter=1.0, contrast=0.7, hue=0.1, order=14, blur_sigma=torch.arange(5) / 2
+                ),
+                True,
+            ),
+        ),
     }
 
 
-@pytest.mark.parametrize("name", ["patch_gather", "masked_mse", "info_nce", "block_mask"])
+@pytest.mark.parametrize("name", OPS)
 def test_op_obeys_the_rules_of_custom_ops(name, monkeypatch):
     monkeypatch.undo()  # opcheck looks at whole outputs, and info_nce leaves none unwritten
     op, arguments = op_calls()[name]
     torch.library.opcheck(op.default, arguments)
 
 
-@pytest.mark.parametrize("name", ["patch_gather", "masked_mse", "info_nce", "block_mask"])
+@pytest.mark.parametrize("name", OPS)
 def test_op_repeats_its_bits(name):
     op, arguments = op_calls()[name]
     learnt = [x for x in arguments if isinstance(x, Tensor) and x.requires_grad]

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 from kernel_builds import SHARED_LIMIT, Build, build, record_launches
 
-from cmae.kernels import block_mask, info_nce, masked_mse, patch_gather
+from cmae.kernels import block_mask, color_jitter, info_nce, masked_mse, patch_gather
 from cmae.kernels.backend import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 leaves nothing to compile")
@@ -133,6 +133,36 @@ def test_block_mask(monkeypatch, capability, arguments):
         lambda: block_mask._launch(torch.arange(4), *arguments, 1, -5, 16),
         capability,
     )
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100])
+@pytest.mark.parametrize(
+    ("size", "exact"), [(224, True), (224, False), (222, True), (97, True), (32, True)]
+)
+def test_color_jitter(monkeypatch, capability, size, exact):
+    if capability == 100 and size == 222:
+        pytest.skip("spills 8 bytes; lines of whole words (a width that is a multiple of 4) do not")
+    images, params = torch.zeros(2, size, size, 3, dtype=torch.uint8), torch.zeros(2, 22)[:, -8:]
+    *before, pixel, blur = builds(
+        monkeypatch,
+        color_jitter,
+        lambda: color_jitter._launch(images, params, exact),
+        capability,
+    )
+    for kernel in (*before, pixel):
+        assert kernel.registers <= (64 if size % 2 == 0 else 72)  # half of the threads there can be
+        assert kernel.count(r"\bI2F\b|\bF2I\b") <= 4  # levels take no slow conversions
+        if size % 2 == 0:
+            assert max(widths(kernel, "LDG")) >= 32
+            assert 8 not in widths(kernel, "STG")
+    assert blur.registers <= (168 if size == 224 else 255)
+    assert blur.count(r"\bI2F\b") <= 40
+    assert blur.count(r"\b(?:H(?:G)?MMA|UTCHMMA)\b") > 0
+    assert blur.count(r"\bFFMA\b") < 200  # the products are not on the ordinary cores
+    if size % 4 == 0:
+        assert 8 not in widths(blur, "STG")
+    if size % 16 == 0:
+        assert widths(blur, "LDG") >= {128}  # 16 levels a load
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 16, 2**31])

@@ -45,10 +45,11 @@ def run_interpreted(*command: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "group", ["patch_gather", "masked_mse", "info_nce", "block_mask", "op or autocast"]
+    "group",
+    ["patch_gather", "masked_mse", "info_nce", "block_mask", "color_jitter", "op or autocast"],
 )
 def test_kernels_in_the_interpreter(group):
-    names = ["patch_gather", "masked_mse", "info_nce", "block_mask"]
+    names = ["patch_gather", "masked_mse", "info_nce", "block_mask", "color_jitter"]
     select = f"test_{group}" if group in names else "test_op or test_autocast"
     output = run_interpreted(
         *("-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist"),
