@@ -158,11 +158,11 @@ def _twist(x: Float[Tensor, "B 3 H W"], factors: Float32[Tensor, "B 4"]) -> Tens
     cosine, sine = saturation * angle.cos(), saturation * angle.sin()
     turned = cosine * in_phase + sine * quadrature
     quadrature = cosine * quadrature - sine * in_phase
-    made = [
+    mixed = [
         luma * of_luma + turned * of_in_phase + quadrature * of_quadrature
         for of_luma, of_in_phase, of_quadrature in _YIQ_TO_RGB
     ]
-    made = torch.cat(made, dim=1) * (brightness * contrast) + brightness * (1 - contrast) * 128
+    made = torch.cat(mixed, dim=1) * (brightness * contrast) + brightness * (1 - contrast) * 128
     return made.clamp(0, 255).round()
 
 

@@ -15,9 +15,9 @@ from torchvision.transforms.v2 import functional as v2
 
 from cmae.kernels import color_jitter as module
 from cmae.kernels.color_jitter import PARAMS, color_jitter, color_jitter_reference
-from cmae.pipeline.color import color_chain
-from cmae.pipeline.reference import reference_color
 from cmae.pipeline.views import JITTER_ORDERS, ViewConfig, ViewParams, draw_view_params
+from cmae.pipeline.views.color_batch import color_chain
+from cmae.pipeline.views.reference import reference_color
 
 N = 24
 

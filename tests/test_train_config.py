@@ -37,7 +37,7 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_every_recipe_parses_and_says_command_hardware_and_expectation(name: str) -> None:
     config = parse("--recipe", name)
     assert config.data.views.img_size == config.model.img_size
-    import cmae.train.cli as cli
+    import cmae.train.config_parser as cli
 
     head = (cli.RECIPES / f"{name}.yaml").read_text()
     assert all(word in head for word in ("command", "hardware", "expected"))
