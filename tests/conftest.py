@@ -11,7 +11,7 @@ import pytest
 import torch
 import webdataset as wds
 from PIL import Image
-from shard_data import NUM_IMAGES, jpeg, tars, write
+from support.shard_data import NUM_IMAGES, jpeg, tars, write
 
 from cmae.pipeline.formats.shard_index import build_index, index_path, save_index
 

@@ -1,0 +1,1 @@
+"""Data, servers and small runs that several tests use."""

@@ -1,0 +1,223 @@
+"""Whole runs: resume bit for bit, kill at any moment, stop on signals, refuse what does not fit."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from support.tiny_runs import MODEL, arguments, run
+
+from cmae.model import ModelConfig, build_model
+from cmae.pipeline.shards.image_folder import scan_image_folder
+from cmae.pipeline.shards.write import write_shards
+from cmae.train.commands.main import main
+from cmae.train.loop.checkpoint import list_checkpoints, load_checkpoint
+from cmae.train.loop.weights import load_model, save_model
+from cmae.train.monitor.metrics import read_metrics
+
+
+def losses(out: Path) -> list[tuple[float, float, float]]:
+    records = read_metrics(out / "metrics.jsonl")
+    return [(record["step"], record["total"], record["lr"]) for record in records]
+
+
+@pytest.fixture(scope="module")
+def whole_run(small_shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 8 steps over 5-step epochs that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole")
+    outcome = run(small_shards, out)
+    assert (outcome.step, outcome.exit_code) == (8, 0)
+    return out
+
+
+def assert_same_run(out: Path, whole_run: Path) -> None:
+    assert losses(out) == losses(whole_run)
+    found = load_checkpoint(list_checkpoints(out / "checkpoints")[-1])
+    expected = load_checkpoint(list_checkpoints(whole_run / "checkpoints")[-1])
+    assert found["loader"] == expected["loader"]
+    for name, value in expected["model"].items():
+        assert torch.equal(found["model"][name], value), name
+
+
+def test_a_run_leaves_what_the_readme_says(whole_run: Path) -> None:
+    for name in ("config.yaml", "metrics.jsonl", "first_batch.png", "loss.png"):
+        assert (whole_run / name).stat().st_size > 0
+    assert list((whole_run / "tensorboard").iterdir())
+    assert [step for step, _, _ in losses(whole_run)] == list(range(1, 9))
+
+
+@pytest.mark.parametrize("cut", [3, 5])  # inside the first epoch, and at its end
+def test_a_resumed_run_continues_bit_for_bit(
+    small_shards: str, whole_run: Path, tmp_path: Path, cut: int
+) -> None:
+    first = run(small_shards, tmp_path, **{"run.stop_at_step": cut})
+    assert first.step == cut
+    assert run(small_shards, tmp_path).step == 8
+    assert_same_run(tmp_path, whole_run)
+
+
+def test_a_finished_run_has_nothing_to_do(small_shards: str, whole_run: Path) -> None:
+    outcome = run(small_shards, whole_run)
+    assert (outcome.step, outcome.checkpoint) == (8, None)
+
+
+def test_another_architecture_is_refused(
+    small_shards: str, whole_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main(["pretrain", *arguments(small_shards, whole_run, **{"model.depth": 2})])
+    assert code == 1
+    error = capsys.readouterr().err
+    assert "model.depth: 1 in the checkpoint, 2 now" in error
+    assert "Traceback" not in error
+
+
+def test_a_batch_larger_than_the_data_is_refused(
+    small_shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = {"optim.global_batch_size": 64}
+    assert main(["pretrain", *arguments(small_shards, tmp_path, **overrides)]) == 1
+    error = capsys.readouterr().err
+    assert "64" in error
+    assert "40" in error
+
+
+def test_mae_trains_on_one_view(small_shards: str, tmp_path: Path) -> None:
+    outcome = run(
+        small_shards,
+        tmp_path,
+        **{
+            "model.contrastive_loss": "none",
+            "data.views.num_views": 1,
+            "optim.total_steps": 2,
+        },
+    )
+    assert outcome.step == 2
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert records[-1]["info_nce"] == 0
+    assert records[-1]["total"] == pytest.approx(records[-1]["reconstruction"])
+
+
+def start(shards: str, out: Path, *launcher: str, **overrides: object) -> subprocess.Popen[str]:
+    command = [*(launcher or (sys.executable, "-m", "cmae.train"))]
+    command += ["pretrain", *arguments(shards, out, **overrides)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_checkpoint(process: subprocess.Popen[str], out: Path) -> None:
+    deadline = time.monotonic() + 180
+    while not list_checkpoints(out / "checkpoints"):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_kill_nine_loses_nothing_but_time(
+    small_shards: str, whole_run: Path, tmp_path: Path
+) -> None:
+    process = start(small_shards, tmp_path, **{"run.checkpoint_every": 1})
+    wait_for_checkpoint(process, tmp_path)
+    process.kill()
+    process.wait()
+    run(small_shards, tmp_path)
+    assert_same_run(tmp_path, whole_run)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_signals_write_a_checkpoint_and_exit_for_requeue(
+    small_shards: str, tmp_path: Path, number: int, code: int
+) -> None:
+    process = start(small_shards, tmp_path, **{"optim.total_steps": 100000})
+    wait_for_checkpoint(process, tmp_path)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == code, error
+    assert "run the same command again" in error
+    last = load_checkpoint(list_checkpoints(tmp_path / "checkpoints")[-1])
+    assert last["step"] == read_metrics(tmp_path / "metrics.jsonl")[-1]["step"]
+
+
+def test_weights_alone_start_a_run_but_do_not_resume_one(
+    small_shards: str, whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = tmp_path / "weights.pt"
+    trained = load_model(list_checkpoints(whole_run / "checkpoints")[-1])
+    save_model(trained, weights)
+    overrides = {"run.resume": weights, "run.out": tmp_path / "a"}
+    assert main(["pretrain", *arguments(small_shards, tmp_path, **overrides)]) == 1
+    assert "--init_from" in capsys.readouterr().err
+    # Another temperature is another loss, not another network.
+    changed = {"init_from": weights, "model.temperature": 0.2, "optim.total_steps": 1}
+    run(small_shards, tmp_path / "b", **changed, **{"optim.lr_per_256": 1e-12})
+    started = load_checkpoint(list_checkpoints(tmp_path / "b" / "checkpoints")[-1])["model"]
+    for name, value in trained.encoder.state_dict().items():
+        torch.testing.assert_close(started[f"encoder.{name}"], value, msg=name)
+
+
+def test_mae_weights_start_a_cmae_run_with_a_target_of_their_own(
+    small_shards: str, tmp_path: Path
+) -> None:
+    model = build_model(ModelConfig(**MODEL, contrastive_loss="none"), seed=5)
+    save_model(model, tmp_path / "mae.pt")
+    changed = {"init_from": tmp_path / "mae.pt", "optim.total_steps": 1}
+    run(small_shards, tmp_path / "run", **changed, **{"optim.lr_per_256": 1e-12})
+    started = load_checkpoint(list_checkpoints(tmp_path / "run" / "checkpoints")[-1])["model"]
+    weight = model.encoder.blocks[0].attn.qkv.weight
+    torch.testing.assert_close(started["target_encoder.blocks.0.attn.qkv.weight"], weight)
+
+
+def test_a_signal_to_one_rank_stops_all_of_them_alike(small_shards: str, tmp_path: Path) -> None:
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+    launcher = (*torchrun, "--nproc-per-node", "2", "-m", "cmae.train")
+    overrides = {"optim.total_steps": 100000, "speed.num_threads": 1}
+    process = start(small_shards, tmp_path, *launcher, **overrides)
+    wait_for_checkpoint(process, tmp_path)
+    ranks = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if "cmae.train" in child.cmdline()
+    ]
+    ranks[1].send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=120)
+    assert re.search(r"exitcode\s*: 75", error), error
+    assert "run the same command again" in error  # said by the rank that got no signal
+    last = load_checkpoint(list_checkpoints(tmp_path / "checkpoints")[-1])
+    assert last["step"] == read_metrics(tmp_path / "metrics.jsonl")[-1]["step"]
+
+
+def test_two_ranks_continue_a_run_of_one(
+    small_shards: str, whole_run: Path, tmp_path: Path
+) -> None:
+    run(small_shards, tmp_path, **{"run.stop_at_step": 4})
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+    launcher = (*torchrun, "--nproc-per-node", "2", "-m", "cmae.train")
+    process = start(small_shards, tmp_path, *launcher, **{"speed.num_threads": 1})
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    found = load_checkpoint(list_checkpoints(tmp_path / "checkpoints")[-1])
+    expected = load_checkpoint(list_checkpoints(whole_run / "checkpoints")[-1])
+    assert found["loader"] == expected["loader"]
+    for (_, total, _), (_, expected_total, _) in zip(
+        losses(tmp_path), losses(whole_run), strict=True
+    ):
+        assert total == pytest.approx(expected_total, rel=1e-3)
+
+
+def test_a_run_on_pre_resized_shards_says_so_at_its_start(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = tmp_path / "train"
+    write_shards(scan_image_folder(images), shards, max_size=20, quality=50)
+    run(str(shards), tmp_path / "run", **{"optim.total_steps": 1})
+    opening = capsys.readouterr().err.split("step 1/1")[0].replace("\n", " ")
+    assert (
+        "not the original files: 24 of 24 images pre-resized (max_size 20, quality 50)" in opening
+    )

@@ -1,0 +1,373 @@
+"""Switches that must not change the step: kernels, graphs, compiled code, overlapped collectives."""
+
+from __future__ import annotations
+
+import functools
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from support.tiny_runs import ALONE, OPTIM, SMALL, make_batch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from cmae.model import ModelConfig, build_model
+from cmae.model.blocks import pin_sdpa
+from cmae.pipeline import Batch
+from cmae.train.config import OptimConfig, SpeedConfig
+from cmae.train.distributed import World, join_world
+from cmae.train.loop import graphs
+from cmae.train.loop import sdpa as attention
+from cmae.train.loop.sdpa import AttentionShape, attention_shapes, pin_attention
+from cmae.train.loop.step import HostFlag, TrainStep, check_step
+
+BF16 = replace(OPTIM, precision="bf16")
+
+
+def build(
+    speed: SpeedConfig,
+    optim: OptimConfig = OPTIM,
+    *,
+    config: ModelConfig = SMALL,
+    world: World = ALONE,
+) -> TrainStep:
+    return TrainStep(build_model(config, seed=0).to(world.device), optim, speed, world)
+
+
+def run(step: TrainStep, micro_batches: int, *, num_steps: int = 4) -> Tensor:
+    """Losses of some steps on batches of 8 images that differ from step to step."""
+    size = 8 // micro_batches
+    losses = []
+    for number in range(num_steps):
+        firsts = range(8 * number, 8 * number + 8, size)
+        batches = [move(make_batch(step.model.config, first, size), step) for first in firsts]
+        losses.append(step(batches, lr=1e-3, momentum=0.9)[0])
+    return torch.stack(losses)
+
+
+def move(batch: Batch, step: TrainStep) -> Batch:
+    device = step.world.device
+    names = ("online", "target", "ids_keep", "ids_mask")
+    return replace(batch, **{name: getattr(batch, name).to(device) for name in names})
+
+
+def assert_same_state(step: TrainStep, expected: TrainStep) -> None:
+    for name, value in expected.model.state_dict().items():
+        assert torch.equal(step.model.state_dict()[name], value), name
+
+
+# ---- CUDA graphs, with a recording that replays by calling -----------------------------------------
+
+
+@pytest.fixture
+def eager_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything of a graphed step but the GPU's recording: warm-up calls, static buffers, gradients."""
+
+    def capture(function):
+        for _ in range(3):
+            function()
+        return function
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr("cmae.train.loop.step.check_step", lambda *_: None)
+
+
+@pytest.mark.usefixtures("eager_graphs")
+@pytest.mark.parametrize("method", ["info_nce", "none"])
+def test_static_buffers_and_gradients_change_nothing(method: str) -> None:
+    config = replace(SMALL, contrastive_loss=method)
+    eager = build(SpeedConfig(), config=config)
+    graphed = build(SpeedConfig(cuda_graphs=True), config=config)
+    assert torch.equal(run(graphed, 1), run(eager, 1))
+    assert_same_state(graphed, eager)
+
+
+@pytest.mark.usefixtures("eager_graphs")
+def test_graphed_micro_batches_add_their_gradients() -> None:
+    eager, graphed = build(SpeedConfig()), build(SpeedConfig(cuda_graphs=True))
+    # Keys come in another order, so sums over them are rounded differently.
+    torch.testing.assert_close(run(graphed, 2), run(eager, 2), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("eager_graphs")
+def test_a_batch_of_another_size_is_refused_by_a_recording() -> None:
+    step = build(SpeedConfig(cuda_graphs=True))
+    step([make_batch(SMALL, 0, 8)], lr=1e-3, momentum=0.9)
+    with pytest.raises(ValueError, match=r"\(4, 32, 32, 3\).*speed\.cuda_graphs"):
+        step([make_batch(SMALL, 0, 4)], lr=1e-3, momentum=0.9)
+
+
+@pytest.mark.parametrize(
+    ("speed", "optim", "world", "key"),
+    [
+        (SpeedConfig(cuda_graphs=True), OPTIM, ALONE, "speed.cuda_graphs"),
+        (SpeedConfig(cuda_graphs=True), OPTIM, World(0, 8, torch.device("cuda")), "8 rank"),
+        (SpeedConfig(target_copy=True), OPTIM, ALONE, "speed.target_copy"),
+        (SpeedConfig(), replace(OPTIM, precision="fp16"), ALONE, "optim.precision"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_by_name(
+    speed: SpeedConfig, optim: OptimConfig, world: World, key: str
+) -> None:
+    with pytest.raises(ValueError, match=key):
+        check_step(optim, speed, world)
+
+
+def test_low_precision_parts_need_a_low_precision() -> None:
+    with pytest.raises(ValueError, match=r"optim.residual is 16bit.*optim.precision"):
+        OptimConfig(precision="fp32", residual="16bit")
+    with pytest.raises(ValueError, match=r"optim.target_fp8 is True.*optim.precision"):
+        OptimConfig(precision="fp32", target_fp8=True)
+
+
+def test_a_host_flag_is_set_when_any_part_is() -> None:
+    assert HostFlag([torch.zeros(1), torch.ones(1)]).wait()
+    assert not HostFlag([torch.zeros(1), torch.zeros(())]).wait()
+
+
+# ---- attention kernels ----------------------------------------------------------------------------
+
+
+class _Operators(torch.utils._python_dispatch.TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_pinned_kernel_is_the_one_that_runs() -> None:
+    losses, flash = {}, {}
+    for choice in ("torch", "flash", "math"):
+        step = build(SpeedConfig(sdpa=choice), replace(BF16, gradient_compression="none"))
+        with _Operators() as seen:
+            losses[choice] = step.backward([make_batch(SMALL, 0, 8)])
+        flash[choice] = any("flash_attention" in name for name in seen.names)
+    assert flash == {"torch": True, "flash": True, "math": False}
+    assert torch.equal(losses["flash"], losses["torch"])
+    torch.testing.assert_close(losses["math"], losses["torch"], rtol=2e-2, atol=2e-2)
+
+
+def test_a_kernel_that_the_device_lacks_is_refused() -> None:
+    step = build(SpeedConfig(sdpa="cudnn"))
+    with pytest.raises(ValueError, match=r"speed.sdpa is 'cudnn'.*'auto' or 'torch'"):
+        step.backward([make_batch(SMALL, 0, 8)])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"contrastive_loss": "none"},
+        {"target_input": "visible"},
+        {"feature_decoder": "shared"},
+        {"feature_decoder": "none", "target_final_norm": True},
+        {"encoder": "hybrid", "patch_size": 16, "img_size": 64, "embed_dim": 48, "num_heads": 4},
+    ],
+)
+def test_attention_shapes_are_those_that_run(
+    change: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(SMALL, **change)
+    model = build_model(config, seed=0)
+    seen: set[AttentionShape] = set()
+    original = F.scaled_dot_product_attention
+
+    def watch(query, key, value, **options):
+        batch, heads, num_queries, width = query.shape
+        shape = (batch, heads, num_queries, key.shape[2], width, query.requires_grad)
+        seen.add(AttentionShape(*shape))
+        return original(query, key, value, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watch)
+    pixels = torch.zeros(4, config.img_size, config.img_size, 3, dtype=torch.uint8)
+    model(pixels, pixels, torch.arange(config.num_keep).expand(4, -1))
+    expected = {shape for blocks, shape in attention_shapes(model, None, 4) if blocks}
+    assert seen == expected
+
+
+def test_auto_pins_the_fastest_kernel_of_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {"flash": 3.0, "math": 2.0}  # the kernels that a CPU has
+    monkeypatch.setattr(attention, "_time", lambda shape, name, inputs: times[name])
+    said: list[str] = []
+    model = build_model(SMALL, seed=0)
+    monkeypatch.setattr(attention, "BACKENDS", {n: attention.BACKENDS[n] for n in times})
+    shape = next(attention_shapes(model, None, 2))[1]
+    measured = attention._measure(shape, torch.float32, torch.device("cpu"))
+    assert measured == times
+    monkeypatch.setattr(attention, "_measure", lambda *_: measured)
+    fake_gpu = torch.device("cuda")
+    options = {"shadow": None, "batch_size": 2, "dtype": torch.float32, "say": said.append}
+    pin_attention(model, "auto", device=fake_gpu, **options)
+    assert model.encoder.blocks[0].sdpa is attention.BACKENDS["math"]
+    assert "math (flash 3.000 ms, math 2.000 ms)" in said[0]
+    pin_attention(model, "auto", device=fake_gpu, agree=lambda choice: "flash", **options)
+    assert model.encoder.blocks[0].sdpa is attention.BACKENDS["flash"]  # another rank's choice
+    pin_sdpa(model.encoder.blocks, None)
+    pin_attention(model, "auto", device=torch.device("cpu"), **options)
+    assert model.encoder.blocks[0].sdpa is None
+
+
+# ---- compiled code --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torch.compile without code generation: graphs, guards and recompilations are the real ones."""
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("quick_compiler")
+@pytest.mark.parametrize(
+    ("mode", "sdpa", "num_graphs"), [("blocks", "math", 7), ("model", "torch", 2)]
+)
+def test_micro_batches_and_steps_share_what_the_first_one_compiled(
+    mode: str, sdpa: str, num_graphs: int
+) -> None:
+    config = replace(SMALL, head_norm="layer")  # batch norm over two rows magnifies rounding
+    eager = build(SpeedConfig(sdpa=sdpa), config=config)
+    compiled = build(SpeedConfig(compile=mode, sdpa=sdpa), config=config)
+    compiled.backward([make_batch(SMALL, 0, 2)] * 4)
+    compiled.optimizer.zero_grad()
+    assert counters["stats"]["unique_graphs"] == num_graphs
+    # Each micro-batch must find its own keys, though the code knows one label offset.
+    torch.testing.assert_close(run(compiled, 4), run(eager, 4), rtol=1e-4, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == num_graphs
+
+
+# ---- collectives ----------------------------------------------------------------------------------
+
+VARIANTS = {
+    "waiting": SpeedConfig(overlap_keys=False),
+    "overlapped": SpeedConfig(overlap_keys=True),
+    "large buckets": SpeedConfig(ddp_bucket_mb=200),
+    "static graph": SpeedConfig(ddp_static_graph=True),
+}
+
+
+def run_variants(rank: int, port: int, out: Path) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    results = {}
+    with join_world("cpu") as world:
+        for name, speed in VARIANTS.items():
+            micro_batches = 1 if speed.ddp_static_graph else 2
+            step = build(speed, world=world)
+            results[name] = run(step, micro_batches), step.model.state_dict()
+        step = build(SpeedConfig(), world=world)
+        results["one micro-batch"] = run(step, 1), step.model.state_dict()
+        with pytest.raises(ValueError, match=r"ddp_static_graph.*2 micro-batches"):
+            run(build(VARIANTS["static graph"], world=world), 2)
+        torch.compile = functools.partial(
+            torch.compile, backend="aot_eager"
+        )  # of this process alone
+        for mode in ("blocks", "model"):
+            step = build(SpeedConfig(compile=mode), world=world)
+            results[f"compiled {mode}"] = run(step, 2), step.model.state_dict()
+    torch.save(results, out / f"rank{rank}.pt")
+
+
+def test_two_ranks_get_the_same_bits_however_they_talk(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(run_variants, args=(port, tmp_path), nprocs=2)
+    for rank in range(2):
+        results = torch.load(tmp_path / f"rank{rank}.pt")
+        for name, reference in (
+            ("overlapped", "waiting"),
+            ("large buckets", "waiting"),
+            ("static graph", "one micro-batch"),
+        ):
+            (losses, state), (expected, expected_state) = results[name], results[reference]
+            assert torch.equal(losses, expected), name
+            assert all(torch.equal(state[key], expected_state[key]) for key in state), name
+        for mode in ("blocks", "model"):
+            losses = results[f"compiled {mode}"][0]
+            torch.testing.assert_close(losses, results["waiting"][0], rtol=1e-3, atol=1e-4)
+
+
+# ---- on a GPU -------------------------------------------------------------------------------------
+
+
+def gpu() -> World:
+    return World(0, 1, torch.device("cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", ["none", "blocks"])
+def test_equal_steps_have_equal_bits_on_a_gpu(compile: str) -> None:
+    config = replace(SMALL, embed_dim=128, decoder_embed_dim=64)  # heads as wide as in real models
+    steps = []
+    for _ in range(2):
+        speed = SpeedConfig(compile=compile)
+        steps.append(build(speed, replace(OPTIM, precision="fp16"), config=config, ranks=gpu()))
+        run(steps[-1], 1)
+    for name, value in steps[0].model.state_dict().items():
+        assert torch.equal(value, steps[1].model.state_dict()[name]), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", ["none", "blocks"])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_graphed_and_eager_steps_have_the_same_losses_on_a_gpu(
+    micro_batches: int, compile: str
+) -> None:
+    optim = replace(OPTIM, precision="fp16")
+    eager = build(SpeedConfig(compile=compile), optim, world=gpu())
+    graphed = build(SpeedConfig(compile=compile, cuda_graphs=True), optim, world=gpu())
+    expected = run(eager, micro_batches, num_steps=8)
+    found = run(graphed, micro_batches, num_steps=8)
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+    assert eager.scaler.get_scale() == graphed.scaler.get_scale()
+
+
+@pytest.mark.gpu
+def test_every_attention_kernel_gives_the_same_losses_on_a_gpu() -> None:
+    optim = replace(OPTIM, precision="fp16")
+    # Heads of 64 and 32, as in the published models: cuDNN and flash have shapes of their own.
+    config = replace(SMALL, embed_dim=128, decoder_embed_dim=64)
+    expected = run(build(SpeedConfig(), optim, config=config, world=gpu()), 1)
+    for choice in ("auto", "flash", "efficient", "math", "cudnn"):
+        step = build(SpeedConfig(sdpa=choice), optim, config=config, world=gpu())
+        torch.testing.assert_close(run(step, 1), expected, rtol=5e-3, atol=5e-3, msg=choice)
+
+
+@pytest.mark.gpu
+def test_a_step_waits_for_the_gpu_once() -> None:
+    step = build(SpeedConfig(), replace(OPTIM, precision="fp16"), world=gpu())
+    batch = move(make_batch(SMALL, 0, 8), step)
+    for _ in range(2):
+        step([batch], lr=1e-3, momentum=0.9)
+    torch.cuda.set_sync_debug_mode("error")  # the flag's event is not among what this forbids
+    try:
+        step([batch], lr=1e-3, momentum=0.9)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_an_overflow_on_a_gpu_changes_nothing() -> None:
+    step = build(SpeedConfig(), replace(OPTIM, precision="fp16"), world=gpu())
+    batch = move(make_batch(SMALL, 0, 8), step)
+    step([batch], lr=1e-3, momentum=0.9)
+    step.model.encoder.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
+    before = {name: value.clone() for name, value in step.model.named_parameters()}
+    scale = step.scaler.get_scale()
+    assert not step([batch], lr=1e-3, momentum=0.9)[1]
+    assert step.scaler.get_scale() == scale / 2
+    for name, value in step.model.named_parameters():
+        assert torch.equal(value, before[name]), name

@@ -1,0 +1,182 @@
+"""One optimiser step: the same gradients however the global batch is shared out."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from support.tiny_runs import ALONE, OPTIM, SMALL, make_batch
+from torch import Tensor
+
+from cmae.model import Losses, ModelConfig, build_model
+from cmae.pipeline import Batch
+from cmae.train.config import SpeedConfig
+from cmae.train.distributed import World, join_world
+from cmae.train.loop.step import TrainStep
+
+
+def backward(
+    config: ModelConfig, world: World, batches: list[Batch]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    # float64: at initialisation the features of 8 images are so alike that batch norm, which divides by their
+    # spread, turns float32's rounding into a per cent of the gradient.
+    step = TrainStep(build_model(config, seed=0).double(), OPTIM, SpeedConfig(), world)
+    losses = step.backward(batches)
+    gradients = {
+        name: parameter.grad.clone()
+        for name, parameter in step.model.named_parameters()
+        if parameter.grad is not None
+    }
+    return losses, gradients
+
+
+def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-10, msg=name)
+
+
+def run_rank(rank: int, world_size: int, port: int, norm: str, micro: int, out: Path) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    config = replace(SMALL, head_norm=norm)
+    with join_world("cpu") as world:
+        size = 8 // (world_size * micro)
+        batches = [
+            make_batch(config, (k * world_size + rank) * size, size, torch.float64)
+            for k in range(micro)
+        ]
+        losses, gradients = backward(config, world, batches)
+        torch.save((losses, gradients), out / f"rank{rank}.pt")
+
+
+def run_ranks(tmp_path: Path, *, norm: str, micro: int) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(run_rank, args=(2, port, norm, micro, tmp_path), nprocs=2)
+    return [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize(("norm", "micro"), [("batch", 1), ("layer", 2)])
+def test_two_ranks_equal_one_process_on_the_joined_batch(
+    tmp_path: Path, norm: str, micro: int
+) -> None:
+    config = replace(SMALL, head_norm=norm)
+    expected_losses, expected = backward(config, ALONE, [make_batch(config, 0, 8, torch.float64)])
+    results = run_ranks(tmp_path, norm=norm, micro=micro)
+    mean = torch.stack([losses for losses, _ in results]).mean(0)
+    for name in ("total", "reconstruction", "info_nce", "contrastive"):
+        place = Losses._fields.index(name)
+        torch.testing.assert_close(mean[place], expected_losses[place], rtol=1e-5, atol=1e-6)
+    for _, gradients in results:
+        assert_same_gradients(gradients, expected)
+
+
+def test_ranks_have_different_positives(tmp_path: Path) -> None:
+    (first, _), (second, _) = run_ranks(tmp_path, norm="batch", micro=1)
+    assert first[Losses._fields.index("info_nce")] != second[Losses._fields.index("info_nce")]
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_micro_batches_see_the_bank_of_the_whole_batch(parts: int) -> None:
+    # BatchNorm would see smaller batches; everything else must be the same.
+    config = replace(SMALL, head_norm="layer")
+    whole_losses, whole = backward(config, ALONE, [make_batch(config, 0, 8, torch.float64)])
+    size = 8 // parts
+    cut = [make_batch(config, first, size, torch.float64) for first in range(0, 8, size)]
+    losses, gradients = backward(config, ALONE, cut)
+    places = [Losses._fields.index(name) for name in ("total", "reconstruction", "info_nce")]
+    torch.testing.assert_close(losses[places], whole_losses[places], rtol=1e-5, atol=1e-6)
+    assert_same_gradients(gradients, whole)
+
+
+def test_the_target_moves_by_the_average_alone() -> None:
+    step = TrainStep(build_model(SMALL, seed=0), OPTIM, SpeedConfig(), ALONE)
+    before = {name: value.clone() for name, value in step.model.target_encoder.named_parameters()}
+    _, taken = step([make_batch(SMALL, 0, 8)], lr=1e-2, momentum=0.9)
+    assert taken
+    online = dict(step.model.encoder.named_parameters())
+    for name, value in step.model.target_encoder.named_parameters():
+        assert value.grad is None
+        torch.testing.assert_close(value, 0.9 * before[name] + 0.1 * online[name])
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
+    step = TrainStep(build_model(SMALL, seed=0), OPTIM, SpeedConfig(), ALONE)
+    batch = make_batch(SMALL, 0, 8)
+    step([batch], lr=1e-3, momentum=0.9)
+    step.model.encoder.norm.weight.register_hook(lambda gradient: gradient * float("nan"))
+    before = {name: value.clone() for name, value in step.model.named_parameters()}
+    for _ in range(3):
+        _, taken = step([batch], lr=1e-3, momentum=0.9)
+        assert not taken
+    for name, value in step.model.named_parameters():
+        assert torch.equal(value, before[name]), name
+    assert step.scaler.get_scale() == 1.0
+
+
+def test_an_image_that_is_not_finite_leaves_no_nan_in_a_checkpoint() -> None:
+    step = TrainStep(build_model(SMALL, seed=0), OPTIM, SpeedConfig(), ALONE)
+    batch = make_batch(SMALL, 0, 8)
+    poison = torch.full((8, 3, 32, 32), float("nan"))
+    _, taken = step([replace(batch, online=poison, target=poison)], lr=1e-3, momentum=0.9)
+    assert not taken
+    for name, value in step.state_dict()["model"].items():
+        assert torch.isfinite(value).all(), name
+    assert step([batch], lr=1e-3, momentum=0.9)[1]
+
+
+def test_another_precision_resumes_with_a_loss_scale_of_its_own() -> None:
+    stored = TrainStep(build_model(SMALL, seed=0), OPTIM, SpeedConfig(), ALONE).state_dict()
+    stored["scaler"]["scale"] = 65536.0
+    stored["precision"] = "fp16"
+    step = TrainStep(build_model(SMALL, seed=1), OPTIM, SpeedConfig(), ALONE)
+    step.load_state_dict(stored)
+    assert step.scaler.get_scale() == 1.0
+    assert step([make_batch(SMALL, 0, 8)], lr=1e-3, momentum=0.9)[1]
+
+
+def test_steps_lower_the_loss() -> None:
+    step = TrainStep(build_model(SMALL, seed=0), OPTIM, SpeedConfig(), ALONE)
+    batch = make_batch(SMALL, 0, 8)
+    totals = [step([batch], lr=3e-3, momentum=0.996)[0][0].item() for _ in range(30)]
+    assert totals[-1] < 0.8 * totals[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["blocks", "model"])
+def test_compiled_and_eager_steps_have_the_same_loss(mode: str) -> None:
+    batch = make_batch(SMALL, 0, 8)
+    eager = TrainStep(build_model(SMALL, seed=0), OPTIM, SpeedConfig(), ALONE)
+    compiled = TrainStep(build_model(SMALL, seed=0), OPTIM, SpeedConfig(compile=mode), ALONE)
+    for _ in range(2):
+        expected, _ = eager([batch], lr=1e-3, momentum=0.9)
+        found, _ = compiled([batch], lr=1e-3, momentum=0.9)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_steps_lower_the_loss_on_a_gpu(precision: str) -> None:
+    device = torch.device("cuda")
+    optim = replace(OPTIM, precision=precision)
+    step = TrainStep(
+        build_model(SMALL, seed=0).to(device), optim, SpeedConfig(), World(0, 1, device)
+    )
+    batch = make_batch(SMALL, 0, 8)
+    moved = replace(
+        batch,
+        online=batch.online.to(device),
+        target=batch.target.to(device),
+        ids_keep=batch.ids_keep.to(device),
+        ids_mask=batch.ids_mask.to(device),
+    )
+    totals = [step([moved], lr=3e-3, momentum=0.996)[0][0].item() for _ in range(40)]
+    assert min(totals[-5:]) < 0.8 * totals[0]
