@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from cmae.pipeline import ViewConfig, draw_view_params
-from cmae.pipeline.views import ViewParams
 from cmae.pipeline.views.color_batch import color_chain
+from cmae.pipeline.views.params import ViewParams
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
