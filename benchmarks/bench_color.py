@@ -50,7 +50,7 @@ def draw_batch(batch_size: int, *, seed: int) -> tuple[Tensor, ViewParams]:
         ViewConfig(),
         seed=seed,
         epoch=0,
-        sample_index=np.arange(batch_size),
+        sample_id=np.arange(batch_size),
         height=sizes,
         width=sizes,
     )

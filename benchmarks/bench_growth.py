@@ -92,7 +92,7 @@ def measure(folder: Path) -> dict[str, float]:
 def _positions(plan: EpochPlan, index: DatasetIndex, step: int) -> None:
     rows = plan.positions(0, step, rank=0, world_size=1, batch_size=plan.global_batch_size)
     assert rows is not None
-    index.sample_index(rows)
+    index.sample_id(rows)
 
 
 def _timed(function: Callable[[], T]) -> tuple[T, float]:

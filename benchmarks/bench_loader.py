@@ -77,8 +77,8 @@ def synthetic_run(job: Job, *, count: int) -> Measurement:
     return time_batches((len(batch.online) for batch in batches), warmup=1, count=count)
 
 
-def _mask(sample_index: torch.Tensor, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return draw_mask(ModelConfig(), sample_index, seed=0, epoch=epoch)
+def _mask(sample_id: torch.Tensor, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return draw_mask(ModelConfig(), sample_id, seed=0, epoch=epoch)
 
 
 def build_contenders(

@@ -54,7 +54,7 @@ def compare_image(original: bytes, small: bytes, *, seed: int) -> dict[str, floa
         views,
         seed=seed,
         epoch=0,
-        sample_index=np.arange(WINDOWS),
+        sample_id=np.arange(WINDOWS),
         height=np.full(WINDOWS, before.height),
         width=np.full(WINDOWS, before.width),
     )

@@ -23,7 +23,7 @@ _MAX_KERNEL_PATCHES = 1 << 10  # one program holds all patches of an image
 
 
 def block_mask(
-    sample_index: Int64[Tensor, " B"],
+    sample_id: Int64[Tensor, " B"],
     *,
     grid: tuple[int, int],
     cell: int,
@@ -35,7 +35,7 @@ def block_mask(
     """Patches to keep and patches to mask, each ascending, for every sample.
 
     Args:
-        sample_index: sample ids; with `seed` and `epoch` they decide the mask.
+        sample_id: sample ids; with `seed` and `epoch` they decide the mask.
         grid: patches per column and per row of the image.
         cell: patches per side of a cell; cells are kept or masked whole.
         num_keep_cells: cells kept, uniformly without replacement.
@@ -45,20 +45,20 @@ def block_mask(
 
     Returns:
         ids_keep with K = num_keep_cells * cell^2 columns and ids_mask with the others, on the
-        device of `sample_index`.
+        device of `sample_id`.
 
     Raises:
         ValueError: an argument is out of range or has the wrong shape or dtype.
     """
-    _check(sample_index, grid, cell, num_keep_cells, seed, epoch)
+    _check(sample_id, grid, cell, num_keep_cells, seed, epoch)
     unsupported = None
     if grid[0] * grid[1] > _MAX_KERNEL_PATCHES:
         unsupported = (
             f"grid={grid} has more than {_MAX_KERNEL_PATCHES} patches; use backend='torch'."
         )
-    if use_triton("block_mask", backend, sample_index.device, unsupported=unsupported):
+    if use_triton("block_mask", backend, sample_id.device, unsupported=unsupported):
         ids_keep, ids_mask = torch.ops.cmae.block_mask(
-            sample_index,
+            sample_id,
             *grid,
             cell,
             num_keep_cells,
@@ -68,7 +68,7 @@ def block_mask(
         )
         return ids_keep, ids_mask
     return block_mask_reference(
-        sample_index,
+        sample_id,
         grid=grid,
         cell=cell,
         num_keep_cells=num_keep_cells,
@@ -78,7 +78,7 @@ def block_mask(
 
 
 def block_mask_reference(
-    sample_index: Int64[Tensor, " B"],
+    sample_id: Int64[Tensor, " B"],
     *,
     grid: tuple[int, int],
     cell: int,
@@ -89,15 +89,15 @@ def block_mask_reference(
     """`block_mask` in plain torch."""
     rows, columns = grid[0] // cell, grid[1] // cell
     num_cells, num_patches = rows * columns, grid[0] * grid[1]
-    words = _random_words(sample_index, num_cells, seed, epoch)
-    cells = torch.arange(num_cells, device=sample_index.device)
+    words = _random_words(sample_id, num_cells, seed, epoch)
+    cells = torch.arange(num_cells, device=sample_id.device)
     # The cell number in the low bits makes the keys distinct, so the order is the same everywhere.
     order = (words * _MAX_CELLS + cells).argsort(dim=1)
     masked = torch.ones_like(words, dtype=torch.bool)
     masked = masked.scatter(1, order[:, :num_keep_cells], False)
     masked = masked.view(-1, rows, 1, columns, 1).expand(-1, -1, cell, -1, cell)
     masked = masked.reshape(-1, num_patches)
-    ids = torch.arange(num_patches, device=sample_index.device) + num_patches * masked
+    ids = torch.arange(num_patches, device=sample_id.device) + num_patches * masked
     ids = (ids.sort(dim=1).values % num_patches).int()  # kept ones first, both parts ascending
     num_keep = num_keep_cells * cell * cell
     return ids[:, :num_keep].contiguous(), ids[:, num_keep:].contiguous()
@@ -123,11 +123,11 @@ def philox4x32(
 
 
 def _random_words(
-    sample_index: Int64[Tensor, " B"], num_words: int, seed: int, epoch: int
+    sample_id: Int64[Tensor, " B"], num_words: int, seed: int, epoch: int
 ) -> Int64[Tensor, "B words"]:
     """Words 0..num_words-1 of each sample; counter = (lane, epoch, sample low, sample high)."""
-    lanes = torch.arange((num_words + 3) // 4, device=sample_index.device)
-    sample = sample_index[:, None].expand(-1, len(lanes))
+    lanes = torch.arange((num_words + 3) // 4, device=sample_id.device)
+    sample = sample_id[:, None].expand(-1, len(lanes))
     counter = (
         lanes.expand_as(sample),
         torch.full_like(sample, epoch),
@@ -139,16 +139,16 @@ def _random_words(
 
 
 def _check(
-    sample_index: Tensor,
+    sample_id: Tensor,
     grid: tuple[int, int],
     cell: int,
     num_keep_cells: int,
     seed: int,
     epoch: int,
 ) -> None:
-    if sample_index.ndim != 1 or sample_index.dtype != torch.int64:
+    if sample_id.ndim != 1 or sample_id.dtype != torch.int64:
         raise ValueError(
-            f"sample_index has shape {tuple(sample_index.shape)} and dtype {sample_index.dtype}; "
+            f"sample_id has shape {tuple(sample_id.shape)} and dtype {sample_id.dtype}; "
             "expected int64 (B,)."
         )
     if cell < 1 or grid[0] < 1 or grid[1] < 1 or grid[0] % cell or grid[1] % cell:
@@ -185,7 +185,7 @@ def _random_word(lane, sample, seed, epoch, seed_high):  # type: ignore[no-untyp
 # Seed and epoch must not be specialised: Triton would compile again when an epoch is 1 or divisible by 16.
 @jit(do_not_specialize=["seed", "seed_high", "epoch"])
 def _mask_kernel(  # type: ignore[no-untyped-def]
-    sample_index,
+    sample_id,
     ids_keep,
     ids_mask,
     index_stride,
@@ -208,7 +208,7 @@ def _mask_kernel(  # type: ignore[no-untyped-def]
     num_cells: tl.constexpr = num_patches // (cell * cell)
     num_keep: tl.constexpr = num_keep_cells * cell * cell
     image = tl.program_id(0).to(tl.int64)
-    sample = tl.load(sample_index + image * index_stride)
+    sample = tl.load(sample_id + image * index_stride)
     patch = tl.arange(0, block_patches)
     own = patch // columns // cell * (columns // cell) + patch % columns // cell
     own_word = _random_word(own, sample, seed, epoch, seed_high)
@@ -229,7 +229,7 @@ def _mask_kernel(  # type: ignore[no-untyped-def]
 
 
 def _launch(
-    sample_index: Tensor,
+    sample_id: Tensor,
     rows: int,
     columns: int,
     cell: int,
@@ -239,17 +239,17 @@ def _launch(
     epoch: int,
 ) -> tuple[Tensor, Tensor]:
     ids_keep, ids_mask = _empty_ids(
-        sample_index, rows, columns, cell, num_keep_cells, seed, seed_high, epoch
+        sample_id, rows, columns, cell, num_keep_cells, seed, seed_high, epoch
     )
-    if len(sample_index) == 0:
+    if len(sample_id) == 0:
         return ids_keep, ids_mask
     block_patches = max(16, 1 << (rows * columns - 1).bit_length())
-    with on_device(sample_index):
-        _mask_kernel[(len(sample_index),)](
-            sample_index,
+    with on_device(sample_id):
+        _mask_kernel[(len(sample_id),)](
+            sample_id,
             ids_keep,
             ids_mask,
-            sample_index.stride(0),
+            sample_id.stride(0),
             seed,
             seed_high,
             epoch,
@@ -265,7 +265,7 @@ def _launch(
 
 
 def _empty_ids(
-    sample_index: Tensor,
+    sample_id: Tensor,
     rows: int,
     columns: int,
     cell: int,
@@ -274,8 +274,8 @@ def _empty_ids(
     seed_high: int,
     epoch: int,
 ) -> tuple[Tensor, Tensor]:
-    num_keep, batch = num_keep_cells * cell * cell, len(sample_index)
-    ids_keep = sample_index.new_empty((batch, num_keep), dtype=torch.int32)
+    num_keep, batch = num_keep_cells * cell * cell, len(sample_id)
+    ids_keep = sample_id.new_empty((batch, num_keep), dtype=torch.int32)
     return ids_keep, ids_keep.new_empty((batch, rows * columns - num_keep))
 
 
@@ -287,7 +287,7 @@ def _signed(word: int) -> int:
 
 torch.library.define(
     "cmae::block_mask",
-    "(Tensor sample_index, int rows, int columns, int cell, int num_keep_cells, int seed, int seed_high, "
+    "(Tensor sample_id, int rows, int columns, int cell, int num_keep_cells, int seed, int seed_high, "
     "int epoch) -> (Tensor, Tensor)",
 )
 torch.library.impl("cmae::block_mask", ("cpu", "cuda"), _launch)

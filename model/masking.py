@@ -11,21 +11,21 @@ from cmae.model.config import ModelConfig
 
 
 def draw_mask(
-    config: ModelConfig, sample_index: Int64[Tensor, " B"], *, seed: int, epoch: int
+    config: ModelConfig, sample_id: Int64[Tensor, " B"], *, seed: int, epoch: int
 ) -> tuple[Int32[Tensor, "B K"], Int32[Tensor, "B M"]]:
     """Ids of visible and of masked patches, a pure function of (seed, epoch, sample).
 
     Args:
         config: grid, mask ratio and cell.
-        sample_index: sample ids.
+        sample_id: sample ids.
         seed: of the run, 0..2^64-1.
         epoch: 0..2^32-1.
 
     Returns:
-        ids_keep (K = config.num_keep) and ids_mask, both ascending, where `sample_index` lies.
+        ids_keep (K = config.num_keep) and ids_mask, both ascending, where `sample_id` lies.
     """
     return block_mask(
-        sample_index,
+        sample_id,
         grid=config.grid,
         cell=config.mask_unit,
         num_keep_cells=config.num_keep_cells,

@@ -44,7 +44,7 @@ class Batch:
     """None when the views have num_views=1."""
     ids_keep: Int32[Tensor, "B K"]
     ids_mask: Int32[Tensor, "B M"]
-    sample_index: Int64[Tensor, " B"]
+    sample_id: Int64[Tensor, " B"]
     """(shard number << 32) | position in the shard."""
     label: Int64[Tensor, " B"]
     """-1 where the data has none."""
@@ -54,4 +54,4 @@ class Batch:
 
 
 DrawMask = Callable[[Int64[Tensor, " B"], int], tuple[Tensor, Tensor]]
-"""(sample_index, epoch) -> (ids_keep, ids_mask), on the device of sample_index."""
+"""(sample_id, epoch) -> (ids_keep, ids_mask), on the device of sample_id."""

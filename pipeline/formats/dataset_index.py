@@ -192,7 +192,7 @@ class DatasetIndex:
         shard = np.searchsorted(np.cumsum(self.shard_sizes), rows, side="right")
         return shard, self.position[rows].astype(np.int64)
 
-    def sample_index(self, global_position: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    def sample_id(self, global_position: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """Sample ids (shard number << 32) | position of one or many global positions (same shape)."""
         shard, position = self.locate(global_position)
         return np.asarray(shard << 32 | position, np.int64)

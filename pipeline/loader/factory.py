@@ -71,7 +71,7 @@ def build_loader(
         views: what the views are.
         batch_size: images in a batch of this rank.
         global_batch_size: images in an optimiser step over all ranks; a multiple of world_size * batch_size.
-        draw_mask: called in the background with (sample_index on the device, epoch).
+        draw_mask: called in the background with (sample_id on the device, epoch).
         rank: of this process.
         world_size: number of ranks.
         seed: of order, views and masks.

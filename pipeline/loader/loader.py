@@ -131,7 +131,7 @@ def _hand_over(batch: Batch, event: torch.cuda.Event) -> None:
     """Order the caller's stream after the feed's, and keep memory from reuse until its work is done."""
     stream = torch.cuda.current_stream(batch.online.device)
     stream.wait_event(event)
-    for name in ("online", "target", "ids_keep", "ids_mask", "sample_index", "label"):
+    for name in ("online", "target", "ids_keep", "ids_mask", "sample_id", "label"):
         tensor = getattr(batch, name)
         if tensor is not None:
             tensor.record_stream(stream)

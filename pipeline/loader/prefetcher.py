@@ -140,7 +140,7 @@ class Prefetcher:
             self._views,
             seed=self._seed,
             epoch=raw.epoch,
-            sample_index=raw.sample_index,
+            sample_id=raw.sample_id,
             height=raw.height,
             width=raw.width,
         )
@@ -162,14 +162,14 @@ class Prefetcher:
             self._source.replace(raw, views.bad)
             views = self._collect(self._submit(raw))
         assert views.online is not None
-        sample_index = self._upload(raw.sample_index)
-        ids_keep, ids_mask = self._draw_mask(sample_index, raw.epoch)
+        sample_id = self._upload(raw.sample_id)
+        ids_keep, ids_mask = self._draw_mask(sample_id, raw.epoch)
         batch = Batch(
             online=views.online,
             target=views.target,
             ids_keep=ids_keep,
             ids_mask=ids_mask,
-            sample_index=sample_index,
+            sample_id=sample_id,
             label=self._upload(raw.label),
             epoch=raw.epoch,
             state=raw.state,

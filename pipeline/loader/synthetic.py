@@ -32,8 +32,8 @@ def synthetic_batches(
     label = torch.full((batch_size,), -1, dtype=torch.int64, device=device)
     start = 0
     while True:
-        sample_index = torch.arange(start, start + batch_size, device=device)
-        ids_keep, ids_mask = draw_mask(sample_index, 0)
+        sample_id = torch.arange(start, start + batch_size, device=device)
+        ids_keep, ids_mask = draw_mask(sample_id, 0)
         start += batch_size
         state = LoaderState(seed, epoch=0, next_sample=start, digest="synthetic")
-        yield Batch(online, target, ids_keep, ids_mask, sample_index, label, epoch=0, state=state)
+        yield Batch(online, target, ids_keep, ids_mask, sample_id, label, epoch=0, state=state)

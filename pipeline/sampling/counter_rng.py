@@ -27,7 +27,7 @@ def hash_words(
     seed: int,
     epoch: int,
     *,
-    sample_index: Int64[np.ndarray, " B"],
+    sample_id: Int64[np.ndarray, " B"],
     num_draws: int,
     first_draw: int = 0,
 ) -> UInt64[np.ndarray, "B L"]:
@@ -35,7 +35,7 @@ def hash_words(
     # Arrays of one element: numpy warns of overflow in scalars, and wrapping is what is wanted here.
     seed_word, epoch_word = np.array([[seed % 2**64], [epoch % 2**64]], dtype=np.uint64)
     state = _mix(_mix(seed_word + _GAMMA) + _GAMMA * epoch_word)
-    per_sample = _mix(state ^ _mix(sample_index.astype(np.uint64) + _GAMMA))  # (B,)
+    per_sample = _mix(state ^ _mix(sample_id.astype(np.uint64) + _GAMMA))  # (B,)
     lanes = np.arange(first_draw + 1, first_draw + num_draws + 1, dtype=np.uint64) * _GAMMA
     return _mix(per_sample[:, None] + lanes)
 
@@ -44,12 +44,10 @@ def uniforms(
     seed: int,
     epoch: int,
     *,
-    sample_index: Int64[np.ndarray, " B"],
+    sample_id: Int64[np.ndarray, " B"],
     num_draws: int,
     first_draw: int = 0,
 ) -> Float64[np.ndarray, "B L"]:
     """Numbers in [0, 1), multiples of 2**-53, one for each sample and lane."""
-    words = hash_words(
-        seed, epoch, sample_index=sample_index, num_draws=num_draws, first_draw=first_draw
-    )
+    words = hash_words(seed, epoch, sample_id=sample_id, num_draws=num_draws, first_draw=first_draw)
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -102,7 +102,7 @@ def _shuffle_blocks(plan: EpochPlan, epoch: int) -> Int64[np.ndarray, " N"]:
     keys = hash_words(
         plan.seed,
         epoch,
-        sample_index=np.arange(num_blocks),
+        sample_id=np.arange(num_blocks),
         num_draws=1,
         first_draw=_BLOCK_LANE,
     )[:, 0]
@@ -115,7 +115,7 @@ def _shuffle_windows(plan: EpochPlan, order: Int64[np.ndarray, " N"], epoch: int
     """Shuffle in place, window by window: what is sorted stays in the core's cache."""
     for start in range(0, order.size, plan.window_size):
         window = order[start : start + plan.window_size]
-        keys = hash_words(
-            plan.seed, epoch, sample_index=window, num_draws=1, first_draw=_SAMPLE_LANE
-        )[:, 0]
+        keys = hash_words(plan.seed, epoch, sample_id=window, num_draws=1, first_draw=_SAMPLE_LANE)[
+            :, 0
+        ]
         window[:] = window[np.argsort(keys, kind="stable")]

@@ -112,7 +112,7 @@ class IndexedSource:
         for slot, reason in bad.items():
             record = raw.records[slot]
             # A bad substitute has a turn of its own, and a sample that pads had one.
-            if record.sample_id == raw.sample_index[slot] and slot < raw.num_own:
+            if record.sample_id == raw.sample_id[slot] and slot < raw.num_own:
                 raw.bad.append(self._bad_sample(record.position, reason, raw.epoch))
             raw.records[slot] = self._next_good(record.position + 1)
 
@@ -195,10 +195,10 @@ class IndexedSource:
                     bad.append(self._bad_sample(row.position, str(error), epoch))
                 records.append(self._next_good(row.position + 1))
             times.append(time.perf_counter())
-        sample_index = self._index.sample_index(positions)
+        sample_id = self._index.sample_id(positions)
         self.stage.add(items=len(records), num_bytes=ends[-1], latencies_s=np.diff(times))
         self.stage.switch(State.BLOCKED)
-        return RawBatch(records, sample_index, epoch, state, bad, num_own)
+        return RawBatch(records, sample_id, epoch, state, bad, num_own)
 
     def _next_good(self, position: int) -> Record:
         """The next record in data set order that passes its checks; the bad ones have turns of their own.
@@ -226,7 +226,7 @@ class IndexedSource:
         index = self._index
         shard, _ = index.locate(positions)
         names = ("offset", "size", "height", "width", "label", "crc32", "kind")
-        columns = [positions, index.sample_index(positions), shard]
+        columns = [positions, index.sample_id(positions), shard]
         columns += [getattr(index, name)[positions] for name in names]
         return map(_Row, *(column.tolist() for column in columns))
 

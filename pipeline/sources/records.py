@@ -35,7 +35,7 @@ class RawBatch:
     """Encoded samples of one micro-batch. A slot keeps its id even when another record fills it."""
 
     records: list[Record]
-    sample_index: Int64[np.ndarray, " B"]
+    sample_id: Int64[np.ndarray, " B"]
     epoch: int
     state: LoaderState
     """The position after this batch."""

@@ -154,7 +154,7 @@ class StreamSource:
 
     def _keys(self, numbers: np.ndarray, epoch: int) -> np.ndarray:
         return hash_words(
-            self._seed, epoch, sample_index=numbers, num_draws=1, first_draw=_STREAM_LANE
+            self._seed, epoch, sample_id=numbers, num_draws=1, first_draw=_STREAM_LANE
         )[:, 0]
 
     def _shard(self, number: int, epoch: int) -> Iterator[Record]:

@@ -242,7 +242,7 @@ class DaliViews:
             self._views,
             seed=0,
             epoch=0,
-            sample_index=np.zeros(1, dtype=np.int64),
+            sample_id=np.zeros(1, dtype=np.int64),
             height=size,
             width=size,
         )

@@ -88,7 +88,7 @@ def draw_view_params(
     *,
     seed: int,
     epoch: int,
-    sample_index: Int64[np.ndarray, " B"],
+    sample_id: Int64[np.ndarray, " B"],
     height: Int32[np.ndarray, " B"],
     width: Int32[np.ndarray, " B"],
 ) -> ViewParams:
@@ -96,7 +96,7 @@ def draw_view_params(
 
     Heights and widths are those of the stored images, EXIF orientation ignored.
     """
-    u = uniforms(seed, epoch, sample_index=sample_index, num_draws=_Lane.COUNT)
+    u = uniforms(seed, epoch, sample_id=sample_id, num_draws=_Lane.COUNT)
     crop = _random_resized_crop(views, u[:, _Lane.CROP : _Lane.TARGET_CROP], height, width)
     flip = u[:, _Lane.FLIP] < views.hflip_prob
     target_crop, target_flip, target_shift = crop, flip, views.target_shift

@@ -147,8 +147,8 @@ def test_bad_arguments_are_named(change, named):
 
 
 @pytest.mark.parametrize("samples", [torch.arange(4).int(), torch.zeros(2, 2, dtype=torch.int64)])
-def test_bad_sample_index_is_named(samples):
-    with pytest.raises(ValueError, match="sample_index"):
+def test_a_bad_sample_id_is_named(samples):
+    with pytest.raises(ValueError, match="sample_id"):
         block_mask(samples, **RECIPE)
 
 

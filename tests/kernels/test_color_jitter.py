@@ -33,7 +33,7 @@ def drawn(batch: int = N, **changes: object) -> ViewParams:
         ViewConfig(),
         seed=0,
         epoch=0,
-        sample_index=np.arange(batch),
+        sample_id=np.arange(batch),
         height=height,
         width=width,
     )

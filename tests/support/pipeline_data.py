@@ -53,9 +53,9 @@ def write_photo_shards(folder: Path, *, sizes: Iterable[int], edge: int = 64) ->
     return paths
 
 
-def toy_mask(sample_index: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+def toy_mask(sample_id: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
     """Ids that any change of sample or epoch changes."""
-    first = (sample_index * 7 + epoch * 3) % 10
+    first = (sample_id * 7 + epoch * 3) % 10
     ids = (first[:, None] + torch.arange(10)) % 10
     ids = ids.to(torch.int32)
     return ids[:, :4], ids[:, 4:]

@@ -48,7 +48,7 @@ def make_batch(
         target=target,
         ids_keep=keep,
         ids_mask=mask,
-        sample_index=index,
+        sample_id=index,
         label=torch.zeros(size, dtype=torch.int64),
         epoch=0,
         state=LoaderState(seed=0, epoch=0, next_sample=0, digest=""),

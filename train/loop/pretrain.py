@@ -251,8 +251,8 @@ def open_loader(
         world_size=world.world_size,
         seed=config.seed,
         device=world.device,
-        draw_mask=lambda sample_index, epoch: draw_mask(
-            config.model, sample_index, seed=config.seed, epoch=epoch
+        draw_mask=lambda sample_id, epoch: draw_mask(
+            config.model, sample_id, seed=config.seed, epoch=epoch
         ),
         num_threads=settings.num_threads,
         prefetch=settings.prefetch,

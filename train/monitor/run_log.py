@@ -158,7 +158,7 @@ class RunLog:
             "after_step": step,
             "rank": self._world.rank,
             "losses": losses.tolist(),
-            "samples": [index for batch in batches for index in batch.sample_index.tolist()],
+            "samples": [index for batch in batches for index in batch.sample_id.tolist()],
         }
         with (out / f"skipped_steps.rank{self._world.rank}.jsonl").open(
             "a", encoding="utf-8"

@@ -56,7 +56,7 @@ def test_dataset_index_concatenates_and_locates(tmp_path: Path) -> None:
     shards, positions = dataset.locate(np.arange(8))
     assert list(zip(shards.tolist(), positions.tolist(), strict=True)) == expected
     assert tuple(map(int, dataset.locate(5))) == (2, 1)
-    ids = dataset.sample_index([0, 4, 7])
+    ids = dataset.sample_id([0, 4, 7])
     assert ids.dtype == np.int64
     assert ids.tolist() == [0, 2 << 32, (2 << 32) + 3]
     assert dataset.key(2, 3) == "k2_3"

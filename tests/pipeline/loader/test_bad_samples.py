@@ -116,7 +116,7 @@ def test_images_found_bad_by_the_index_never_reach_an_epoch(tmp_path):
     build_indices([str(path)])
     with open_loader(path.parent, batch_size=38, global_batch_size=38) as loader:
         assert loader.num_samples == NUM - 2
-        assert sorted(next(loader).sample_index.tolist()) == sorted(set(range(NUM)) - {3, 30})
+        assert sorted(next(loader).sample_id.tolist()) == sorted(set(range(NUM)) - {3, 30})
         assert loader.bad_samples == 0
 
 
@@ -129,7 +129,7 @@ def test_a_flipped_bit_is_found_by_its_crc(flipped, tmp_path):
     assert "CRC32" in line["reason"]
     assert (line["position"], line["key"]) == (victim, f"{victim:04d}")
     # The slot keeps its id and is filled with the next image of the data set.
-    ids = torch.cat([batch.sample_index for batch in batches])
+    ids = torch.cat([batch.sample_id for batch in batches])
     labels = torch.cat([batch.label for batch in batches])
     assert sorted(ids.tolist()) == list(range(NUM))
     assert labels[ids == victim].tolist() == [(victim + 1) % NUM]
@@ -154,7 +154,7 @@ def test_the_substitute_is_the_same_on_any_number_of_ranks(flipped, tmp_path, fa
         return {
             int(i): (batch.online[row], batch.target[row], int(batch.label[row]))
             for batch in batches
-            for row, i in enumerate(batch.sample_index)
+            for row, i in enumerate(batch.sample_id)
         }
 
     alone, bad = take(open_loader(folder), 5)
@@ -181,7 +181,7 @@ def test_neighbours_that_no_decoder_takes_are_replaced_by_the_next_good_one(tmp_
         labels = {
             int(i): int(label)
             for batch in batches
-            for i, label in zip(batch.sample_index, batch.label, strict=True)
+            for i, label in zip(batch.sample_id, batch.label, strict=True)
         }
         assert [labels[i] for i in (11, 12, 13)] == [14, 14, 14]
         assert bad == 3
@@ -206,7 +206,7 @@ def test_a_shard_cut_short_gives_what_is_left_in_it(tmp_path):
     path.write_bytes(whole[: len(whole) // 2])
     ledger = tmp_path / "bad.jsonl"
     batches, bad = take(open_loader(path.parent, ledger=ledger, shuffle=False), 3)
-    assert [int(i) for batch in batches for i in batch.sample_index] == [*range(16), *range(8)]
+    assert [int(i) for batch in batches for i in batch.sample_id] == [*range(16), *range(8)]
     assert bad >= 1
     assert "truncated" in read(ledger)[0]["reason"]
 

@@ -54,7 +54,7 @@ def ids_of_epoch(
             assert len({(raw.epoch, raw.state) for raw in raws}) == 1  # equal on every rank
             if raws[0].epoch != start.epoch:
                 return
-            yield np.concatenate([raw.sample_index for raw in raws]), raws[0].state
+            yield np.concatenate([raw.sample_id for raw in raws]), raws[0].state
     finally:
         for source in sources:
             source.close()
@@ -80,7 +80,7 @@ def test_any_cut_and_any_number_of_ranks_give_the_rest_of_the_epoch(shards, data
         for world, n in share.items()
     }
     begin = LoaderState(3, epoch, 0, index.digest)
-    whole = index.sample_index(
+    whole = index.sample_id(
         np.take(plan.order(epoch), np.arange(plan.samples_per_epoch), mode="wrap")
     )
     # Killed after any number of samples; the checkpoint is from the last whole step before.
@@ -101,7 +101,7 @@ def test_any_cut_and_any_number_of_ranks_give_the_rest_of_the_epoch(shards, data
         assert len(np.unique(seen)) == len(seen)
     else:
         assert len(np.unique(seen)) == len(index)
-        again = index.sample_index(plan.padding(epoch))
+        again = index.sample_id(plan.padding(epoch))
         assert np.array_equal(seen[len(index) :], again)
     assert len(rest) == (plan.steps_per_epoch - steps) * share[then] // micro[then]
     assert rest[-1][1] == LoaderState(3, epoch + 1, 0, index.digest)
@@ -114,15 +114,15 @@ def test_any_cut_and_any_number_of_ranks_give_the_rest_of_the_epoch(shards, data
 )
 @settings(max_examples=60, deadline=None)
 def test_views_of_a_sample_do_not_depend_on_its_batch(ids, epoch, parts):
-    sample_index = np.array(ids, dtype=np.int64)
-    size = 32 + sample_index % 50
+    sample_id = np.array(ids, dtype=np.int64)
+    size = 32 + sample_id % 50
 
     def draw(rows):
         return draw_view_params(
             VIEWS,
             seed=1,
             epoch=epoch,
-            sample_index=sample_index[rows],
+            sample_id=sample_id[rows],
             height=size[rows].astype(np.int32),
             width=size[rows].astype(np.int32),
         ).matrix()
@@ -189,7 +189,7 @@ def samples_of(
             **options,
         ) as loader:
             for batch in islice(loader, steps):
-                for row, sample in enumerate(batch.sample_index.tolist()):
+                for row, sample in enumerate(batch.sample_id.tolist()):
                     assert sample not in seen
                     seen[sample] = (batch.online[row], batch.target[row], batch.ids_keep[row])
         last = batch.state if steps else state
@@ -220,7 +220,7 @@ def test_with_pad_every_sample_comes_and_all_ranks_take_as_many_steps(shards):
             assert loader.steps_per_epoch == 9
             batches = list(islice(loader, 10))
         counts.append([batch.epoch for batch in batches])
-        seen += [i for batch in batches[:9] for i in batch.sample_index.tolist()]
+        seen += [i for batch in batches[:9] for i in batch.sample_id.tolist()]
     assert counts == [[0] * 9 + [1]] * 3
     assert len(seen) == 216
     assert len(set(seen)) == 210

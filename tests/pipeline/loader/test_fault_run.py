@@ -105,7 +105,7 @@ def run_epoch(
                 ):  # it also brings what was met after the last full batch of epoch 0
                     break
                 ids = (
-                    (batch.sample_index >> 32) * PER_SHARD + (batch.sample_index & 0xFFFFFFFF)
+                    (batch.sample_id >> 32) * PER_SHARD + (batch.sample_id & 0xFFFFFFFF)
                 ).tolist()
                 seen.update(ids)
                 labels |= dict(zip(ids, batch.label.tolist(), strict=True))

@@ -55,7 +55,7 @@ def read_epoch(loader: Loader, steps: int = NUM // 8) -> dict[int, torch.Tensor]
     return {
         int(sample): batch.online[row]
         for batch in batches
-        for row, sample in enumerate(batch.sample_index)
+        for row, sample in enumerate(batch.sample_id)
     }
 
 
@@ -229,7 +229,7 @@ def test_a_missing_label_is_minus_one_and_a_key_may_occur_twice(tmp_path, source
         path, source=source, batch_size=4, global_batch_size=4, shuffle=False
     ) as loader:
         batch = next(loader)
-    assert batch.sample_index.tolist() == [0, 1, 2, 3]
+    assert batch.sample_id.tolist() == [0, 1, 2, 3]
     assert batch.label.tolist() == [7, -1, 9, -1]
     text = "\n".join(problem.what for problem in verify_shards([path]).problems)
     assert "2 sample(s) have no integer label" in text
@@ -371,7 +371,7 @@ def test_the_padded_end_of_an_epoch_counts_no_record_twice(tmp_path):
         with open_loader(path, seed=seed, **options) as loader:
             batches = [next(loader) for _ in range(3)]
             assert loader.bad_samples == 1
-        ids = [int(i) for batch in batches for i in batch.sample_index]
+        ids = [int(i) for batch in batches for i in batch.sample_id]
         assert sorted(set(ids)) == list(range(NUM))
         assert ids[NUM:] == ids[: 30 - NUM]
         for first, again in zip(range(6), range(4, 10), strict=True):

@@ -46,7 +46,7 @@ def take(loader: Loader, count: int) -> list[Batch]:
 
 
 def assert_same(one: Batch, other: Batch) -> None:
-    for name in ("online", "target", "ids_keep", "ids_mask", "sample_index", "label"):
+    for name in ("online", "target", "ids_keep", "ids_mask", "sample_id", "label"):
         assert torch.equal(getattr(one, name), getattr(other, name)), name
     assert one.epoch == other.epoch
     assert one.state == other.state
@@ -56,7 +56,7 @@ def merged(batches: list[list[Batch]]) -> dict[int, tuple[torch.Tensor, ...]]:
     """By sample id: pixels, masks and label, from all ranks."""
     samples = {}
     for batch in (b for rank in batches for b in rank):
-        for i, sample in enumerate(batch.sample_index.tolist()):
+        for i, sample in enumerate(batch.sample_id.tolist()):
             assert sample not in samples
             samples[sample] = (
                 batch.online[i],
@@ -74,7 +74,7 @@ def test_batch_has_the_promised_shapes_and_types(shards):
     assert batch.online.dtype == batch.target.dtype == torch.uint8
     assert batch.ids_keep.shape == (8, 4)
     assert batch.ids_mask.shape == (8, 6)
-    assert batch.sample_index.dtype == batch.label.dtype == torch.int64
+    assert batch.sample_id.dtype == batch.label.dtype == torch.int64
     assert batch.epoch == 0
     assert batch.state == LoaderState(5, 0, 8, batch.state.digest)
 
@@ -95,17 +95,17 @@ def test_every_sample_comes_once_an_epoch_with_its_own_label(shards):
     starts = np.cumsum([0, *SIZES])
     expected = [(s << 32) | p for s, size in enumerate(SIZES) for p in range(size)]
     for batch in (first, second):
-        assert sorted(batch.sample_index.tolist()) == expected
-        shard, position = batch.sample_index >> 32, batch.sample_index & 0xFFFFFFFF
+        assert sorted(batch.sample_id.tolist()) == expected
+        shard, position = batch.sample_id >> 32, batch.sample_id & 0xFFFFFFFF
         assert torch.equal(batch.label, torch.from_numpy(starts)[shard] + position)
     assert (first.epoch, second.epoch) == (0, 1)
-    assert not torch.equal(first.sample_index, second.sample_index)
+    assert not torch.equal(first.sample_id, second.sample_id)
 
 
 def test_views_are_the_references_of_the_samples_bytes(shards):
     (batch,) = take(open_loader(shards, batch_size=8), 1)
     for i in (0, 3, 7):
-        shard, position = divmod(int(batch.sample_index[i]), 1 << 32)
+        shard, position = divmod(int(batch.sample_id[i]), 1 << 32)
         with tarfile.open(shards / f"part-{shard:03d}.tar") as tar:
             data = tar.extractfile(f"{shard:02d}-{position:03d}.jpg").read()
         edge = 64
@@ -113,7 +113,7 @@ def test_views_are_the_references_of_the_samples_bytes(shards):
             VIEWS,
             seed=5,
             epoch=0,
-            sample_index=batch.sample_index[i : i + 1].numpy(),
+            sample_id=batch.sample_id[i : i + 1].numpy(),
             height=np.array([edge + position % 7]),
             width=np.array([edge + shard + position % 5]),
         )
@@ -169,8 +169,8 @@ def test_resume_on_more_ranks_continues_the_same_global_batches(shards):
         for rank in range(4)
     ]
     for step in (0, 1):
-        ids = [i for rank in ranks for i in rank[step].sample_index.tolist()]
-        assert ids == alone[1 + step].sample_index.tolist()
+        ids = [i for rank in ranks for i in rank[step].sample_id.tolist()]
+        assert ids == alone[1 + step].sample_id.tolist()
         assert ranks[0][step].state == alone[1 + step].state
 
 
@@ -197,7 +197,7 @@ def test_speed_settings_do_not_change_the_batches(shards, options):
 def test_dali_and_host_give_the_same_samples_and_nearly_the_same_pixels(shards):
     host, dali = take(open_loader(shards), 4), take(open_loader(shards, backend="dali"), 4)
     for one, other in zip(host, dali, strict=True):
-        assert torch.equal(one.sample_index, other.sample_index)
+        assert torch.equal(one.sample_id, other.sample_id)
         assert torch.equal(one.ids_keep, other.ids_keep)
         assert (one.online.int() - other.online.int()).abs().float().mean() < 0.5
 
@@ -250,10 +250,10 @@ def test_num_threads_of_torch_are_left_alone(shards):
 
 
 def test_an_error_in_the_background_comes_out_of_next(shards):
-    def broken(sample_index, epoch):
+    def broken(sample_id, epoch):
         if epoch == 1:
             raise KeyError("no mask for epoch 1")
-        return toy_mask(sample_index, epoch)
+        return toy_mask(sample_id, epoch)
 
     with build_loader(
         shards, VIEWS, batch_size=16, global_batch_size=48, draw_mask=broken
@@ -294,9 +294,9 @@ def test_many_shards_are_read_with_few_open_files(tmp_path):
 def test_ctrl_c_interrupts_a_blocked_next(shards):
     release = threading.Event()
 
-    def stuck(sample_index, epoch):
+    def stuck(sample_id, epoch):
         release.wait(30)
-        return toy_mask(sample_index, epoch)
+        return toy_mask(sample_id, epoch)
 
     loader = build_loader(shards, VIEWS, batch_size=8, global_batch_size=8, draw_mask=stuck)
     # A shell's background job is born with SIGINT ignored.
@@ -393,7 +393,7 @@ def test_a_pipe_that_fails_is_written_down_and_the_other_shards_go_on(shards, tm
     path = min(shards.glob("*.tar"))
     ledger = tmp_path / "bad.jsonl"
     with open_loader([f"pipe:cat {path}", "pipe:exit 3"], source="stream", ledger=ledger) as loader:
-        assert {i >> 32 for i in next(loader).sample_index.tolist()} == {0}
+        assert {i >> 32 for i in next(loader).sample_id.tolist()} == {0}
         for _ in range(3):
             next(loader)
     assert "exit 3" in ledger.read_text()
@@ -403,7 +403,7 @@ def test_stream_deals_whole_shards_to_ranks(shards):
     options = {"source": "stream", "world_size": 2, "batch_size": 4, "global_batch_size": 8}
     seen = [take(open_loader(shards, rank=rank, **options), 4) for rank in (0, 1)]
     by_rank = [
-        {int(i) >> 32 for batch in rank for i in batch.sample_index if batch.epoch == 0}
+        {int(i) >> 32 for batch in rank for i in batch.sample_id if batch.epoch == 0}
         for rank in seen
     ]
     assert not by_rank[0] & by_rank[1]
@@ -416,17 +416,17 @@ def test_stream_resumes_at_the_shard_and_says_so(shards, caplog):
     assert caplog.text.count("resume is by shard") == 1
     state = next(batch.state for batch in whole if batch.state.next_sample == 1)
     rest = take(open_loader(shards, state=state, **options), 2)
-    shard_order = list(dict.fromkeys(int(i) >> 32 for b in whole for i in b.sample_index))
-    assert {int(i) >> 32 for i in rest[0].sample_index} == {shard_order[1]}
+    shard_order = list(dict.fromkeys(int(i) >> 32 for b in whole for i in b.sample_id))
+    assert {int(i) >> 32 for i in rest[0].sample_id} == {shard_order[1]}
 
 
 def test_stream_shuffles_inside_a_shard_and_differently_each_epoch(shards):
     options = {"source": "stream", "batch_size": 53, "global_batch_size": 53}
     first, second = take(open_loader(shards, **options), 2)
-    assert first.sample_index.tolist() != second.sample_index.tolist()
-    assert sorted(first.sample_index.tolist()) == sorted(second.sample_index.tolist())
+    assert first.sample_id.tolist() != second.sample_id.tolist()
+    assert sorted(first.sample_id.tolist()) == sorted(second.sample_id.tolist())
     (still,) = take(open_loader(shards, shuffle=False, **options), 1)
-    assert still.sample_index.tolist() == sorted(still.sample_index.tolist())
+    assert still.sample_id.tolist() == sorted(still.sample_id.tolist())
 
 
 def test_stream_with_fewer_shards_than_ranks_is_refused(shards):

@@ -92,7 +92,7 @@ def urls(server: FaultyServer) -> str:
 def assert_same(batches: Sequence[Batch], expected: Sequence[Batch]) -> None:
     assert len(batches) == len(expected)
     for one, other in zip(batches, expected, strict=True):
-        for name in ("online", "target", "ids_keep", "ids_mask", "sample_index", "label"):
+        for name in ("online", "target", "ids_keep", "ids_mask", "sample_id", "label"):
             assert torch.equal(getattr(one, name), getattr(other, name)), name
         assert (one.epoch, one.state) == (other.epoch, other.state)
 
@@ -165,7 +165,7 @@ def test_s3_gives_the_local_batches(
         stream = open_loader("s3://bucket/train", mode="stream", storage_options=options)
         local = open_loader(shards, source="stream")
         for one, other in zip(take(stream, 4), take(local, 4), strict=True):
-            assert torch.equal(one.sample_index, other.sample_index)
+            assert torch.equal(one.sample_id, other.sample_id)
             assert torch.equal(one.target, other.target)
         with pytest.raises(ValueError, match=r"s3://bucket/none/.*matches no tar file"):
             expand_shards("s3://bucket/none/*.tar", storage_options=options)
@@ -198,9 +198,9 @@ def test_a_stream_gives_the_samples_of_local_tars(
     (remote,) = take(open_loader(urls(server), mode="stream", **options), 1)
     (local,) = take(open_loader(shards, source="stream", **options), 1)
     for batch in (remote, local):
-        assert len(set(batch.sample_index.tolist())) == 53
-    one, other = remote.sample_index.argsort(), local.sample_index.argsort()
-    assert torch.equal(remote.sample_index[one], local.sample_index[other])
+        assert len(set(batch.sample_id.tolist())) == 53
+    one, other = remote.sample_id.argsort(), local.sample_id.argsort()
+    assert torch.equal(remote.sample_id[one], local.sample_id[other])
     assert torch.equal(remote.online[one], local.online[other])
     assert torch.equal(remote.label[one], local.label[other])
 

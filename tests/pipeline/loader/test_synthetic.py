@@ -17,8 +17,8 @@ def test_synthetic_batches_look_like_the_loaders(num_views):
     assert first.online.shape == (6, 32, 32, 3)
     assert first.online.dtype == torch.uint8
     assert (first.target is None) == (num_views == 1)
-    assert first.sample_index.tolist() == list(range(6))
-    assert second.sample_index.tolist() == list(range(6, 12))
+    assert first.sample_id.tolist() == list(range(6))
+    assert second.sample_id.tolist() == list(range(6, 12))
     assert not torch.equal(first.ids_keep, second.ids_keep)
     assert second.state.next_sample == 12
     again = next(synthetic_batches(views, batch_size=6, device="cpu", draw_mask=toy_mask, seed=0))

@@ -39,7 +39,7 @@ def defined_order(plan: EpochPlan, epoch: int) -> np.ndarray:
     """The order by its definition: one stable sort by block keys, one by (window, sample key)."""
     words = {
         lane: hash_words(
-            plan.seed, epoch, sample_index=np.arange(plan.num_samples), num_draws=1, first_draw=lane
+            plan.seed, epoch, sample_id=np.arange(plan.num_samples), num_draws=1, first_draw=lane
         )[:, 0]
         for lane in (1 << 20, (1 << 20) + 1)
     }

@@ -30,7 +30,7 @@ def params(**changes: object) -> ViewParams:
         ViewConfig(),
         seed=0,
         epoch=0,
-        sample_index=np.arange(N),
+        sample_id=np.arange(N),
         height=np.full(N, 300),
         width=np.full(N, 400),
     )
@@ -186,7 +186,7 @@ def count_launches(batch_size: int, *, mode: str) -> Launches:
         ViewConfig(),
         seed=0,
         epoch=0,
-        sample_index=np.arange(batch_size),
+        sample_id=np.arange(batch_size),
         height=np.full(batch_size, 300),
         width=np.full(batch_size, 400),
     )

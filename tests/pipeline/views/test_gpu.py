@@ -29,7 +29,7 @@ def test_mixed_decode_gives_the_references_pixels() -> None:
         VIEWS,
         seed=0,
         epoch=0,
-        sample_index=np.arange(len(files)),
+        sample_id=np.arange(len(files)),
         height=sizes[:, 1],
         width=sizes[:, 0],
     )
@@ -78,7 +78,7 @@ def test_colour_on_a_batch_is_the_hosts_and_never_waits(mode: str) -> None:
     pixels = torch.from_numpy(np.stack([photo(224, 224, seed=i) for i in range(64)]))
     sizes = np.full(64, 300)
     params = draw_view_params(
-        ViewConfig(), seed=0, epoch=0, sample_index=np.arange(64), height=sizes, width=sizes
+        ViewConfig(), seed=0, epoch=0, sample_id=np.arange(64), height=sizes, width=sizes
     )
     expected = apply_color(pixels, params, mode=mode).int()
     on_device = pixels.cuda()

@@ -51,7 +51,7 @@ def make_both(backend: str, files: list[bytes], views: ViewConfig):
         views,
         seed=0,
         epoch=0,
-        sample_index=np.arange(len(files)),
+        sample_id=np.arange(len(files)),
         height=np.array([h for _, h in sizes]),
         width=np.array([w for w, _ in sizes]),
     )
@@ -125,7 +125,7 @@ def test_views_overlap_as_the_offsets_say():
         views,
         seed=0,
         epoch=0,
-        sample_index=np.arange(1),
+        sample_id=np.arange(1),
         height=np.array([180]),
         width=np.array([240]),
     )
@@ -145,7 +145,7 @@ def test_handed_out_host_batches_are_never_written_again():
     def make(seed):
         height, width = np.full(6, 33), np.full(6, 35)
         params = draw_view_params(
-            views, seed=seed, epoch=0, sample_index=np.arange(6), height=height, width=width
+            views, seed=seed, epoch=0, sample_id=np.arange(6), height=height, width=width
         )
         return view_backend.collect(view_backend.submit(files, params))
 
@@ -166,7 +166,7 @@ def test_handed_out_dali_batches_are_never_written_again():
     made, kept, jobs = [], [], []
     for seed in range(12):
         params = draw_view_params(
-            views, seed=seed, epoch=0, sample_index=np.arange(6), height=size, width=size
+            views, seed=seed, epoch=0, sample_id=np.arange(6), height=size, width=size
         )
         jobs.append(view_backend.submit(files, params))
         if len(jobs) > 2:
@@ -188,7 +188,7 @@ def test_a_file_that_does_not_decode_is_named_and_the_next_batch_is_fine(backend
         views,
         seed=0,
         epoch=0,
-        sample_index=np.arange(4),
+        sample_id=np.arange(4),
         height=np.full(4, 50),
         width=np.full(4, 60),
     )

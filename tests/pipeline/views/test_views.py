@@ -19,7 +19,7 @@ def draw(views: ViewConfig, *, n: int = N, seed: int = 0, epoch: int = 0, height
         views,
         seed=seed,
         epoch=epoch,
-        sample_index=np.arange(n, dtype=np.int64),
+        sample_id=np.arange(n, dtype=np.int64),
         height=np.full(n, height, dtype=np.int32),
         width=np.full(n, width, dtype=np.int32),
     )
@@ -55,13 +55,13 @@ def torchvision_crop(monkeypatch, views: ViewConfig, u: np.ndarray, height: int,
 def test_crop_is_torchvisions_for_the_same_random_numbers(monkeypatch, height, width):
     views = ViewConfig(min_area=0.2)
     samples = np.arange(150, dtype=np.int64)
-    u = uniforms(5, 2, sample_index=samples, num_draws=2 * CROP_TRIES + 2)
+    u = uniforms(5, 2, sample_id=samples, num_draws=2 * CROP_TRIES + 2)
     expected = [torchvision_crop(monkeypatch, views, row, height, width) for row in u]
     params = draw_view_params(
         views,
         seed=5,
         epoch=2,
-        sample_index=samples,
+        sample_id=samples,
         height=np.full(150, height),
         width=np.full(150, width),
     )
@@ -152,7 +152,7 @@ def test_a_sample_has_the_same_views_in_any_batch():
         views,
         seed=3,
         epoch=8,
-        sample_index=np.array([17]),
+        sample_id=np.array([17]),
         height=np.array([375]),
         width=np.array([500]),
     )

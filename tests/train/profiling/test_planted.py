@@ -271,7 +271,7 @@ def test_memory_gives_again_what_storage_gave(small_shards: str) -> None:
         replayed = [next(batches) for _ in range(4)]
         assert {raw.state.epoch for raw in replayed} == {again}
         for raw, other in zip([*seen, seen[0]], replayed, strict=True):
-            assert np.array_equal(raw.sample_index, other.sample_index)
+            assert np.array_equal(raw.sample_id, other.sample_id)
             pairs = zip(raw.encoded, other.encoded, strict=True)
             assert all(np.array_equal(a, b) for a, b in pairs)
 

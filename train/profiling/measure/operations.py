@@ -124,7 +124,7 @@ def _params(views: ViewConfig, raw: RawBatch) -> ViewParams:
         views,
         seed=0,
         epoch=raw.epoch,
-        sample_index=raw.sample_index,
+        sample_id=raw.sample_id,
         height=raw.height,
         width=raw.width,
     )
