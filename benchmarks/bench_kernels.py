@@ -34,7 +34,7 @@ from cmae.kernels.masked_mse import masked_mse
 from cmae.kernels.patch_gather import patch_gather
 
 CONSTANTS = {"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375)}
-MASKS = {"authors": (2, 17), "75 %": (1, 49)}  # cell, cells kept of a 14 x 14 grid
+MASKS = {"authors": (2, 17), "75 %": (1, 49)}  # mask_unit, units kept of a 14 x 14 grid
 
 
 @dataclass(frozen=True)
@@ -71,19 +71,25 @@ def build_cases(
     cases = []
     for batch in batch_sizes:
         images = torch.randint(0, 256, (batch, 224, 224, 3), dtype=torch.uint8, device=device)
-        for name, (cell, num_keep_cells) in MASKS.items():
+        for name, (mask_unit, num_keep_units) in MASKS.items():
             shape = f"B={batch}, {name}"
-            cases += _mask_cases(images, shape, cell, num_keep_cells, dtype)
+            cases += _mask_cases(images, shape, mask_unit, num_keep_units, dtype)
         cases += [_info_nce_case(batch, count, device, dtype) for count in num_keys]
     return cases
 
 
 def _mask_cases(
-    images: Tensor, shape: str, cell: int, num_keep_cells: int, dtype: torch.dtype
+    images: Tensor, shape: str, mask_unit: int, num_keep_units: int, dtype: torch.dtype
 ) -> list[Case]:
     batch = len(images)
     samples = torch.arange(batch, device=images.device)
-    mask = {"grid": (14, 14), "cell": cell, "num_keep_cells": num_keep_cells, "seed": 0, "epoch": 0}
+    mask = {
+        "grid": (14, 14),
+        "mask_unit": mask_unit,
+        "num_keep_units": num_keep_units,
+        "seed": 0,
+        "epoch": 0,
+    }
     ids_keep, ids_mask = block_mask(samples, **mask)
     pred = torch.randn(batch, ids_mask.shape[1], 768, device=images.device, dtype=dtype)
     pred.requires_grad_()

@@ -1,7 +1,7 @@
-"""Random masks of square cells of patches, a pure function of (seed, epoch, sample).
+"""Random masks of mask units (squares of patches), a pure function of (seed, epoch, sample).
 
-Every cell gets a 32-bit random number from the counter-based generator Philox4x32-10 (Salmon et
-al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011); the cells with the smallest numbers
+Every unit gets a 32-bit random number from the counter-based generator Philox4x32-10 (Salmon et
+al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011); the units with the smallest numbers
 are kept. No generator state exists, so the mask of a sample does not depend on batch, rank or
 resume.
 """
@@ -18,7 +18,7 @@ _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
-_MAX_CELLS = 1 << 16
+_MAX_UNITS = 1 << 16
 _MAX_KERNEL_PATCHES = 1 << 10  # one program holds all patches of an image
 
 
@@ -26,8 +26,8 @@ def block_mask(
     sample_id: Int64[Tensor, " B"],
     *,
     grid: tuple[int, int],
-    cell: int,
-    num_keep_cells: int,
+    mask_unit: int,
+    num_keep_units: int,
     seed: int,
     epoch: int,
     backend: Backend = "auto",
@@ -35,22 +35,22 @@ def block_mask(
     """Patches to keep and patches to mask, each ascending, for every sample.
 
     Args:
-        sample_id: sample ids; with `seed` and `epoch` they decide the mask.
-        grid: patches per column and per row of the image.
-        cell: patches per side of a cell; cells are kept or masked whole.
-        num_keep_cells: cells kept, uniformly without replacement.
-        seed: 0..2^64-1.
-        epoch: 0..2^32-1.
-        backend: which implementation; see `cmae.kernels.backend`.
+        sample_id: Sample ids; with `seed` and `epoch` they decide the mask.
+        grid: Patches per column and per row of the image.
+        mask_unit: Patches per side of a mask unit; units are kept or masked whole.
+        num_keep_units: Units kept, uniformly without replacement.
+        seed: Seed of the run, 0..2^64-1.
+        epoch: Epoch, 0..2^32-1.
+        backend: Implementation; see `cmae.kernels.backend`.
 
     Returns:
-        ids_keep with K = num_keep_cells * cell^2 columns and ids_mask with the others, on the
+        ids_keep with K = num_keep_units * mask_unit^2 columns and ids_mask with the others, on the
         device of `sample_id`.
 
     Raises:
         ValueError: an argument is out of range or has the wrong shape or dtype.
     """
-    _check(sample_id, grid, cell, num_keep_cells, seed, epoch)
+    _check(sample_id, grid, mask_unit, num_keep_units, seed, epoch)
     unsupported = None
     if grid[0] * grid[1] > _MAX_KERNEL_PATCHES:
         unsupported = (
@@ -60,8 +60,8 @@ def block_mask(
         ids_keep, ids_mask = torch.ops.cmae.block_mask(
             sample_id,
             *grid,
-            cell,
-            num_keep_cells,
+            mask_unit,
+            num_keep_units,
             _signed(seed),
             _signed(seed >> 32),
             _signed(epoch),
@@ -70,8 +70,8 @@ def block_mask(
     return block_mask_reference(
         sample_id,
         grid=grid,
-        cell=cell,
-        num_keep_cells=num_keep_cells,
+        mask_unit=mask_unit,
+        num_keep_units=num_keep_units,
         seed=seed,
         epoch=epoch,
     )
@@ -81,25 +81,25 @@ def block_mask_reference(
     sample_id: Int64[Tensor, " B"],
     *,
     grid: tuple[int, int],
-    cell: int,
-    num_keep_cells: int,
+    mask_unit: int,
+    num_keep_units: int,
     seed: int,
     epoch: int,
 ) -> tuple[Int32[Tensor, "B K"], Int32[Tensor, "B M"]]:
     """`block_mask` in plain torch."""
-    rows, columns = grid[0] // cell, grid[1] // cell
-    num_cells, num_patches = rows * columns, grid[0] * grid[1]
-    words = _random_words(sample_id, num_cells, seed, epoch)
-    cells = torch.arange(num_cells, device=sample_id.device)
-    # The cell number in the low bits makes the keys distinct, so the order is the same everywhere.
-    order = (words * _MAX_CELLS + cells).argsort(dim=1)
+    rows, columns = grid[0] // mask_unit, grid[1] // mask_unit
+    num_units, num_patches = rows * columns, grid[0] * grid[1]
+    words = _random_words(sample_id, num_units, seed, epoch)
+    units = torch.arange(num_units, device=sample_id.device)
+    # The unit's number in the low bits makes the keys distinct, so the order is the same everywhere.
+    order = (words * _MAX_UNITS + units).argsort(dim=1)
     masked = torch.ones_like(words, dtype=torch.bool)
-    masked = masked.scatter(1, order[:, :num_keep_cells], False)
-    masked = masked.view(-1, rows, 1, columns, 1).expand(-1, -1, cell, -1, cell)
+    masked = masked.scatter(1, order[:, :num_keep_units], False)
+    masked = masked.view(-1, rows, 1, columns, 1).expand(-1, -1, mask_unit, -1, mask_unit)
     masked = masked.reshape(-1, num_patches)
     ids = torch.arange(num_patches, device=sample_id.device) + num_patches * masked
     ids = (ids.sort(dim=1).values % num_patches).int()  # kept ones first, both parts ascending
-    num_keep = num_keep_cells * cell * cell
+    num_keep = num_keep_units * mask_unit * mask_unit
     return ids[:, :num_keep].contiguous(), ids[:, num_keep:].contiguous()
 
 
@@ -125,11 +125,11 @@ def philox4x32(
 def _random_words(
     sample_id: Int64[Tensor, " B"], num_words: int, seed: int, epoch: int
 ) -> Int64[Tensor, "B words"]:
-    """Words 0..num_words-1 of each sample; counter = (lane, epoch, sample low, sample high)."""
-    lanes = torch.arange((num_words + 3) // 4, device=sample_id.device)
-    sample = sample_id[:, None].expand(-1, len(lanes))
+    """Words 0..num_words-1 of each sample; counter = (draw index, epoch, sample low, sample high)."""
+    draws = torch.arange((num_words + 3) // 4, device=sample_id.device)
+    sample = sample_id[:, None].expand(-1, len(draws))
     counter = (
-        lanes.expand_as(sample),
+        draws.expand_as(sample),
         torch.full_like(sample, epoch),
         sample & _WORD,
         (sample >> 32) & _WORD,
@@ -141,8 +141,8 @@ def _random_words(
 def _check(
     sample_id: Tensor,
     grid: tuple[int, int],
-    cell: int,
-    num_keep_cells: int,
+    mask_unit: int,
+    num_keep_units: int,
     seed: int,
     epoch: int,
 ) -> None:
@@ -151,13 +151,15 @@ def _check(
             f"sample_id has shape {tuple(sample_id.shape)} and dtype {sample_id.dtype}; "
             "expected int64 (B,)."
         )
-    if cell < 1 or grid[0] < 1 or grid[1] < 1 or grid[0] % cell or grid[1] % cell:
-        raise ValueError(f"cell={cell} does not divide grid={grid}; choose a common divisor.")
-    num_cells = (grid[0] // cell) * (grid[1] // cell)
-    if num_cells > _MAX_CELLS:
-        raise ValueError(f"grid={grid} has {num_cells} cells; at most {_MAX_CELLS} are supported.")
-    if not 0 <= num_keep_cells <= num_cells:
-        raise ValueError(f"num_keep_cells={num_keep_cells} is not in 0..{num_cells}.")
+    if mask_unit < 1 or grid[0] < 1 or grid[1] < 1 or grid[0] % mask_unit or grid[1] % mask_unit:
+        raise ValueError(
+            f"mask_unit={mask_unit} does not divide grid={grid}; choose a common divisor."
+        )
+    num_units = (grid[0] // mask_unit) * (grid[1] // mask_unit)
+    if num_units > _MAX_UNITS:
+        raise ValueError(f"grid={grid} has {num_units} units; at most {_MAX_UNITS} are supported.")
+    if not 0 <= num_keep_units <= num_units:
+        raise ValueError(f"num_keep_units={num_keep_units} is not in 0..{num_units}.")
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"seed={seed} is not in 0..2^64-1.")
     if not 0 <= epoch <= _WORD:
@@ -165,9 +167,9 @@ def _check(
 
 
 @jit()
-def _random_word(lane, sample, seed, epoch, seed_high):  # type: ignore[no-untyped-def]
-    """Word number `lane` of a sample; two's complement arguments, unsigned answer."""
-    counter0 = (lane // 4).to(tl.uint32)
+def _random_word(draw, sample, seed, epoch, seed_high):  # type: ignore[no-untyped-def]
+    """Word number `draw` of a sample; two's complement arguments, unsigned answer."""
+    counter0 = (draw // 4).to(tl.uint32)
     zero = counter0 * 0
     w0, w1, w2, w3 = tl.random.philox_impl(
         counter0,
@@ -178,7 +180,7 @@ def _random_word(lane, sample, seed, epoch, seed_high):  # type: ignore[no-untyp
         zero + seed_high.to(tl.uint32),
         10,
     )
-    place = lane % 4
+    place = draw % 4
     return tl.where(place == 0, w0, tl.where(place == 1, w1, tl.where(place == 2, w2, w3)))
 
 
@@ -194,52 +196,52 @@ def _mask_kernel(  # type: ignore[no-untyped-def]
     epoch,
     rows: tl.constexpr,
     columns: tl.constexpr,
-    cell: tl.constexpr,
-    num_keep_cells: tl.constexpr,
+    mask_unit: tl.constexpr,
+    num_keep_units: tl.constexpr,
     block_patches: tl.constexpr,
-    block_cells: tl.constexpr,
+    block_units: tl.constexpr,
 ):
     """One program draws the mask of one image.
 
-    A patch ranks its cell by counting the cells whose (word, number) is smaller; words are made again
+    A patch ranks its unit by counting the units whose (word, number) is smaller; words are made again
     where they are needed, which is cheaper than moving them between threads.
     """
     num_patches: tl.constexpr = rows * columns
-    num_cells: tl.constexpr = num_patches // (cell * cell)
-    num_keep: tl.constexpr = num_keep_cells * cell * cell
+    num_units: tl.constexpr = num_patches // (mask_unit * mask_unit)
+    num_keep: tl.constexpr = num_keep_units * mask_unit * mask_unit
     image = tl.program_id(0).to(tl.int64)
     sample = tl.load(sample_id + image * index_stride)
     patch = tl.arange(0, block_patches)
-    own = patch // columns // cell * (columns // cell) + patch % columns // cell
+    own = patch // columns // mask_unit * (columns // mask_unit) + patch % columns // mask_unit
     own_word = _random_word(own, sample, seed, epoch, seed_high)
     rank = tl.zeros((block_patches,), tl.int32)
-    for start in range(0, num_cells, block_cells):
-        other = start + tl.arange(0, block_cells)[None, :]
+    for start in range(0, num_units, block_units):
+        other = start + tl.arange(0, block_units)[None, :]
         word = _random_word(other, sample, seed, epoch, seed_high)
         is_smaller = word < own_word[:, None]
         is_tie = (word == own_word[:, None]) & (other < own[:, None])
-        before = (is_smaller | is_tie) & (other < num_cells)
+        before = (is_smaller | is_tie) & (other < num_units)
         rank += tl.sum(before.to(tl.int32), axis=1)
     is_patch = patch < num_patches
-    kept = (rank < num_keep_cells) & is_patch
+    kept = (rank < num_keep_units) & is_patch
     num_before = tl.cumsum(kept.to(tl.int32), axis=0) - kept.to(tl.int32)
     tl.store(ids_keep + image * num_keep + num_before, patch, mask=kept)
     places = ids_mask + image * (num_patches - num_keep) + patch - num_before
-    tl.store(places, patch, mask=is_patch & (rank >= num_keep_cells))
+    tl.store(places, patch, mask=is_patch & (rank >= num_keep_units))
 
 
 def _launch(
     sample_id: Tensor,
     rows: int,
     columns: int,
-    cell: int,
-    num_keep_cells: int,
+    mask_unit: int,
+    num_keep_units: int,
     seed: int,
     seed_high: int,
     epoch: int,
 ) -> tuple[Tensor, Tensor]:
     ids_keep, ids_mask = _empty_ids(
-        sample_id, rows, columns, cell, num_keep_cells, seed, seed_high, epoch
+        sample_id, rows, columns, mask_unit, num_keep_units, seed, seed_high, epoch
     )
     if len(sample_id) == 0:
         return ids_keep, ids_mask
@@ -255,10 +257,10 @@ def _launch(
             epoch,
             rows=rows,
             columns=columns,
-            cell=cell,
-            num_keep_cells=num_keep_cells,
+            mask_unit=mask_unit,
+            num_keep_units=num_keep_units,
             block_patches=block_patches,
-            block_cells=min(16, 4096 // block_patches),  # 32 comparisons a thread
+            block_units=min(16, 4096 // block_patches),  # 32 comparisons a thread
             num_warps=4,
         )
     return ids_keep, ids_mask
@@ -268,13 +270,13 @@ def _empty_ids(
     sample_id: Tensor,
     rows: int,
     columns: int,
-    cell: int,
-    num_keep_cells: int,
+    mask_unit: int,
+    num_keep_units: int,
     seed: int,
     seed_high: int,
     epoch: int,
 ) -> tuple[Tensor, Tensor]:
-    num_keep, batch = num_keep_cells * cell * cell, len(sample_id)
+    num_keep, batch = num_keep_units * mask_unit * mask_unit, len(sample_id)
     ids_keep = sample_id.new_empty((batch, num_keep), dtype=torch.int32)
     return ids_keep, ids_keep.new_empty((batch, rows * columns - num_keep))
 
@@ -287,7 +289,7 @@ def _signed(word: int) -> int:
 
 torch.library.define(
     "cmae::block_mask",
-    "(Tensor sample_id, int rows, int columns, int cell, int num_keep_cells, int seed, int seed_high, "
+    "(Tensor sample_id, int rows, int columns, int mask_unit, int num_keep_units, int seed, int seed_high, "
     "int epoch) -> (Tensor, Tensor)",
 )
 torch.library.impl("cmae::block_mask", ("cpu", "cuda"), _launch)

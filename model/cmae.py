@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,25 +17,21 @@ from cmae.model.config import ModelConfig
 from cmae.model.decoder import Decoder
 from cmae.model.encoder import VisionTransformer
 from cmae.model.heads import Head
-from cmae.model.hybrid import HybridEncoder
+from cmae.model.hybrid import Encoder, HybridEncoder
 from cmae.model.init import init_weights
 from cmae.model.losses import Losses, contrastive_terms
 from cmae.model.masking import complement
 from cmae.model.pixels import to_config_normalisation
-
-if TYPE_CHECKING:
-    from cmae.model.target_copy import TargetCopy
-
-Encoder = VisionTransformer | HybridEncoder
+from cmae.model.target_copy import TargetCopy
 
 
 def build_model(config: ModelConfig, *, seed: int | None = None) -> CMAE:
     """A freshly initialised model on the CPU, in training mode, target equal to online.
 
     Args:
-        config: what to build.
-        seed: makes the weights reproducible and leaves torch's global random state as it was;
-            None draws from the global state.
+        config: Sizes and losses of the model.
+        seed: Seed of the weights, which leaves torch's global random state as it was; None draws
+            from the global state.
     """
     if seed is None:
         model = CMAE(config)
@@ -72,7 +68,7 @@ class CMAE(nn.Module):
             self._build_contrast(config)
 
     def _build_contrast(self, config: ModelConfig) -> None:
-        dim = config.projector_in_dim
+        dim = config.embed_dim
         if config.feature_decoder == "own":
             self.feature_decoder = Decoder(config, depth=config.feature_decoder_depth, out_dim=dim)
         elif config.feature_decoder == "shared":
@@ -157,7 +153,7 @@ class CMAE(nn.Module):
         Args:
             target: uint8, or floats normalised with the standard constants.
             ids_keep: visible patches; needed, and used, only when target_input is 'visible'.
-            target_copy: Low-precision copy of the target to compute with instead of the target itself.
+            target_copy: 16-bit copy of the target to compute with instead of the target itself.
 
         Raises:
             ValueError: the model has no target branch, or an argument is missing or does not fit.

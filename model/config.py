@@ -27,8 +27,6 @@ class ModelConfig:
     """Attention heads of the encoder. S 6, B 12, L and H 16."""
     mlp_ratio: float = 4.0
     """Hidden width of the encoder's MLPs over their input width, > 0."""
-    conv_depth: int = 2
-    """Convolution blocks in each of the two first stages; hybrid encoder only, >= 1."""
     decoder_embed_dim: int = 512
     """Width of both decoders; a multiple of 4 and of decoder_num_heads."""
     decoder_depth: int = 8
@@ -42,8 +40,6 @@ class ModelConfig:
     'none': the mean of the visible encoder tokens goes to the projector."""
     feature_decoder_depth: int = 2
     """Blocks of the feature decoder, >= 1; used when feature_decoder is 'own'."""
-    feature_dim: int | None = None
-    """Width of the feature decoder's output; None means embed_dim, which the target needs."""
     proj_hidden_dim: int = 1536
     """Hidden width of projector and predictor, >= 1."""
     proj_dim: int = 256
@@ -54,9 +50,10 @@ class ModelConfig:
     """Norm inside projector and predictor. 'batch' uses statistics of the micro-batch over all
     ranks; 'layer' uses none, so results do not depend on how a batch is split."""
     mask_ratio: float = 0.65
-    """Share of cells hidden from the online encoder, 0 < mask_ratio < 1. MAE .75."""
+    """Share of mask units hidden from the online encoder, 0 < mask_ratio < 1. MAE .75."""
     mask_unit: int = 2
-    """Side of a mask cell, patches; divides img_size / patch_size. MAE 1."""
+    """Side of a mask unit, patches: a square that is kept or hidden as one; divides img_size / patch_size.
+    MAE 1."""
     contrastive_loss: Literal["info_nce", "byol", "none"] = "info_nce"
     """'info_nce': softmax over the bank of keys; 'byol': 2 - 2 cos with the positive only;
     'none': no target branch at all (MAE)."""
@@ -103,15 +100,15 @@ class ModelConfig:
         return self.grid[0] * self.grid[1]
 
     @property
-    def num_keep_cells(self) -> int:
-        """Visible mask cells: the authors' int(cells * (1 - mask_ratio)), safe from float error."""
-        cells = self.num_patches // self.mask_unit**2
-        return int(cells * (1 - self.mask_ratio) + 1e-9)
+    def num_keep_units(self) -> int:
+        """Visible mask units: the authors' int(units * (1 - mask_ratio)), safe from float error."""
+        units = self.num_patches // self.mask_unit**2
+        return int(units * (1 - self.mask_ratio) + 1e-9)
 
     @property
     def num_keep(self) -> int:
         """Visible patches of an image."""
-        return self.num_keep_cells * self.mask_unit**2
+        return self.num_keep_units * self.mask_unit**2
 
     @property
     def num_mask(self) -> int:
@@ -132,11 +129,6 @@ class ModelConfig:
     def has_reconstruction(self) -> bool:
         """The pixel decoder exists."""
         return self.reconstruction_weight > 0
-
-    @property
-    def projector_in_dim(self) -> int:
-        """Width of the features that enter the projector."""
-        return self.embed_dim if self.feature_dim is None else self.feature_dim
 
 
 _CHOICES = {
@@ -198,13 +190,13 @@ def _check_geometry(config: ModelConfig) -> None:
         0 < config.num_keep < config.num_patches,
         config,
         "mask_ratio",
-        f"it must keep and mask at least one of {(side // config.mask_unit) ** 2} cells",
+        f"it must keep and mask at least one of {(side // config.mask_unit) ** 2} units",
     )
 
 
 def _check_widths(config: ModelConfig) -> None:
     for key in (
-        *("embed_dim", "depth", "num_heads", "conv_depth", "decoder_embed_dim", "decoder_depth"),
+        *("embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_depth"),
         *("decoder_num_heads", "feature_decoder_depth", "proj_hidden_dim", "proj_dim"),
     ):
         _require(getattr(config, key) >= 1, config, key, "an integer >= 1")
@@ -220,13 +212,6 @@ def _check_widths(config: ModelConfig) -> None:
             config,
             heads,
             f"a divisor of {width}={getattr(config, width)}",
-        )
-    if config.has_contrast:
-        _require(
-            config.feature_dim in (None, config.embed_dim),
-            config,
-            "feature_dim",
-            f"the projector is shared with the target's features, so None or {config.embed_dim}",
         )
     _require(
         config.encoder == "vit" or config.embed_dim % 6 == 0,

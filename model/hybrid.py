@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from cmae.kernels.images import Images
 from cmae.model.blocks import LayerNorm, MeanBlock, build_blocks, enter_residual
 from cmae.model.config import ModelConfig
-from cmae.model.encoder import PatchEmbed, all_ids
+from cmae.model.encoder import PatchEmbed, VisionTransformer, all_ids
 from cmae.model.pos_embed import sincos_pos_embed
 
 FIRST_STRIDE = 4  # px; the two other stages halve the resolution
+CONV_DEPTH = 2  # blocks of each convolutional stage, in all of ConvMAE's published models
 
 
 def stage_dims(config: ModelConfig) -> tuple[int, int]:
@@ -53,7 +54,7 @@ class HybridEncoder(nn.Module):
     """ConvMAE's encoder; the same calls as `VisionTransformer`, without a cls token.
 
     Args:
-        config: sizes; `depth` counts transformer blocks, `conv_depth` the blocks of each stage.
+        config: sizes; `depth` counts transformer blocks.
         final_norm: end with a LayerNorm.
     """
 
@@ -72,7 +73,7 @@ class HybridEncoder(nn.Module):
             for width, width_out in ((first, second), (second, dim))
         )
         self.stages = nn.ModuleList(
-            nn.ModuleList(ConvBlock(width, mlp_ratio=ratio) for _ in range(config.conv_depth))
+            nn.ModuleList(ConvBlock(width, mlp_ratio=ratio) for _ in range(CONV_DEPTH))
             for width in (first, second)
         )
         self.fuse = nn.ModuleList(
@@ -147,6 +148,10 @@ class HybridEncoder(nn.Module):
         keep = keep.scatter(1, ids.long(), 1.0).view(-1, grid_h, 1, grid_w, 1)
         keep = keep.expand(-1, -1, scale, -1, scale)
         return keep.reshape(-1, grid_h * scale, grid_w * scale, 1)
+
+
+Encoder = VisionTransformer | HybridEncoder
+"""Either encoder; both have the same calls."""
 
 
 def _on_channels_first(convolution: nn.Module, x: Float[Tensor, "B H W C"]) -> Tensor:

@@ -16,10 +16,10 @@ def draw_mask(
     """Ids of visible and of masked patches, a pure function of (seed, epoch, sample).
 
     Args:
-        config: grid, mask ratio and cell.
-        sample_id: sample ids.
-        seed: of the run, 0..2^64-1.
-        epoch: 0..2^32-1.
+        config: Grid, mask ratio and mask unit.
+        sample_id: Sample ids.
+        seed: Seed of the run, 0..2^64-1.
+        epoch: Epoch, 0..2^32-1.
 
     Returns:
         ids_keep (K = config.num_keep) and ids_mask, both ascending, where `sample_id` lies.
@@ -27,8 +27,8 @@ def draw_mask(
     return block_mask(
         sample_id,
         grid=config.grid,
-        cell=config.mask_unit,
-        num_keep_cells=config.num_keep_cells,
+        mask_unit=config.mask_unit,
+        num_keep_units=config.num_keep_units,
         seed=seed,
         epoch=epoch,
     )

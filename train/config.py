@@ -79,24 +79,16 @@ class SpeedConfig:
     kernels: Literal["auto", "torch", "triton"] = "auto"
     """What gathers patches and computes losses. 'auto': Triton kernels on a GPU, torch elsewhere. 'triton'
     stops where a kernel cannot run."""
-    compile: Literal["none", "blocks", "model"] = "none"
-    """torch.compile: not at all, each transformer block, or each branch as a whole."""
-    cuda_graphs: bool = False
-    """Record the target pass and the forward and backward pass once and replay them: no launch costs. One
-    GPU only."""
+    compile: Literal["none", "blocks", "model", "model_graphs"] = "none"
+    """torch.compile: not at all, each transformer block, or each branch as a whole. 'model_graphs' also
+    records each branch as a CUDA graph (torch's mode reduce-overhead), which saves the cost of launches: a
+    GPU only, and one micro-batch a step."""
     sdpa: Literal["torch", "auto", "flash", "cudnn", "efficient", "math"] = "torch"
     """Attention kernel: torch's own choice, the fastest one by measurement of each shape at the start (a
     GPU only), or one for all shapes."""
     target_copy: bool = False
     """Keep a 16-bit copy of the target's matrices beside them, so that autocast does not cast them in every
     step. Same results; 2 bytes more for each of their weights."""
-    overlap_keys: bool = True
-    """Gather the target keys of all ranks while the online encoder runs. Same results. With
-    compile=model they are waited for first."""
-    ddp_bucket_mb: int = 25
-    """Gradients are averaged over ranks in buckets of this size, MB, while the backward pass runs."""
-    ddp_static_graph: bool = False
-    """Tell DDP that every step uses the same parameters; not together with several micro-batches."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that are not positive."""
@@ -110,7 +102,6 @@ class SpeedConfig:
             load,
             "between 0 and 1, or null",
         )
-        _require(self.ddp_bucket_mb >= 1, "speed.ddp_bucket_mb", self.ddp_bucket_mb, ">= 1")
 
 
 @dataclass(frozen=True)
@@ -190,13 +181,10 @@ class OptimConfig:
     """Length of the schedule in optimiser steps; overrides `epochs`. A stream whose size is not
     known needs it."""
     warmup_epochs: float = 40.0
-    """Linear warmup, in epochs (a share of `total_steps` when the epoch's length is not known)."""
-    warmup_start: float = 1e-4
-    """Learning rate at step 0 as a fraction of the peak."""
+    """Linear warmup from 1e-4 of the peak, in epochs (a share of `total_steps` when the epoch's length is not
+    known). Half a cosine down to zero follows it."""
     lr_per_256: float = 1.5e-4
     """Peak learning rate for 256 images; scaled by global_batch_size / 256."""
-    min_lr: float = 0.0
-    """Learning rate at the end of the cosine, for 256 images; scaled alike."""
     weight_decay: float = 0.05
     """Decoupled weight decay of matrices; norms, biases and position embeddings have none."""
     decay_tokens: bool = False
@@ -210,11 +198,9 @@ class OptimConfig:
     residual: Literal["fp32", "16bit"] = "fp32"
     """Number format of the residual streams: float32 as autocast has it, or that of `precision`, which
     halves their traffic and memory and rounds every sum."""
-    target_fp8: bool = False
-    """Multiply the target encoder's linear layers in fp8 (e4m3, scales found on the fly). On a GPU it needs
-    compute capability 8.9; on a CPU fp8 is emulated, slowly."""
     impl: Literal["torch_fused", "apex"] = "torch_fused"
-    """AdamW of torch (fused), or FusedAdam of NVIDIA's apex when it is installed."""
+    """AdamW of torch (fused), or FusedAdam of NVIDIA's apex, for whoever compares with runs of that
+    optimiser. The same update; apex has to be built from source."""
     gradient_compression: Literal["none", "fp16", "bf16"] = "none"
     """Number format of gradients on the wire between ranks."""
     max_skipped_steps: int = 20
@@ -227,9 +213,7 @@ class OptimConfig:
             "epochs": (self.epochs >= 1, ">= 1"),
             "total_steps": (self.total_steps is None or self.total_steps >= 1, ">= 1, or null"),
             "warmup_epochs": (self.warmup_epochs >= 0, ">= 0"),
-            "warmup_start": (0 <= self.warmup_start <= 1, "between 0 and 1"),
             "lr_per_256": (self.lr_per_256 > 0, "> 0"),
-            "min_lr": (0 <= self.min_lr <= self.lr_per_256, "between 0 and optim.lr_per_256"),
             "weight_decay": (self.weight_decay >= 0, ">= 0"),
             "betas": (all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)"),
             "clip_grad": (self.clip_grad is None or self.clip_grad > 0, "> 0, or null"),
@@ -237,14 +221,12 @@ class OptimConfig:
         }
         for name, (ok, allowed) in checks.items():
             _require(ok, f"optim.{name}", getattr(self, name), allowed)
-        for name, off in (("residual", "fp32"), ("target_fp8", False)):
-            value = getattr(self, name)
-            _require(
-                self.precision != "fp32" or value == off,
-                f"optim.{name}",
-                value,
-                f"{off} with optim.precision fp32, or optim.precision fp16 or bf16",
-            )
+        _require(
+            self.precision != "fp32" or self.residual == "fp32",
+            "optim.residual",
+            self.residual,
+            "fp32 with optim.precision fp32, or optim.precision fp16 or bf16",
+        )
 
 
 @dataclass(frozen=True)

@@ -91,13 +91,11 @@ class RowGatherer:
     """Rows of all ranks in one tensor, gathered while the caller goes on; without gradient.
 
     Args:
-        ranks: who takes part; every rank must call `add` equally often, with equal shapes.
-        overlap: start the collective and return; False waits for it in `add`.
+        world: Ranks that take part; each must call `add` equally often, with equal shapes.
     """
 
-    def __init__(self, world: World, *, overlap: bool = True) -> None:
+    def __init__(self, world: World) -> None:
         self._world = world
-        self._overlap = overlap
         self._gathered: list[Tensor] = []
         self._under_way: list[tuple[dist.Work, Tensor]] = []
 
@@ -108,9 +106,9 @@ class RowGatherer:
             return
         rows = rows.contiguous()
         gathered = rows.new_empty(self._world.world_size * len(rows), rows.shape[1])
-        work = dist.all_gather_into_tensor(gathered, rows, async_op=self._overlap)
-        if work is not None:
-            self._under_way.append((work, rows))  # NCCL still reads `rows`
+        work = dist.all_gather_into_tensor(gathered, rows, async_op=True)
+        assert work is not None
+        self._under_way.append((work, rows))  # NCCL still reads `rows`
         self._gathered.append(gathered)
 
     def wait(self) -> Float[Tensor, "G D"]:

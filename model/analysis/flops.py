@@ -6,7 +6,7 @@ import torch
 
 from cmae.model.cmae import CMAE
 from cmae.model.config import ModelConfig
-from cmae.model.hybrid import FIRST_STRIDE, stage_dims
+from cmae.model.hybrid import CONV_DEPTH, FIRST_STRIDE, stage_dims
 
 _ONLINE = ("encoder", "pixel_decoder", "feature_decoder", "projector", "predictor")
 _TARGET = ("target_encoder", "target_projector")
@@ -94,7 +94,7 @@ def _conv_stages(config: ModelConfig) -> int:
     for positions, width in ((16, first), (4, second)):
         hidden = int(width * config.mlp_ratio)
         block = 2 * width * width + 25 * width + 2 * width * hidden
-        count += positions * (config.conv_depth * block + width * dim)
+        count += positions * (CONV_DEPTH * block + width * dim)
     return config.num_patches * (count + dim * dim)
 
 
@@ -122,7 +122,7 @@ def _decoder(config: ModelConfig, depth: int, out_dim: int, exact_cuts: bool) ->
 
 
 def _contrast(config: ModelConfig, exact_cuts: bool) -> dict[str, int]:
-    dim, hidden, out = config.projector_in_dim, config.proj_hidden_dim, config.proj_dim
+    dim, hidden, out = config.embed_dim, config.proj_hidden_dim, config.proj_dim
     projector = dim * hidden + hidden * out
     predictor = out * hidden + hidden * out if config.predictor else 0
     head = config.decoder_embed_dim * dim

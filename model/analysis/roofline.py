@@ -68,7 +68,7 @@ def operations(config: ModelConfig, precision: Precision, *, num_keys: int) -> I
     if config.has_contrast:
         seen = visible if config.target_input == "visible" else config.num_patches
         yield from counter.encoder("target", seen, is_cut=not config.target_final_norm)
-        yield from counter.head("target", config.projector_in_dim)
+        yield from counter.head("target", config.embed_dim)
     yield from counter.encoder("encoder", visible, is_cut=False)
     yield counter.norm("encoder", visible + prefix, config.embed_dim)
     if config.has_reconstruction:
@@ -119,7 +119,7 @@ class _Counter:
 
     def contrast(self, num_keys: int) -> Iterator[Operation]:
         config = self.config
-        width, dim = config.projector_in_dim, config.decoder_embed_dim
+        width, dim = config.embed_dim, config.decoder_embed_dim
         if config.feature_decoder == "own":
             depth = config.feature_decoder_depth
             yield from self.decoder("feature decoder", depth, is_cut=False)

@@ -75,7 +75,7 @@ def from_authors(
     if channel_order not in ("rgb", "bgr"):
         raise ValueError(f"channel_order={channel_order!r}: choose 'rgb' or 'bgr'.")
     source = _unwrap(state_dict)
-    fields = _encoder_fields(
+    fields = encoder_fields(
         source, "backbone.", "layers", "patch_embed.projection", "ffn.layers.0.0"
     )
     fields |= _decoder_fields(source, "pixel_decoder.", "ffn.layers.0.0")
@@ -102,7 +102,7 @@ def from_mae(state_dict: Mapping[str, Any], **overrides: Any) -> CMAE:
         ValueError: a key is missing or unknown, or a shape does not fit; the message names it.
     """
     source = _unwrap(state_dict)
-    fields = _encoder_fields(source, "", "blocks", "patch_embed.proj", "mlp.fc1")
+    fields = encoder_fields(source, "", "blocks", "patch_embed.proj", "mlp.fc1")
     fields |= _decoder_fields(source, "", "mlp.fc1")
     fields |= {
         "contrastive_loss": "none",
@@ -203,9 +203,21 @@ def _depth(source: dict[str, Any], prefix: str) -> int:
     return depth
 
 
-def _encoder_fields(
+def encoder_fields(
     source: dict[str, Any], prefix: str, blocks: str, patch: str, fc1: str
 ) -> dict[str, Any]:
+    """Fields of `ModelConfig` that the shapes of an encoder's weights show.
+
+    Args:
+        source: State dict.
+        prefix: Beginning of the encoder's keys.
+        blocks: Name of the list of blocks.
+        patch: Name of the patch embedding.
+        fc1: Name of the MLP's first layer in a block.
+
+    Raises:
+        ValueError: A key is missing; the message names it.
+    """
     embed_dim, _, _, patch_size = _shape(source, f"{prefix}{patch}.weight")
     num_patches = _shape(source, f"{prefix}pos_embed")[1] - 1
     depth = _depth(source, prefix + blocks)

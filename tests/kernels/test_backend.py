@@ -13,7 +13,7 @@ from cmae.kernels import backend
 from cmae.kernels.backend import use_backend, use_triton
 from cmae.kernels.block_mask import block_mask
 
-MASK = {"grid": (4, 4), "cell": 1, "num_keep_cells": 5, "seed": 0, "epoch": 0}
+MASK = {"grid": (4, 4), "mask_unit": 1, "num_keep_units": 5, "seed": 0, "epoch": 0}
 CPU = torch.device("cpu")
 no_interpreter = pytest.mark.skipif(backend.INTERPRETED, reason="TRITON_INTERPRET=1 is set")
 

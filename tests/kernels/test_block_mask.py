@@ -8,7 +8,7 @@ import torch
 
 from cmae.kernels.block_mask import block_mask, block_mask_reference, philox4x32
 
-RECIPE = {"grid": (14, 14), "cell": 2, "num_keep_cells": 17, "seed": 0, "epoch": 0}
+RECIPE = {"grid": (14, 14), "mask_unit": 2, "num_keep_units": 17, "seed": 0, "epoch": 0}
 
 
 @pytest.mark.parametrize(
@@ -46,13 +46,13 @@ def numpy_philox(counter: list[int], key: list[int]) -> list[int]:
 
 
 def numpy_ids_keep(
-    sample: int, grid: tuple[int, int], cell: int, num_keep: int, seed: int, epoch: int
+    sample: int, grid: tuple[int, int], mask_unit: int, num_keep: int, seed: int, epoch: int
 ) -> list[int]:
-    """Visible patches of one sample, by sorting (word, cell) pairs."""
-    rows, columns = grid[0] // cell, grid[1] // cell
+    """Visible patches of one sample, by sorting (word, mask_unit) pairs."""
+    rows, columns = grid[0] // mask_unit, grid[1] // mask_unit
     words: list[int] = []
-    for lane in range(-(-rows * columns // 4)):
-        counter = [lane, epoch, sample & 0xFFFFFFFF, sample >> 32]
+    for draw in range(-(-rows * columns // 4)):
+        counter = [draw, epoch, sample & 0xFFFFFFFF, sample >> 32]
         words += numpy_philox(counter, [seed & 0xFFFFFFFF, seed >> 32])
     pairs = sorted((words[i], i) for i in range(rows * columns))
     kept = {i for _, i in pairs[:num_keep]}
@@ -60,12 +60,12 @@ def numpy_ids_keep(
         y * grid[1] + x
         for y in range(grid[0])
         for x in range(grid[1])
-        if (y // cell) * columns + x // cell in kept
+        if (y // mask_unit) * columns + x // mask_unit in kept
     ]
 
 
 @pytest.mark.parametrize(
-    ("grid", "cell", "num_keep", "seed", "epoch"),
+    ("grid", "mask_unit", "num_keep", "seed", "epoch"),
     [
         ((14, 14), 2, 17, 0, 0),
         ((14, 14), 1, 49, 2**63 + 12345, 799),
@@ -74,13 +74,18 @@ def numpy_ids_keep(
         ((3, 3), 3, 1, 1, 1),
     ],
 )
-def test_mask_equals_the_numpy_twin(grid, cell, num_keep, seed, epoch):
+def test_mask_equals_the_numpy_twin(grid, mask_unit, num_keep, seed, epoch):
     samples = [0, 1, (5 << 32) | 77, 2**62 + 3]
     ids_keep, ids_mask = block_mask(
-        torch.tensor(samples), grid=grid, cell=cell, num_keep_cells=num_keep, seed=seed, epoch=epoch
+        torch.tensor(samples),
+        grid=grid,
+        mask_unit=mask_unit,
+        num_keep_units=num_keep,
+        seed=seed,
+        epoch=epoch,
     )
     for row, sample in enumerate(samples):
-        expected = numpy_ids_keep(sample, grid, cell, num_keep, seed, epoch)
+        expected = numpy_ids_keep(sample, grid, mask_unit, num_keep, seed, epoch)
         assert ids_keep[row].tolist() == expected
         assert ids_mask[row].tolist() == sorted(set(range(grid[0] * grid[1])) - set(expected))
 
@@ -118,24 +123,24 @@ def test_samples_that_differ_in_the_shard_alone_get_different_masks():
     assert len(ids_keep.unique(dim=0)) == 100
 
 
-def test_every_cell_and_every_pair_of_cells_is_kept_equally_often():
-    draws, cells, keep = 20_000, 9, 3
+def test_every_unit_and_every_pair_of_units_is_kept_equally_often():
+    draws, units, keep = 20_000, 9, 3
     ids_keep, _ = block_mask(
-        torch.arange(draws), grid=(3, 3), cell=1, num_keep_cells=keep, seed=0, epoch=0
+        torch.arange(draws), grid=(3, 3), mask_unit=1, num_keep_units=keep, seed=0, epoch=0
     )
-    kept = torch.zeros(draws, cells).scatter(1, ids_keep.long(), 1.0)
+    kept = torch.zeros(draws, units).scatter(1, ids_keep.long(), 1.0)
     together = kept.T @ kept / draws
-    single, pair = keep / cells, keep * (keep - 1) / (cells * (cells - 1))
+    single, pair = keep / units, keep * (keep - 1) / (units * (units - 1))
     five_sigma = 5 * (0.25 / draws) ** 0.5
     assert (together.diagonal() - single).abs().max() < five_sigma
-    assert (together[~torch.eye(cells, dtype=torch.bool)] - pair).abs().max() < five_sigma
+    assert (together[~torch.eye(units, dtype=torch.bool)] - pair).abs().max() < five_sigma
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"grid": (14, 15)}, "cell=2"),
-        ({"num_keep_cells": 50}, "num_keep_cells=50"),
+        ({"grid": (14, 15)}, "mask_unit=2"),
+        ({"num_keep_units": 50}, "num_keep_units=50"),
         ({"seed": -1}, "seed=-1"),
         ({"epoch": 2**32}, "epoch=4294967296"),
         ({"backend": "triton"}, "backend='triton'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -13,13 +14,13 @@ from torch import Tensor
 from torchvision.transforms import functional as tv
 from torchvision.transforms.v2 import functional as v2
 
-from cmae.kernels import color_jitter as module
 from cmae.kernels.color_jitter import PARAMS, color_jitter, color_jitter_reference
 from cmae.pipeline.views.color_batch import color_chain
 from cmae.pipeline.views.config import ViewConfig
 from cmae.pipeline.views.params import JITTER_ORDERS, ViewParams, draw_view_params
 from cmae.pipeline.views.reference import reference_color
 
+module = import_module("cmae.kernels.color_jitter")
 N = 24
 
 

@@ -76,7 +76,7 @@ def test_auto_takes_the_kernels_and_never_waits_for_the_gpu(caplog):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_kernels_run_where_their_tensors_are():
     samples = torch.arange(3, device="cuda:1")
-    arguments = {"grid": (4, 4), "cell": 1, "num_keep_cells": 5, "seed": 0, "epoch": 0}
+    arguments = {"grid": (4, 4), "mask_unit": 1, "num_keep_units": 5, "seed": 0, "epoch": 0}
     mine = block_mask(samples, backend="triton", **arguments)
     assert torch.equal(mine[0].cpu(), block_mask(samples.cpu(), **arguments)[0])
 

@@ -28,7 +28,7 @@ ABLATIONS = {
     "features alone": {"feature_decoder": "none", "reconstruction_weight": 0.0},
     "paper's weight": {"two_tau_factor": False, "contrastive_weight": 0.5},
     "tau": {"temperature": 0.2},
-    "mask ratio and cell": {"mask_ratio": 0.4, "mask_unit": 1},
+    "mask ratio and mask_unit": {"mask_ratio": 0.4, "mask_unit": 1},
     "target norm": {"target_final_norm": True},
     "layer norm heads": {"head_norm": "layer"},
     "raw pixels": {"norm_pix_loss": False},

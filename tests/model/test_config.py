@@ -46,9 +46,9 @@ def test_number_of_visible_patches_is_free_of_float_error(ratio, img_size, patch
 def test_mask_is_made_of_whole_cells():
     ids_keep, _ = draw_mask(ModelConfig(), torch.arange(8), seed=0, epoch=0)
     kept = torch.zeros(8, 196).scatter(1, ids_keep.long(), 1.0)
-    cells = kept.view(8, 7, 2, 7, 2).sum(dim=(2, 4))
-    assert ((cells == 0) | (cells == 4)).all()
-    assert ((cells == 4).sum(dim=(1, 2)) == 17).all()
+    units = kept.view(8, 7, 2, 7, 2).sum(dim=(2, 4))
+    assert ((units == 0) | (units == 4)).all()
+    assert ((units == 4).sum(dim=(1, 2)) == 17).all()
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,6 @@ def test_mask_is_made_of_whole_cells():
         ({"contrastive_loss": "simclr"}, "contrastive_loss='simclr'"),
         ({"contrastive_loss": "none", "reconstruction_weight": 0.0}, "reconstruction_weight=0.0"),
         ({"feature_decoder": "shared", "reconstruction_weight": 0.0}, "feature_decoder='shared'"),
-        ({"feature_dim": 64}, "feature_dim=64"),
         ({"pixel_std": (1.0, 0.0, 1.0)}, "pixel_std"),
         ({"encoder": "hybrid", "patch_size": 14}, "patch_size=14"),
     ],

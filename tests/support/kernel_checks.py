@@ -360,7 +360,7 @@ def test_info_nce_kernel_refuses_float64(name):
 
 
 @pytest.mark.parametrize(
-    ("grid", "cell", "num_keep", "seed", "epoch"),
+    ("grid", "mask_unit", "num_keep", "seed", "epoch"),
     [
         ((14, 14), 2, 17, 0, 0),
         ((14, 14), 1, 49, 2**63 + 12345, 799),
@@ -369,12 +369,12 @@ def test_info_nce_kernel_refuses_float64(name):
         ((3, 3), 1, 9, 2**64 - 1, 16),
     ],
 )
-def test_block_mask_has_the_bits_of_the_reference(grid, cell, num_keep, seed, epoch):
+def test_block_mask_has_the_bits_of_the_reference(grid, mask_unit, num_keep, seed, epoch):
     samples = torch.tensor([0, 1, (5 << 32) | 77, 2**62 + 3, -5], device=DEVICE)
     arguments = {
         "grid": grid,
-        "cell": cell,
-        "num_keep_cells": num_keep,
+        "mask_unit": mask_unit,
+        "num_keep_units": num_keep,
         "seed": seed,
         "epoch": epoch,
     }
@@ -387,7 +387,7 @@ def test_block_mask_has_the_bits_of_the_reference(grid, cell, num_keep, seed, ep
 
 
 def test_block_mask_refuses_grids_that_one_program_cannot_hold():
-    arguments = {"grid": (40, 40), "cell": 2, "num_keep_cells": 17, "seed": 0, "epoch": 0}
+    arguments = {"grid": (40, 40), "mask_unit": 2, "num_keep_units": 17, "seed": 0, "epoch": 0}
     with pytest.raises(ValueError, match=r"grid=\(40, 40\)"):
         block_mask(torch.arange(2, device=DEVICE), backend="triton", **arguments)
 
@@ -597,8 +597,8 @@ def test_ops_compile_into_one_graph(monkeypatch):
         keep, _ = block_mask(
             ids[:, 0].long(),
             grid=(2, 3),
-            cell=1,
-            num_keep_cells=5,
+            mask_unit=1,
+            num_keep_units=5,
             seed=0,
             epoch=3,
             backend="triton",

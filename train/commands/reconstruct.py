@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from cmae.model import draw_mask
-from cmae.train.loop.weights import load_model
+from cmae.model import draw_mask, load_model
 from cmae.train.monitor.images import draw_reconstructions, load_square
 
 

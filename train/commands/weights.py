@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
-from cmae.model import CMAE, from_authors, from_mae, to_timm
+from cmae.model import CMAE, from_authors, from_mae, load_model, to_timm
 from cmae.train.loop.checkpoint import write_atomically
-from cmae.train.loop.weights import load_model, save_model
+from cmae.train.loop.weights import save_model
 
 
 def import_weights(

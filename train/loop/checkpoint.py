@@ -8,7 +8,6 @@ data and the configuration. It needs no state of random generators: views, masks
 from __future__ import annotations
 
 import os
-import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -16,21 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FORMAT = 1
-_NAME = re.compile(r"step-(\d{8})\.pt")
+from cmae.model.stored import FORMAT, CheckpointError, current_fields, list_checkpoints
 
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, or does not fit the run."""
+_DROPPED_OPTIM = {"target_fp8": False, "warmup_start": 1e-4, "min_lr": 0.0}
+"""Settings that older checkpoints hold, with the values that hold for every run now."""
 
 
 class Checkpointer:
     """Writes checkpoints of one run from a background thread and deletes the old ones.
 
     Args:
-        folder: where `step-00001000.pt` and its like go.
-        keep: how many of the newest stay.
-        keep_every: steps that are a multiple of this stay for good.
+        folder: Place of `step-00001000.pt` and its like.
+        keep: Number of the newest ones that stay.
+        keep_every: Period in steps of those that stay for good.
     """
 
     def __init__(self, folder: Path, *, keep: int = 3, keep_every: int | None = None) -> None:
@@ -93,11 +90,6 @@ def write_atomically(path: Path, state: dict[str, Any]) -> None:
         os.close(folder)
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    return sorted(path for path in folder.glob("step-*.pt") if _NAME.fullmatch(path.name))
-
-
 def find_checkpoint(resume: str, folder: Path) -> Path | None:
     """The checkpoint that `run.resume` means: None starts afresh.
 
@@ -123,42 +115,18 @@ def find_checkpoint(resume: str, folder: Path) -> Path | None:
     return path
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint into host memory; only tensors and plain values are unpickled.
-
-    Raises:
-        CheckpointError: missing, unreadable, or not a checkpoint of this project.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such file")
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's reader raises anything on a file that is something else
-        reason = (str(error).splitlines() or [""])[0]
-        raise CheckpointError(
-            f"{path} cannot be read as a checkpoint ({type(error).__name__}: {reason}); if a run wrote "
-            "it, delete it to go on from the checkpoint before it"
-        ) from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path} is not a cmae checkpoint of format {FORMAT}; weights of other projects go "
-            "through `cmae import`"
-        )
-    return state
-
-
 def check_model_fits(path: Path, stored: dict[str, Any], current: dict[str, Any]) -> None:
     """Refuse a checkpoint of another architecture.
 
     Args:
-        path: of the checkpoint, for the message.
-        stored: section `model` of the configuration in the checkpoint.
-        current: section `model` of this run.
+        path: Path of the checkpoint, for the message.
+        stored: Section `model` of the configuration in the checkpoint.
+        current: Section `model` of this run's.
 
     Raises:
         CheckpointError: they differ; the message names every key that does.
     """
-    lines = _differences(stored, current, "model")
+    lines = _differences(current_fields(stored), current, "model")
     if lines:
         raise CheckpointError(
             f"{path} holds another model:\n  "
@@ -171,9 +139,9 @@ def check_same_order(path: Path, stored: dict[str, Any], current: dict[str, Any]
     """Refuse another order of the samples in the middle of an epoch: some would come twice, others never.
 
     Args:
-        path: of the checkpoint, for the message.
-        stored: the whole checkpoint.
-        current: section `data` of this run's configuration.
+        path: Path of the checkpoint, for the message.
+        stored: Whole checkpoint.
+        current: Section `data` of this run's configuration.
 
     Raises:
         CheckpointError: a setting of the order differs, and the epoch has begun.
@@ -202,6 +170,12 @@ def _names_of_order(data: dict[str, Any]) -> list[str]:
 
 def changed_settings(stored: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """One line for each setting of `data`, `optim` or `seed` that a resumed run has changed."""
+    optim = {
+        name: value
+        for name, value in stored["optim"].items()
+        if name in current["optim"] or value != _DROPPED_OPTIM.get(name)
+    }
+    stored = {**stored, "optim": optim}
     names = ("seed", "data", "optim")
     return [line for name in names for line in _differences(stored[name], current[name], name)]
 
@@ -218,9 +192,7 @@ def _differences(stored: Any, current: Any, key: str) -> list[str]:
 
 
 def _step_of(path: Path) -> int:
-    match = _NAME.fullmatch(path.name)
-    assert match is not None
-    return int(match.group(1))
+    return int(path.stem.removeprefix("step-"))
 
 
 def _to_host(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""AdamW with the recipes' parameter groups, and the learning rate of every step."""
+"""AdamW with the recipes' parameter groups."""
 
 from __future__ import annotations
 

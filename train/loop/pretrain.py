@@ -12,8 +12,9 @@ from typing import Any, Self
 
 import torch
 
-from cmae.kernels.backend import use_backend
+from cmae.kernels import use_backend
 from cmae.model import build_model, draw_mask
+from cmae.model.stored import CheckpointError, load_checkpoint
 from cmae.pipeline import FillProgress, Loader, LoaderState, RemoteConfig, build_loader
 from cmae.pipeline.bad_samples import BadLimit
 from cmae.pipeline.loader.loader import Wrap
@@ -21,12 +22,10 @@ from cmae.train.config import BatchSplit, Config
 from cmae.train.distributed import World, from_main, gather_values, join_world, largest
 from cmae.train.loop.checkpoint import (
     Checkpointer,
-    CheckpointError,
     changed_settings,
     check_model_fits,
     check_same_order,
     find_checkpoint,
-    load_checkpoint,
 )
 from cmae.train.loop.loader_settings import LoaderSettings, loader_settings
 from cmae.train.loop.schedules import build_schedule, ema_momentum
@@ -105,7 +104,7 @@ def pretrain(config: Config) -> Outcome:
         if config.init_from is not None and not resumed:
             run_log.say(load_initial_weights(model, config.init_from))
         train_step = TrainStep(
-            model.to(world.device), config.optim, config.speed, world, say=run_log.say
+            model.to(world.device), config.optim, config.speed, world, log=run_log.say
         )
         if resumed:
             train_step.load_state_dict(resumed)

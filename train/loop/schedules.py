@@ -1,11 +1,11 @@
-"""How fast the target follows the online model."""
+"""What changes from step to step: the target's momentum and the learning rate."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 
-from cmae.model.config import ModelConfig
+from cmae.model import ModelConfig
 from cmae.train.config import OptimConfig
 
 
@@ -13,9 +13,9 @@ def ema_momentum(config: ModelConfig, step: int, total_steps: int) -> float:
     """Share of the old target that the update after optimiser step `step` keeps.
 
     Args:
-        config: momentum and its schedule.
-        step: 0..total_steps.
-        total_steps: optimiser steps of the run, >= 1.
+        config: Momentum and its schedule.
+        step: Optimiser steps taken before it, 0..total_steps.
+        total_steps: Optimiser steps of the run, >= 1.
 
     Returns:
         `momentum` when constant; else 1 - (1 - momentum) * (cos(pi * step / total_steps) + 1) / 2
@@ -33,6 +33,9 @@ def ema_momentum(config: ModelConfig, step: int, total_steps: int) -> float:
     return 1 - (1 - config.momentum) * (math.cos(math.pi * step / total_steps) + 1) / 2
 
 
+WARMUP_START = 1e-4
+"""Learning rate at step 0 as a fraction of the peak, as in the authors' recipe."""
+
 Schedule = Callable[[int], float]
 
 
@@ -42,20 +45,18 @@ def build_schedule(
     """Learning rate by optimiser step: linear warmup, then half a cosine, both per iteration.
 
     Args:
-        config: rates for 256 images; they are scaled by global_batch_size / 256.
-        total_steps: length of the schedule.
-        steps_per_epoch: unit of `warmup_epochs`; None takes total_steps / epochs.
+        config: Peak rate for 256 images, which is scaled by global_batch_size / 256.
+        total_steps: Length of the schedule.
+        steps_per_epoch: Unit of `warmup_epochs`; None takes total_steps / epochs.
     """
-    scale = config.global_batch_size / 256
-    peak, floor = config.lr_per_256 * scale, config.min_lr * scale
+    peak = config.lr_per_256 * (config.global_batch_size / 256)
     epoch = total_steps / config.epochs if steps_per_epoch is None else steps_per_epoch
     warmup = min(round(config.warmup_epochs * epoch), total_steps)
 
     def rate(step: int) -> float:
         if step < warmup:
-            start = config.warmup_start
-            return peak * (start + (1 - start) * step / warmup)
+            return peak * (WARMUP_START + (1 - WARMUP_START) * step / warmup)
         done = (step - warmup) / max(1, total_steps - warmup)
-        return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
     return rate

@@ -53,24 +53,24 @@ def pin_attention(
     batch_size: int,
     dtype: torch.dtype,
     device: torch.device,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     agree: Callable[[str], str] = lambda choice: choice,
 ) -> None:
     """Pin the attention kernel of every block.
 
     Args:
-        model: whose blocks are pinned.
-        choice: a value of `speed.sdpa`. 'torch' does nothing; nor does 'auto' on a CPU, where torch has one
+        model: Model whose blocks are pinned.
+        choice: Value of `speed.sdpa`. 'torch' does nothing; nor does 'auto' on a CPU, where torch has one
             fast kernel.
-        target_copy: The 16-bit copy of the target, whose blocks are pinned alike.
-        batch_size: images in one micro-batch.
-        dtype: of autocast.
-        device: where the model lies.
-        say: gets a line for each shape that was measured.
-        agree: gets this rank's choice and returns every rank's.
+        target_copy: 16-bit copy of the target, whose blocks are pinned alike.
+        batch_size: Images in one micro-batch.
+        dtype: Number format of autocast.
+        device: Device of the model.
+        log: Function that gets a line for each shape that was measured.
+        agree: Function from this rank's choice to that of all ranks.
 
     Raises:
-        ValueError: this device cannot run the chosen kernel on one of the shapes.
+        ValueError: This device cannot run the chosen kernel on one of the shapes.
     """
     if choice == "torch" or (choice == "auto" and device.type == "cpu"):
         return
@@ -81,7 +81,7 @@ def pin_attention(
             chosen[shape] = agree(min(timings, key=timings.__getitem__)) if timings else choice
             if timings:
                 found = ", ".join(f"{name} {ms:.3f} ms" for name, ms in timings.items())
-                say(f"attention of {shape}: {chosen[shape]} ({found})")
+                log(f"attention of {shape}: {chosen[shape]} ({found})")
             else:
                 _check_runs(shape, choice, dtype, device)
         pin_sdpa(blocks, BACKENDS[chosen[shape]])
@@ -108,8 +108,10 @@ def attention_shapes(
         if not isinstance(decoder, Decoder):
             continue
         blocks = list(decoder.blocks)
-        is_cut = decoder is model.pixel_decoder and not isinstance(model.feature_decoder, nn.Linear)
-        if is_cut:  # the last block asks for the masked tokens alone
+        only_masked = decoder is model.pixel_decoder and not isinstance(
+            model.feature_decoder, nn.Linear
+        )
+        if only_masked:  # the last block asks for the masked tokens alone
             last = AttentionShape(batch_size, heads, config.num_mask, num_tokens, width, True)
             yield [blocks.pop()], last
         yield blocks, whole

@@ -9,19 +9,19 @@ from inspect import signature
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch import _dynamo as dynamo
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
-from cmae.model import CMAE, Losses
+from cmae.model import CMAE, Losses, set_all_reduce
 from cmae.model.blocks import Block
-from cmae.model.heads import SyncedBatchNorm1d, set_all_reduce
+from cmae.model.heads import SyncedBatchNorm1d
 from cmae.model.target_copy import TargetCopy, set_residual_dtype
 from cmae.pipeline import Batch
 from cmae.train.config import OptimConfig, SpeedConfig
 from cmae.train.distributed import RowGatherer, World, from_main, sum_over_ranks
-from cmae.train.loop.graphs import GraphedPasses
 from cmae.train.loop.optim import build_optimizer
 from cmae.train.loop.sdpa import pin_attention
 
@@ -34,6 +34,8 @@ _NO_BUFFER_SYNC: dict[str, Any] = {
     else "broadcast_buffers": False
 }
 _RECOMPILE_LIMIT = 32
+# Values of speed.compile that compile each branch as a whole, and the mode of torch.compile they mean.
+WHOLE_BRANCHES = {"model": None, "model_graphs": "reduce-overhead"}
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -44,14 +46,14 @@ class TrainStep:
     every rank, since the gradients are already averaged over ranks when it looks at them.
 
     Args:
-        model: on the device of `ranks`.
-        optim: precision, optimiser and what else changes results.
-        speed: how the step is computed.
-        world: this process among all.
-        say: gets a line for each choice that was made by measurement.
+        model: Model on the device of `world`.
+        optim: Precision, optimiser and what else changes results.
+        speed: Settings of how the step is computed.
+        world: Place of this process among all.
+        log: Function that gets a line for each choice that was made by measurement.
 
     Raises:
-        ValueError: settings that do not fit each other or the device.
+        ValueError: Settings do not fit each other or the device.
     """
 
     def __init__(
@@ -61,7 +63,7 @@ class TrainStep:
         speed: SpeedConfig,
         world: World,
         *,
-        say: Callable[[str], None] = logger.info,
+        log: Callable[[str], None] = logger.info,
     ) -> None:
         check_step(optim, speed, world)
         self.model = model
@@ -72,16 +74,11 @@ class TrainStep:
         self.optimizer = build_optimizer(model, optim)
         self.precision = optim.precision
         self.scaler = _build_scaler(optim.precision, world.device)
-        self.target_copy = _build_target_copy(model, optim, speed, self.dtype)
+        self.target_copy = _build_target_copy(model, speed, self.dtype)
         _set_residual(model, self.target_copy, self.dtype if optim.residual == "16bit" else None)
-        _compile(model, self.target_copy, speed.compile)
-        self.network = _replicate(model, optim, speed, world)
-        self.graphs: GraphedPasses | None = None
-        if speed.cuda_graphs:
-            self.graphs = GraphedPasses(
-                model, target_pass=self.target_keys, online_pass=self.online_losses
-            )
-        self._say = say
+        self._target_pass = _compile(model, self.target_copy, speed.compile)
+        self.network = _replicate(model, optim, world)
+        self._log = log
         self._is_pinned = False
 
     def __call__(
@@ -90,9 +87,9 @@ class TrainStep:
         """Take one step on the micro-batches of one global batch.
 
         Args:
-            batches: this rank's micro-batches, in order.
-            lr: learning rate of this step.
-            momentum: of the target's moving average.
+            batches: Micro-batches of this rank, in order.
+            lr: Learning rate of this step.
+            momentum: Share of the old target that its moving average keeps.
 
         Returns:
             The losses as a vector in the order of `Losses`, means over the micro-batches, on the device; and
@@ -118,8 +115,7 @@ class TrainStep:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.graphs is None:
-            self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         return not skipped.wait()  # the step's one host synchronisation
 
     def move_target(self, momentum: float) -> None:
@@ -162,10 +158,10 @@ class TrainStep:
     def backward(self, batches: Sequence[Batch]) -> Tensor:
         """Add the (scaled) gradients of the global batch's mean loss; returns the mean losses.
 
-        The bank of keys is that of the whole global batch, however it is cut into micro-batches.
+        The bank of keys is that of the whole global batch, however it is split into micro-batches.
 
         Raises:
-            ValueError: several micro-batches with speed.ddp_static_graph.
+            ValueError: Several micro-batches with speed.compile model_graphs.
         """
         self._prepare(batches)
         bank = self.start_keys(batches)
@@ -183,26 +179,27 @@ class TrainStep:
         """Target keys of all micro-batches, on their way to all ranks; in the order of the global batch."""
         if not self.model.config.has_contrast:
             return None
-        bank = RowGatherer(self.world, overlap=self.speed.overlap_keys)
+        bank = RowGatherer(self.world)
         for batch in batches:
             assert batch.target is not None  # Config asks for two views
-            compute = self.target_keys if self.graphs is None else self.graphs.keys
-            bank.add(compute(target=batch.target, ids_keep=batch.ids_keep))
+            bank.add(self.target_keys(batch.target, batch.ids_keep))
         return bank
 
     def target_keys(self, target: Tensor, ids_keep: Tensor) -> Tensor:
         """Keys of one micro-batch of this rank, (B, P)."""
         with self._autocast():
-            return self.model.target_keys(target, ids_keep, target_copy=self.target_copy)
+            return self._target_pass(target, ids_keep, target_copy=self.target_copy)
 
     def _prepare(self, batches: Sequence[Batch]) -> None:
         """What must precede the first pass, or every one."""
-        if self.speed.ddp_static_graph and len(batches) > 1:
-            raise ValueError(
-                f"speed.ddp_static_graph is true and a step has {len(batches)} micro-batches; DDP's static "
-                "graph needs gradients averaged in every backward pass: set it to false, or "
-                "speed.micro_batch_size to null"
-            )
+        if self.speed.compile == "model_graphs":
+            if len(batches) > 1:
+                raise ValueError(
+                    f"speed.compile is 'model_graphs' and a step has {len(batches)} micro-batches; the "
+                    "gradients of one lie in memory that the next overwrites: set it to 'model', or "
+                    "speed.micro_batch_size to null"
+                )
+            torch.compiler.cudagraph_mark_step_begin()
         if not self._is_pinned:
             pin_attention(
                 self.model,
@@ -211,32 +208,27 @@ class TrainStep:
                 batch_size=len(batches[0].online),
                 dtype=self.dtype,
                 device=self.world.device,
-                say=self._say,
+                log=self._log,
                 agree=lambda choice: str(from_main(choice, self.world)),
             )
             self._is_pinned = True
-        if self.graphs is not None:
-            self.graphs.zero_gradients()
 
     def _online_pass(
         self, batch: Batch, bank: RowGatherer | None, offset: int, *, divisor: int
     ) -> Tensor:
-        """`online_losses`, or its recording, with this rank's keys of the whole batch."""
-        inputs = {"online": batch.online, "ids_keep": batch.ids_keep, "ids_mask": batch.ids_mask}
+        """`online_losses` with the keys of the whole batch, of which this micro-batch's begin at `offset`."""
         keys: Tensor | Callable[[], Tensor] | None = None if bank is None else bank.wait
-        if bank is not None and self._has_fixed_offset:
+        if bank is not None and self.speed.compile in WHOLE_BRANCHES:
+            # Code of a whole branch is specialised on the offset: each micro-batch's own keys come first.
             keys, offset = bank.wait().roll(-offset, dims=0), 0
-        if self.graphs is None:
-            return self.online_losses(**inputs, keys=keys, label_offset=offset, divisor=divisor)
-        if isinstance(keys, Tensor):
-            inputs["keys"] = keys
-        inputs["divisor"] = torch.full((), float(divisor), device=self.world.device)
-        return self.graphs.losses(**inputs)
-
-    @property
-    def _has_fixed_offset(self) -> bool:
-        """Whether code is specialised on the label offset: then each micro-batch's own keys come first."""
-        return self.graphs is not None or self.speed.compile == "model"
+        return self.online_losses(
+            batch.online,
+            batch.ids_keep,
+            batch.ids_mask,
+            keys=keys,
+            label_offset=offset,
+            divisor=divisor,
+        )
 
     def online_losses(
         self,
@@ -246,7 +238,7 @@ class TrainStep:
         *,
         keys: Tensor | Callable[[], Tensor] | None = None,
         label_offset: int = 0,
-        divisor: float | Tensor = 1,
+        divisor: int = 1,
     ) -> Tensor:
         """Losses of one micro-batch, in the order of `Losses`; its gradients over `divisor` are added."""
         with self._autocast():
@@ -294,7 +286,7 @@ def check_step(optim: OptimConfig, speed: SpeedConfig, world: World) -> None:
     """Refuse settings that the step cannot obey on this machine, before anything is built.
 
     Raises:
-        ValueError: as said; names the key and the repair.
+        ValueError: A setting does not fit; names the key and the repair.
     """
     device = world.device
     if optim.precision == "fp16" and device.type == "cpu":
@@ -307,18 +299,11 @@ def check_step(optim: OptimConfig, speed: SpeedConfig, world: World) -> None:
             "speed.target_copy is true, but with optim.precision fp32 there is nothing to cast; set it to "
             "false, or optim.precision to fp16 or bf16"
         )
-    if speed.cuda_graphs and (device.type != "cuda" or world.world_size > 1):
+    if speed.compile == "model_graphs" and device.type != "cuda":
         raise ValueError(
-            f"speed.cuda_graphs is true, but this run has {world.world_size} rank(s) on "
-            f"{device.type}; it records the step of one GPU alone: set it to false"
+            f"speed.compile is 'model_graphs', but this run is on {device.type}, which has no CUDA graphs; "
+            "set it to 'model' or 'blocks'"
         )
-    if optim.target_fp8 and device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if capability < (8, 9):
-            raise ValueError(
-                f"optim.target_fp8 is true, but this GPU has compute capability {capability[0]}."
-                f"{capability[1]}; fp8 products need 8.9 or newer: set it to false"
-            )
 
 
 def _build_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
@@ -328,12 +313,10 @@ def _build_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=never)
 
 
-def _build_target_copy(
-    model: CMAE, optim: OptimConfig, speed: SpeedConfig, dtype: torch.dtype
-) -> TargetCopy | None:
-    if not model.config.has_contrast or not (speed.target_copy or optim.target_fp8):
+def _build_target_copy(model: CMAE, speed: SpeedConfig, dtype: torch.dtype) -> TargetCopy | None:
+    if not speed.target_copy or model.target_encoder is None or model.target_projector is None:
         return None
-    return TargetCopy(model, dtype=dtype, fp8=optim.target_fp8)
+    return TargetCopy(model.target_encoder, model.target_projector, dtype=dtype)
 
 
 def _set_residual(model: CMAE, target_copy: TargetCopy | None, dtype: torch.dtype | None) -> None:
@@ -342,27 +325,29 @@ def _set_residual(model: CMAE, target_copy: TargetCopy | None, dtype: torch.dtyp
         set_residual_dtype(target_copy.encoder, dtype)
 
 
-def _compile(model: CMAE, target_copy: TargetCopy | None, mode: str) -> None:
-    target = model.target_encoder if target_copy is None else target_copy.encoder
-    if mode == "blocks":
+def _compile(
+    model: CMAE, target_copy: TargetCopy | None, choice: str
+) -> Callable[..., Float[Tensor, "B P"]]:
+    """Compile the online branch in place; returns what computes the target's keys."""
+    if choice == "blocks":
         # All blocks share one Python frame. Each kind of block, shape and grad mode is one entry in its
         # cache: CMAE needs seven, torch allows eight.
         dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
-        for branch in (model, target):
+        for branch in (model, None if target_copy is None else target_copy.encoder):
             for module in () if branch is None else branch.modules():
                 if isinstance(module, Block):
                     module.compile(fullgraph=True, dynamic=False)
-    elif mode == "model":
-        model.compile(fullgraph=True, dynamic=False)
-        if target is not None:  # reached through target_keys, not through forward
-            target.mean_tokens = torch.compile(  # type: ignore[method-assign]
-                target.mean_tokens, fullgraph=True, dynamic=False
-            )
+    if choice not in WHOLE_BRANCHES:
+        return model.target_keys
+    mode = WHOLE_BRANCHES[choice]
+    model.compile(fullgraph=True, dynamic=False, mode=mode)
+    keys: Callable[..., Tensor] = torch.compile(
+        model.target_keys, fullgraph=True, dynamic=False, mode=mode
+    )
+    return keys
 
 
-def _replicate(
-    model: CMAE, optim: OptimConfig, speed: SpeedConfig, world: World
-) -> CMAE | DistributedDataParallel:
+def _replicate(model: CMAE, optim: OptimConfig, world: World) -> CMAE | DistributedDataParallel:
     if world.world_size == 1:
         return model
     set_all_reduce(model, sum_over_ranks)
@@ -370,8 +355,6 @@ def _replicate(
         model,
         device_ids=[world.device.index] if world.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
-        bucket_cap_mb=speed.ddp_bucket_mb,
-        static_graph=speed.ddp_static_graph,
         **_NO_BUFFER_SYNC,
     )
     hooks = {"fp16": default_hooks.fp16_compress_hook, "bf16": default_hooks.bf16_compress_hook}

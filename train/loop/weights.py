@@ -1,27 +1,15 @@
-"""`cmae import` and `cmae export`: weights from other projects, and for timm."""
+"""A model alone on the disk, and the weights that a run starts from."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from cmae.model import CMAE, ModelConfig, build_model
-from cmae.train.loop.checkpoint import FORMAT, CheckpointError, load_checkpoint, write_atomically
-
-
-def load_model(checkpoint: Path) -> CMAE:
-    """The model in a checkpoint, with the configuration it was trained with, on the CPU.
-
-    Raises:
-        CheckpointError: missing, unreadable, or not a checkpoint of this project.
-    """
-    state = load_checkpoint(checkpoint)
-    model = build_model(model_config(state["config"]["model"]))
-    model.load_state_dict(state["model"])
-    return model.eval()
+from cmae.model import CMAE, ModelConfig
+from cmae.model.stored import FORMAT, CheckpointError, load_checkpoint, model_config
+from cmae.train.loop.checkpoint import write_atomically
 
 
 def save_model(model: CMAE, out: Path) -> None:
@@ -49,7 +37,7 @@ def load_initial_weights(model: CMAE, path: Path) -> str:
     state = load_checkpoint(path)
     stored: dict[str, torch.Tensor] = state["model"]
     own = model.state_dict()
-    _check_pixels(path, model_config(state["config"]["model"]), model.config)
+    _check_pixels(path, model_config(path, state["config"]["model"]), model.config)
     wrong = [name for name in own.keys() & stored.keys() if own[name].shape != stored[name].shape]
     wrong += [name for name in own if name.startswith("encoder.") and name not in stored]
     if wrong:
@@ -72,11 +60,3 @@ def _check_pixels(path: Path, stored: ModelConfig, current: ModelConfig) -> None
                 f"the model has {getattr(current, key)}; add --model.{key} "
                 f"'{list(getattr(stored, key))}'"
             )
-
-
-def model_config(stored: dict[str, Any]) -> ModelConfig:
-    """A configuration from its form in a checkpoint, where tuples are lists."""
-    fields: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()
-    }
-    return ModelConfig(**fields)

@@ -7,15 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from cmae.model.stored import CheckpointError, list_checkpoints, load_checkpoint
 from cmae.train.loop.checkpoint import (
     Checkpointer,
-    CheckpointError,
     changed_settings,
     check_model_fits,
     check_same_order,
     find_checkpoint,
-    list_checkpoints,
-    load_checkpoint,
 )
 
 

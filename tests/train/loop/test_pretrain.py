@@ -15,12 +15,12 @@ import pytest
 import torch
 from support.tiny_runs import MODEL, arguments, run
 
-from cmae.model import ModelConfig, build_model
+from cmae.model import ModelConfig, build_model, load_model
+from cmae.model.stored import list_checkpoints, load_checkpoint
 from cmae.pipeline.shards.image_folder import scan_image_folder
 from cmae.pipeline.shards.write import write_shards
 from cmae.train.commands.main import main
-from cmae.train.loop.checkpoint import list_checkpoints, load_checkpoint
-from cmae.train.loop.weights import load_model, save_model
+from cmae.train.loop.weights import save_model
 from cmae.train.monitor.metrics import read_metrics
 
 

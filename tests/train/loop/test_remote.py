@@ -11,11 +11,11 @@ from rich.console import Console
 from support.remote_servers import serve
 from support.tiny_runs import arguments
 
+from cmae.model.stored import list_checkpoints, load_checkpoint
 from cmae.pipeline import FillProgress
 from cmae.train.commands.main import main
 from cmae.train.config import Config
 from cmae.train.config_parser import build_config_parser, read_config
-from cmae.train.loop.checkpoint import list_checkpoints, load_checkpoint
 from cmae.train.monitor import metrics as metrics_module
 from cmae.train.monitor.metrics import ColdStart, Display, read_metrics
 from cmae.train.monitor.run_log import write_config

@@ -1,4 +1,4 @@
-"""Switches that must not change the step: kernels, graphs, compiled code, overlapped collectives."""
+"""Switches that must not change the step: attention kernels, compiled code, ranks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from cmae.model.blocks import pin_sdpa
 from cmae.pipeline import Batch
 from cmae.train.config import OptimConfig, SpeedConfig
 from cmae.train.distributed import World, join_world
-from cmae.train.loop import graphs
 from cmae.train.loop import sdpa as attention
 from cmae.train.loop.sdpa import AttentionShape, attention_shapes, pin_attention
 from cmae.train.loop.step import HostFlag, TrainStep, check_step
@@ -62,52 +61,10 @@ def assert_same_state(step: TrainStep, expected: TrainStep) -> None:
         assert torch.equal(step.model.state_dict()[name], value), name
 
 
-# ---- CUDA graphs, with a recording that replays by calling -----------------------------------------
-
-
-@pytest.fixture
-def eager_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything of a graphed step but the GPU's recording: warm-up calls, static buffers, gradients."""
-
-    def capture(function):
-        for _ in range(3):
-            function()
-        return function
-
-    monkeypatch.setattr(graphs, "capture", capture)
-    monkeypatch.setattr("cmae.train.loop.step.check_step", lambda *_: None)
-
-
-@pytest.mark.usefixtures("eager_graphs")
-@pytest.mark.parametrize("method", ["info_nce", "none"])
-def test_static_buffers_and_gradients_change_nothing(method: str) -> None:
-    config = replace(SMALL, contrastive_loss=method)
-    eager = build(SpeedConfig(), config=config)
-    graphed = build(SpeedConfig(cuda_graphs=True), config=config)
-    assert torch.equal(run(graphed, 1), run(eager, 1))
-    assert_same_state(graphed, eager)
-
-
-@pytest.mark.usefixtures("eager_graphs")
-def test_graphed_micro_batches_add_their_gradients() -> None:
-    eager, graphed = build(SpeedConfig()), build(SpeedConfig(cuda_graphs=True))
-    # Keys come in another order, so sums over them are rounded differently.
-    torch.testing.assert_close(run(graphed, 2), run(eager, 2), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.usefixtures("eager_graphs")
-def test_a_batch_of_another_size_is_refused_by_a_recording() -> None:
-    step = build(SpeedConfig(cuda_graphs=True))
-    step([make_batch(SMALL, 0, 8)], lr=1e-3, momentum=0.9)
-    with pytest.raises(ValueError, match=r"\(4, 32, 32, 3\).*speed\.cuda_graphs"):
-        step([make_batch(SMALL, 0, 4)], lr=1e-3, momentum=0.9)
-
-
 @pytest.mark.parametrize(
     ("speed", "optim", "world", "key"),
     [
-        (SpeedConfig(cuda_graphs=True), OPTIM, ALONE, "speed.cuda_graphs"),
-        (SpeedConfig(cuda_graphs=True), OPTIM, World(0, 8, torch.device("cuda")), "8 rank"),
+        (SpeedConfig(compile="model_graphs"), OPTIM, ALONE, "speed.compile is 'model_graphs'.*cpu"),
         (SpeedConfig(target_copy=True), OPTIM, ALONE, "speed.target_copy"),
         (SpeedConfig(), replace(OPTIM, precision="fp16"), ALONE, "optim.precision"),
     ],
@@ -122,8 +79,6 @@ def test_settings_that_cannot_work_are_refused_by_name(
 def test_low_precision_parts_need_a_low_precision() -> None:
     with pytest.raises(ValueError, match=r"optim.residual is 16bit.*optim.precision"):
         OptimConfig(precision="fp32", residual="16bit")
-    with pytest.raises(ValueError, match=r"optim.target_fp8 is True.*optim.precision"):
-        OptimConfig(precision="fp32", target_fp8=True)
 
 
 def test_a_host_flag_is_set_when_any_part_is() -> None:
@@ -197,7 +152,7 @@ def test_attention_shapes_are_those_that_run(
 def test_auto_pins_the_fastest_kernel_of_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     times = {"flash": 3.0, "math": 2.0}  # the kernels that a CPU has
     monkeypatch.setattr(attention, "_time", lambda shape, name, inputs: times[name])
-    said: list[str] = []
+    lines: list[str] = []
     model = build_model(SMALL, seed=0)
     monkeypatch.setattr(attention, "BACKENDS", {n: attention.BACKENDS[n] for n in times})
     shape = next(attention_shapes(model, None, 2))[1]
@@ -205,10 +160,10 @@ def test_auto_pins_the_fastest_kernel_of_each_shape(monkeypatch: pytest.MonkeyPa
     assert measured == times
     monkeypatch.setattr(attention, "_measure", lambda *_: measured)
     fake_gpu = torch.device("cuda")
-    options = {"shadow": None, "batch_size": 2, "dtype": torch.float32, "say": said.append}
+    options = {"target_copy": None, "batch_size": 2, "dtype": torch.float32, "log": lines.append}
     pin_attention(model, "auto", device=fake_gpu, **options)
     assert model.encoder.blocks[0].sdpa is attention.BACKENDS["math"]
-    assert "math (flash 3.000 ms, math 2.000 ms)" in said[0]
+    assert "math (flash 3.000 ms, math 2.000 ms)" in lines[0]
     pin_attention(model, "auto", device=fake_gpu, agree=lambda choice: "flash", **options)
     assert model.encoder.blocks[0].sdpa is attention.BACKENDS["flash"]  # another rank's choice
     pin_sdpa(model.encoder.blocks, None)
@@ -227,6 +182,16 @@ def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     yield
     torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("quick_compiler")
+def test_recorded_branches_take_one_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cmae.train.loop.step.check_step", lambda *_: None)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: None)
+    step = build(SpeedConfig(compile="model_graphs"))
+    with pytest.raises(ValueError, match=r"model_graphs.*2 micro-batches.*micro_batch_size"):
+        step.backward([make_batch(SMALL, 0, 4)] * 2)
 
 
 @pytest.mark.usefixtures("quick_compiler")
@@ -249,55 +214,28 @@ def test_micro_batches_and_steps_share_what_the_first_one_compiled(
 
 # ---- collectives ----------------------------------------------------------------------------------
 
-VARIANTS = {
-    "waiting": SpeedConfig(overlap_keys=False),
-    "overlapped": SpeedConfig(overlap_keys=True),
-    "large buckets": SpeedConfig(ddp_bucket_mb=200),
-    "static graph": SpeedConfig(ddp_static_graph=True),
-}
 
-
-def run_variants(rank: int, port: int, out: Path) -> None:
+def run_modes(rank: int, port: int, out: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    results = {}
+    losses = {}
     with join_world("cpu") as world:
-        for name, speed in VARIANTS.items():
-            micro_batches = 1 if speed.ddp_static_graph else 2
-            step = build(speed, world=world)
-            results[name] = run(step, micro_batches), step.model.state_dict()
-        step = build(SpeedConfig(), world=world)
-        results["one micro-batch"] = run(step, 1), step.model.state_dict()
-        with pytest.raises(ValueError, match=r"ddp_static_graph.*2 micro-batches"):
-            run(build(VARIANTS["static graph"], world=world), 2)
-        torch.compile = functools.partial(
-            torch.compile, backend="aot_eager"
-        )  # of this process alone
-        for mode in ("blocks", "model"):
-            step = build(SpeedConfig(compile=mode), world=world)
-            results[f"compiled {mode}"] = run(step, 2), step.model.state_dict()
-    torch.save(results, out / f"rank{rank}.pt")
+        torch.compile = functools.partial(torch.compile, backend="aot_eager")  # of this process
+        for mode in ("none", "blocks", "model"):
+            losses[mode] = run(build(SpeedConfig(compile=mode), world=world), 2)
+    torch.save(losses, out / f"rank{rank}.pt")
 
 
-def test_two_ranks_get_the_same_bits_however_they_talk(tmp_path: Path) -> None:
+def test_two_ranks_get_the_same_losses_however_the_step_is_compiled(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(run_variants, args=(port, tmp_path), nprocs=2)
+    mp.spawn(run_modes, args=(port, tmp_path), nprocs=2)
     for rank in range(2):
-        results = torch.load(tmp_path / f"rank{rank}.pt")
-        for name, reference in (
-            ("overlapped", "waiting"),
-            ("large buckets", "waiting"),
-            ("static graph", "one micro-batch"),
-        ):
-            (losses, state), (expected, expected_state) = results[name], results[reference]
-            assert torch.equal(losses, expected), name
-            assert all(torch.equal(state[key], expected_state[key]) for key in state), name
+        losses = torch.load(tmp_path / f"rank{rank}.pt")
         for mode in ("blocks", "model"):
-            losses = results[f"compiled {mode}"][0]
-            torch.testing.assert_close(losses, results["waiting"][0], rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(losses[mode], losses["none"], rtol=1e-3, atol=1e-4)
 
 
 # ---- on a GPU -------------------------------------------------------------------------------------
@@ -314,25 +252,20 @@ def test_equal_steps_have_equal_bits_on_a_gpu(compile: str) -> None:
     steps = []
     for _ in range(2):
         speed = SpeedConfig(compile=compile)
-        steps.append(build(speed, replace(OPTIM, precision="fp16"), config=config, ranks=gpu()))
+        steps.append(build(speed, replace(OPTIM, precision="fp16"), config=config, world=gpu()))
         run(steps[-1], 1)
     for name, value in steps[0].model.state_dict().items():
         assert torch.equal(value, steps[1].model.state_dict()[name]), name
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compile", ["none", "blocks"])
-@pytest.mark.parametrize("micro_batches", [1, 2])
-def test_graphed_and_eager_steps_have_the_same_losses_on_a_gpu(
-    micro_batches: int, compile: str
-) -> None:
+def test_recorded_and_eager_steps_have_the_same_losses_on_a_gpu() -> None:
     optim = replace(OPTIM, precision="fp16")
-    eager = build(SpeedConfig(compile=compile), optim, world=gpu())
-    graphed = build(SpeedConfig(compile=compile, cuda_graphs=True), optim, world=gpu())
-    expected = run(eager, micro_batches, num_steps=8)
-    found = run(graphed, micro_batches, num_steps=8)
+    eager = build(SpeedConfig(), optim, world=gpu())
+    recorded = build(SpeedConfig(compile="model_graphs"), optim, world=gpu())
+    expected, found = (run(step, 1, num_steps=8) for step in (eager, recorded))
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
-    assert eager.scaler.get_scale() == graphed.scaler.get_scale()
+    assert eager.scaler.get_scale() == recorded.scaler.get_scale()
 
 
 @pytest.mark.gpu

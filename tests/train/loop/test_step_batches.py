@@ -17,11 +17,11 @@ from support.fault_data import bit_flip, noise
 from support.pipeline_data import write_tar
 from support.tiny_runs import arguments, run
 
+from cmae.model.stored import list_checkpoints, load_checkpoint
 from cmae.pipeline.bad_samples import BadLimit, read_ledger
 from cmae.pipeline.formats.dataset_index import build_indices
 from cmae.train.distributed import World
 from cmae.train.loop import pretrain
-from cmae.train.loop.checkpoint import list_checkpoints, load_checkpoint
 from cmae.train.loop.step_batches import StepBatches
 from cmae.train.monitor.metrics import read_metrics
 

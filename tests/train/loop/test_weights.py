@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from cmae.model import ModelConfig, build_model
+from cmae.model import ModelConfig, build_model, load_model
 from cmae.train.commands.main import main
-from cmae.train.loop.weights import load_model, save_model
+from cmae.train.loop.weights import save_model
 
 # The encoder of timm's vit_tiny_patch16_224, which is small enough for a test.
 TINY = ModelConfig(

@@ -132,7 +132,7 @@ def test_long_sheets_go_on_to_the_right(tmp_path: Path) -> None:
 def test_reconstruct_command_takes_image_files(
     model: CMAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cmae.train.monitor.images.load_model", lambda _: model)
+    monkeypatch.setattr("cmae.train.commands.reconstruct.load_model", lambda _: model)
     wide = np.zeros((30, 60, 3), np.uint8)
     wide[:, 15:45] = 200
     Image.fromarray(wide).save(tmp_path / "a.png")

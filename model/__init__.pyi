@@ -1,0 +1,26 @@
+from .analysis.flops import count_multiply_adds, count_parameters
+from .cmae import CMAE, build_model
+from .config import ModelConfig
+from .export.checkpoints import from_authors, from_mae, to_timm
+from .heads import set_all_reduce
+from .losses import Losses
+from .masking import draw_mask
+from .presets import PRESETS, create_model
+from .stored import load_model
+
+__all__ = [
+    "CMAE",
+    "PRESETS",
+    "Losses",
+    "ModelConfig",
+    "build_model",
+    "count_multiply_adds",
+    "count_parameters",
+    "create_model",
+    "draw_mask",
+    "from_authors",
+    "from_mae",
+    "load_model",
+    "set_all_reduce",
+    "to_timm",
+]

@@ -1,0 +1,166 @@
+"""Trained models from the disk: run folders, checkpoints, exported encoders."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cmae.model.cmae import CMAE, build_model
+from cmae.model.config import ModelConfig
+from cmae.model.export.checkpoints import encoder_fields
+
+FORMAT = 1
+"""Format number in every checkpoint of this project."""
+
+_NAME = re.compile(r"step-\d{8}\.pt")
+_RENAMED = {"mask_cell": "mask_unit"}
+_DROPPED: dict[str, tuple[Any, ...]] = {"conv_depth": (2,), "feature_dim": (None,)}
+"""Fields that a config no longer has, with the values that it now stands for."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, or does not fit the run."""
+
+
+def load_model(path: str | Path) -> CMAE:
+    """A trained model on the CPU, in evaluation mode; `model.features(images)` gives its features.
+
+    An exported file holds one encoder and no more: the model that comes from it has no decoders and no
+    target, and its `encoder` is whichever branch was exported.
+
+    Args:
+        path: Run folder (its newest checkpoint is taken), checkpoint, or file that `cmae export` wrote.
+
+    Raises:
+        CheckpointError: Nothing of the kind lies there, or it cannot be read.
+    """
+    path = _find_file(Path(path))
+    state = _read_file(path)
+    if is_checkpoint(state):
+        model = build_model(model_config(path, state["config"]["model"]))
+        model.load_state_dict(state["model"])
+        return model.eval()
+    if "patch_embed.proj.weight" in state:
+        return _load_encoder(path, state).eval()
+    raise _not_ours(path)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint into host memory; only tensors and plain values are unpickled.
+
+    Raises:
+        CheckpointError: Missing, unreadable, or not a checkpoint of this project.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such file")
+    state = _read_file(path)
+    if not is_checkpoint(state):
+        raise _not_ours(path)
+    return state
+
+
+def is_checkpoint(state: Mapping[str, Any]) -> bool:
+    """Whether the content of a file is a checkpoint of this project and format."""
+    return state.get("format") == FORMAT
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints in a folder, oldest first."""
+    return sorted(path for path in folder.glob("step-*.pt") if _NAME.fullmatch(path.name))
+
+
+def model_config(path: Path, stored: Mapping[str, Any]) -> ModelConfig:
+    """The configuration in a checkpoint, where tuples are lists.
+
+    Args:
+        path: File it was read from, for the message.
+        stored: Section `model` of the stored configuration.
+
+    Raises:
+        CheckpointError: A field is unknown to this version.
+    """
+    plain: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in current_fields(stored).items()
+    }
+    unknown = sorted(plain.keys() - {field.name for field in fields(ModelConfig)})
+    if unknown:
+        raise CheckpointError(
+            f"{path}: its model has {', '.join(f'{key}={plain[key]!r}' for key in unknown)}, which this "
+            "version of cmae cannot build; read it with the version that wrote it"
+        )
+    return ModelConfig(**plain)
+
+
+def current_fields(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Stored fields of a `ModelConfig` under their present names, without those that it no longer has."""
+    return {
+        _RENAMED.get(key, key): value
+        for key, value in stored.items()
+        if value not in _DROPPED.get(key, ())
+    }
+
+
+def _find_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{path}: there is neither a file nor a folder; name a run folder, a checkpoint "
+            "(`step-00001000.pt`), or a file that `cmae export` wrote"
+        )
+    found = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
+    if not found:
+        inside = sorted(entry.name for entry in path.iterdir())[:5]
+        raise CheckpointError(
+            f"{path} holds no checkpoint, neither beside {inside} nor in {path / 'checkpoints'}; name the "
+            "folder that was `run.out` of a run, or a file"
+        )
+    return found[-1]
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return dict(load_file(path))
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the readers raise anything on a file that is something else
+        reason = (str(error).splitlines() or [""])[0]
+        raise CheckpointError(
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}: {reason}); if a run wrote "
+            "it, delete it to go on from the checkpoint before it"
+        ) from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} holds a {type(state).__name__}; expected a checkpoint")
+    return state
+
+
+def _not_ours(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is not a cmae checkpoint of format {FORMAT}; weights of other projects go through "
+        "`cmae import`"
+    )
+
+
+def _load_encoder(path: Path, state: dict[str, Any]) -> CMAE:
+    """A model of an exported encoder alone; a target's may lack the final norm."""
+    try:
+        sizes = encoder_fields(state, "", "blocks", "patch_embed.proj", "mlp.fc1")
+        config = replace(ModelConfig(**sizes, mask_unit=1), contrastive_loss="none")
+        model = build_model(replace(config, reconstruction_weight=0.0))
+        if "norm.weight" not in state:
+            model.encoder.norm = nn.Identity()
+        model.encoder.load_state_dict(state)
+    except (ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} is no encoder that `cmae export` wrote ({error}); export the checkpoint again"
+        ) from error
+    return model
