@@ -99,7 +99,7 @@ class DatasetIndex:
     """16 hex digits over sizes, offsets, CRCs and kinds of all shards in order; not over their paths."""
     left_out: tuple[LeftOut, ...]
     """Records that are in no epoch because their image cannot be decoded."""
-    presized: dict[str, int]
+    downscaled: dict[str, int]
     """Images re-encoded by `cmae shards write --max-size`, by setting; empty where all are original files."""
     tar_digests: tuple[str, ...]
     """`tar_digest` of every shard as it was when it was indexed."""
@@ -177,7 +177,7 @@ class DatasetIndex:
             shard_sizes=sizes,
             digest=digest.hexdigest()[:16],
             left_out=left_out,
-            presized=sum_counts(downscaled_counts(shard) for shard in shards),
+            downscaled=sum_counts(downscaled_counts(shard) for shard in shards),
             position=np.concatenate(valid),
             index_files=tuple(map(str, index_files)),
             tar_digests=tuple(str(shard["tar_digest"]) for shard in shards),

@@ -29,8 +29,8 @@ from cmae.pipeline.formats.tar import KEY_AND_EXTENSION, TarError, TarRecord, it
 
 FORMAT_VERSION = 1
 
-PRESIZED_FORMAT_VERSION = 2
-"""Of the index of a shard with pre-resized images, whose label an older reader would not pass on."""
+DOWNSCALED_FORMAT_VERSION = 2
+"""Of the index of a shard with downscaled images, whose label an older reader would not pass on."""
 
 INDEX_SUFFIX = ".index.npz"
 
@@ -88,7 +88,7 @@ class ShardIndex:
     """Bytes of the tar."""
     tar_digest: str
     """See `tar_digest`."""
-    presized: dict[str, int] = field(default_factory=dict)
+    downscaled: dict[str, int] = field(default_factory=dict)
     """Images that `cmae shards write --max-size` has re-encoded, by setting; see `summarise_marks`."""
 
     def __len__(self) -> int:
@@ -108,7 +108,7 @@ class ShardIndex:
         Args:
             rows: of the records, in tar order.
             tar_path: of the finished tar.
-            marks: `presize_mark` of the images.
+            marks: `downscale_mark` of the images.
         """
         columns = list(zip(*rows, strict=True)) or [()] * len(COLUMNS)
         arrays = {
@@ -119,7 +119,7 @@ class ShardIndex:
             **arrays,
             tar_size=os.path.getsize(tar_path),
             tar_digest=tar_digest(tar_path),
-            presized=summarise_marks(marks),
+            downscaled=summarise_marks(marks),
         )
 
 
@@ -229,10 +229,10 @@ def save_index(index: ShardIndex, path: str | Path) -> None:
     """
     columns = {name: getattr(index, name) for name in (*COLUMNS, "tar_size", "tar_digest")}
     version = FORMAT_VERSION
-    if index.presized:
-        version = PRESIZED_FORMAT_VERSION
-        columns["presized_settings"] = np.asarray(list(index.presized), np.str_)
-        columns["presized_counts"] = np.asarray(list(index.presized.values()), np.int64)
+    if index.downscaled:
+        version = DOWNSCALED_FORMAT_VERSION
+        columns["presized_settings"] = np.asarray(list(index.downscaled), np.str_)
+        columns["presized_counts"] = np.asarray(list(index.downscaled.values()), np.int64)
     columns["keys"] = np.char.encode(
         index.keys, "utf-8", "surrogateescape"
     )  # a quarter of numpy's UCS-4
@@ -260,7 +260,7 @@ def load_index_unchecked(tar_path: str | Path) -> ShardIndex | None:
     """The index of a shard as it is, whether or not the tar has changed since; None where there is none."""
     try:
         columns = _read_archive(index_path(tar_path), without=())
-        if columns.pop("format_version") not in (FORMAT_VERSION, PRESIZED_FORMAT_VERSION):
+        if columns.pop("format_version") not in (FORMAT_VERSION, DOWNSCALED_FORMAT_VERSION):
             return None
         return _from_columns(columns)
     except (OSError, KeyError):
@@ -288,13 +288,13 @@ def read_keys(index_file: str | Path) -> npt.NDArray[np.str_]:
 def _from_columns(columns: Columns) -> ShardIndex:
     keys = _decode_keys(columns.pop("keys"))
     size, digest = int(columns.pop("tar_size").item()), str(columns.pop("tar_digest"))
-    presized = downscaled_counts(columns)
+    downscaled = downscaled_counts(columns)
     arrays = {name: columns[name] for name in COLUMNS if name != "keys"}
-    return ShardIndex(keys=keys, **arrays, tar_size=size, tar_digest=digest, presized=presized)
+    return ShardIndex(keys=keys, **arrays, tar_size=size, tar_digest=digest, downscaled=downscaled)
 
 
 def downscaled_counts(columns: Columns) -> dict[str, int]:
-    """Pre-resized images by setting, from the arrays of an index file of either version."""
+    """Downscaled images by setting, from the arrays of an index file of either version."""
     if "presized_settings" not in columns:
         return {}
     settings, counts = columns["presized_settings"].tolist(), columns["presized_counts"].tolist()
@@ -330,10 +330,10 @@ def read_index_file(
     except OSError as error:
         raise StaleIndexError(f"{path} is damaged or no index; {repair}") from error
     version = columns.pop("format_version")
-    if version not in (FORMAT_VERSION, PRESIZED_FORMAT_VERSION):
+    if version not in (FORMAT_VERSION, DOWNSCALED_FORMAT_VERSION):
         raise StaleIndexError(
             f"{path} has format {version}, this version reads {FORMAT_VERSION} and "
-            f"{PRESIZED_FORMAT_VERSION}; {repair}"
+            f"{DOWNSCALED_FORMAT_VERSION}; {repair}"
         )
     if size is not None and columns["tar_size"] != size:
         raise StaleIndexError(

@@ -231,7 +231,7 @@ def test_stopped_and_run_again_it_writes_what_is_missing(tmp_path, monkeypatch):
     repair(shards, out)
     assert not list(out.glob(".*.partial"))
     assert {name: (out / name).stat().st_mtime_ns for name in before} == before
-    with pytest.raises(ValueError, match="another source or other settings"):
+    with pytest.raises(ValueError, match=r"another source or settings \(reencode: False -> True\)"):
         repair_shards(shards, out, RepairPolicy(reencode=True))
 
 
