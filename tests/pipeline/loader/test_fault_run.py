@@ -133,10 +133,10 @@ def test_no_good_sample_is_lost_and_every_fault_is_listed_once(
     good = expected - numbers(replaced)
     assert {sample: labels[sample] for sample in good} == {sample: sample for sample in good}
     lines = list(read_ledger(ledger))
-    listed = Counter((planted.paths.index(Path(line.shard)), line.position) for line in lines)
+    listed = Counter((planted.paths.index(Path(line.shard)), line.record_number) for line in lines)
     assert listed == Counter(planted.cut_before | replaced)  # each once, and nothing else
     for line in lines:
-        fault = planted.paths.index(Path(line.shard)), line.position
+        fault = planted.paths.index(Path(line.shard)), line.record_number
         assert line.key == f"{fault[0] * PER_SHARD + fault[1]:05d}"
         assert line.epoch == (BEFORE_FIRST_EPOCH if fault in planted.cut_before else 0)
         assert ("CRC32" in line.reason) == (fault in replaced)
@@ -164,7 +164,7 @@ def test_in_a_stream_the_flipped_bits_pass_and_the_truncated_files_do_not(
     assert not set(seen) & numbers(cut)
     assert len(missing) < 2 * 10
     listed = Counter(
-        (planted.paths.index(Path(line.shard)), line.position)
+        (planted.paths.index(Path(line.shard)), line.record_number)
         for line in read_ledger(ledger)
         if line.epoch == 0
     )

@@ -18,7 +18,7 @@ def walk(plan: EpochPlan, epoch: int, *, world_size: int, batch_size: int, start
     position = start
     while True:
         parts = [
-            plan.positions(epoch, position, rank=r, world_size=world_size, batch_size=batch_size)
+            plan.rows(epoch, position, rank=r, world_size=world_size, batch_size=batch_size)
             for r in range(world_size)
         ]
         if parts[0] is None:
