@@ -19,8 +19,10 @@ TAR_BLOCK = 512
 """Bytes; headers take one block, payloads are padded to whole blocks."""
 KEY_AND_EXTENSION = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # WebDataset's rule
 
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\x28\xb5\x2f\xfd", b"\xfd7zX")  # gzip, bzip2, zstandard, xz
 _WEBDATASET_META = re.compile(r"__[^/]*__($|/)")  # names that WebDataset skips
 _REGULAR_TYPES = frozenset(b"\x000" + b"7")
+_HEADERS_WITHOUT_USE = frozenset(b"gK")  # global pax headers and long names of link targets
 _TYPES_WITHOUT_DATA = frozenset(b"123456")  # links, devices, folders, fifos
 
 
@@ -68,11 +70,8 @@ def iter_tar(stream: IO[bytes], *, name: str) -> Iterator[TarMember]:
     byte_offset, padding = 0, 0
     long_name: str | None = None
     long_size: int | None = None
-    while True:
-        block = stream.read(padding + TAR_BLOCK)[padding:]
+    while block := stream.read(padding + TAR_BLOCK)[padding:]:
         byte_offset += padding
-        if not block:
-            return
         if block.count(0) == TAR_BLOCK:
             _check_only_zeros_follow(stream, name, byte_offset)
             return
@@ -90,15 +89,9 @@ def iter_tar(stream: IO[bytes], *, name: str) -> Iterator[TarMember]:
         if kind == ord("L"):
             long_name = data.rstrip(b"\0").decode(errors="surrogateescape")
         elif kind == ord("x"):
-            try:
-                pax = _parse_pax(data)
-                long_name = pax.get("path", long_name)
-                long_size = int(pax["size"]) if "size" in pax else None
-            except ValueError as error:
-                raise TarError(
-                    f"{name}: damaged: pax header at byte {byte_offset}: {error}"
-                ) from error
-        elif kind != ord("g") and kind != ord("K"):
+            pax_name, long_size = _parse_pax(data, name, byte_offset)
+            long_name = long_name if pax_name is None else pax_name
+        elif kind not in _HEADERS_WITHOUT_USE:
             if kind in _REGULAR_TYPES:
                 yield TarMember(long_name or member, byte_offset, data)
             long_name = None
@@ -193,11 +186,7 @@ def _not_a_header(block: bytes, name: str, byte_offset: int) -> str:
         return f"{name}: truncated: {len(block)} bytes at byte {byte_offset} are no tar header"
     if byte_offset > 0:
         return f"{name}: damaged: no tar header at byte {byte_offset} (wrong checksum)"
-    if (
-        block[:2] == b"\x1f\x8b"
-        or block[:3] == b"BZh"
-        or block[:4] in (b"\x28\xb5\x2f\xfd", b"\xfd7zX")
-    ):
+    if block.startswith(_COMPRESSED):
         return f"{name}: a compressed tar, which has no fixed offsets: unpack it (gunzip) to a .tar"
     return f"{name}: not a tar file: it starts with {block[:16]!r}"
 
@@ -213,8 +202,18 @@ def _check_only_zeros_follow(stream: IO[bytes], name: str, byte_offset: int) -> 
         start += len(chunk)
 
 
-def _parse_pax(data: bytes) -> dict[str, str]:
-    """Lines `<length> <keyword>=<value>` of a pax extended header (POSIX.1-2001)."""
+def _parse_pax(data: bytes, name: str, byte_offset: int) -> tuple[str | None, int | None]:
+    """Path and size that a pax extended header (POSIX.1-2001) gives the next member."""
+    try:
+        records = _pax_records(data)
+        size = int(records["size"]) if "size" in records else None
+    except ValueError as error:
+        raise TarError(f"{name}: damaged: pax header at byte {byte_offset}: {error}") from error
+    return records.get("path"), size
+
+
+def _pax_records(data: bytes) -> dict[str, str]:
+    """Lines `<length> <keyword>=<value>`."""
     records: dict[str, str] = {}
     start = 0
     while (space := data.find(b" ", start)) > 0:

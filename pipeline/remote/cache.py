@@ -55,9 +55,9 @@ class ShardCache:
     """The folder and its quota.
 
     Args:
-        folder: Folder of the copies, made if missing; on a local disk, where file locks are cheap and reliable.
-        quota_bytes: Largest size of all shards, finished or not. None: nine tenths of what the disk has free, what already
-            lies here included.
+        folder: Folder of the copies, made if missing; on a local disk, where file locks are cheap.
+        quota_bytes: Largest size of all shards, finished or not. None: nine tenths of what the disk has
+            free, what already lies here included.
     """
 
     def __init__(self, folder: str | Path, *, quota_bytes: int | None = None) -> None:
@@ -311,8 +311,8 @@ def _copy_checked(
                     f"{file.shown}: the copy is wrong, twice: {error}. The object in the store is damaged or "
                     "belongs to another index: upload it again, or index it again with `cmae shards index`"
                 ) from error
-    # A copy of another version must not be taken for what `.meta` says next; and without a copy, a `.meta` that
-    # a kill cut short says nothing.
+    # A copy of another version must not be taken for what `.meta` says next. Without a copy, a `.meta` that a
+    # kill cut short does no harm.
     path.unlink(missing_ok=True)
     meta = {"url": redact(file.url), "size": file.size, "version": file.info.version}
     _beside(path, ".meta").write_text(json.dumps(meta) + "\n")

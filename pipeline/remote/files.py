@@ -179,7 +179,7 @@ class RemoteFiles:
         }
 
     def _read_copy(self, place: Place, data: UInt8[ndarray, " size"]) -> int:
-        """Fill `data` from a copy, or where the copy cannot be read, from the store; returns how much came."""
+        """Fill `data` from a copy, or from the store where it cannot be read; returns how much came."""
         copy = self._copies.get(place.shard)
         if copy is not None:
             try:

@@ -122,7 +122,7 @@ def copy_unchecked(file: RemoteFile, cache: ShardCache, *, keep: Sequence[Remote
 
     Args:
         file: The shard.
-        cache: Where the copy is put; not the one that runs read, for whatever lies there is taken for checked.
+        cache: Where the copy is put; not the one that runs read, where what lies there is taken for checked.
         keep: Shards whose copies are not removed for this one.
 
     Raises:

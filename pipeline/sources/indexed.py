@@ -1,7 +1,7 @@
 """Encoded samples by index: shuffled globally, continued at any sample, wherever the shards lie.
 
-For the same shard list a stream gives the same ids, labels and bytes, hence the same views; it differs in order
-and works through whole shards.
+For the same shard list a stream gives the same ids, labels and bytes, hence the same views; it differs in
+order and works through whole shards.
 """
 
 from __future__ import annotations

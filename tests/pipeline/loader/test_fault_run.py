@@ -22,7 +22,7 @@ NUM, PER_SHARD = 5000, 1000
 
 
 class Planted(NamedTuple):
-    """Paths, and (shard number, position) of the faults of each sort."""
+    """Paths, and (shard number, record_number) of the faults of each sort."""
 
     paths: list[Path]
     cut_before: set[tuple[int, int]]
@@ -45,10 +45,10 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
     paths = []
     for shard in range(NUM // PER_SHARD):
         samples = []
-        for position in range(PER_SHARD):
-            number = shard * PER_SHARD + position
+        for record_number in range(PER_SHARD):
+            number = shard * PER_SHARD + record_number
             image = noise(number, 16, 16)
-            if (shard, position) in cut_before:
+            if (shard, record_number) in cut_before:
                 image = truncated(image)
             samples.append((f"{number:05d}", image, number))
         paths.append(write_tar(folder / f"part-{shard}.tar", samples))
@@ -65,8 +65,8 @@ def harm_in_place(
         members = {name: tar.getmember(name) for name in tar.getnames()}
     with open(path, "r+b") as file:
         for faults, harm in ((cut, truncated), (flipped, bit_flip)):
-            for _, position in (fault for fault in faults if fault[0] == shard):
-                member = members[f"{shard * PER_SHARD + position:05d}.jpg"]
+            for _, record_number in (fault for fault in faults if fault[0] == shard):
+                member = members[f"{shard * PER_SHARD + record_number:05d}.jpg"]
                 file.seek(member.offset_data)
                 data = file.read(member.size)
                 file.seek(member.offset_data)
@@ -114,7 +114,7 @@ def run_epoch(
 
 
 def numbers(faults: set[tuple[int, int]]) -> set[int]:
-    return {shard * PER_SHARD + position for shard, position in faults}
+    return {shard * PER_SHARD + record_number for shard, record_number in faults}
 
 
 @pytest.mark.slow

@@ -250,7 +250,7 @@ def without_end_marker(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("harm", "positions", "reason"),
+    ("harm", "record_numbers", "reason"),
     [
         (lambda data: data[: data.index(b"0010.jpg") + 2000], range(10), "truncated"),
         (lambda data: bad_header(data, b"0010.jpg"), range(10), "no tar header"),
@@ -258,7 +258,7 @@ def without_end_marker(data: bytes) -> bytes:
     ],
     ids=["truncated", "bad header", "no end marker"],
 )
-def test_a_damaged_tar(tmp_path, harm, positions, reason):
+def test_a_damaged_tar(tmp_path, harm, record_numbers, reason):
     path = write(tmp_path / "a.tar", {})
     index(path)
     path.write_bytes(harm(path.read_bytes()))
@@ -270,7 +270,7 @@ def test_a_damaged_tar(tmp_path, harm, positions, reason):
     loader = open_loader(
         path, source="stream", ledger=tmp_path / "bad.jsonl", batch_size=2, global_batch_size=2
     )
-    assert sorted(read_epoch(loader, len(positions) // 2)) == list(positions)
+    assert sorted(read_epoch(loader, len(record_numbers) // 2)) == list(record_numbers)
     report = verify_shards([path])
     text = "\n".join(problem.what for problem in report.problems)
     if reason is None:
