@@ -96,9 +96,9 @@ class LeftOut(NamedTuple):
 class DatasetIndex:
     """The decodable images of many shards as one sequence of n samples, 42 bytes each.
 
-    A `dataset_row` 0..n-1 counts valid samples, shard after shard. A `record_number` counts the records of one
-    shard, bad ones included, and with the shard number makes the sample id: it does not change when another
-    image of the shard is found to be bad.
+    A `dataset_row` 0..n-1 counts valid samples, shard after shard. A `record_number` counts the records of
+    one shard, bad ones included, and with the shard number makes the sample id: it does not change when
+    another image of the shard is found to be bad.
     """
 
     paths: tuple[str, ...]

@@ -84,7 +84,8 @@ def iter_tar(stream: IO[bytes], *, name: str) -> Iterator[TarMember]:
         data = stream.read(size)
         if len(data) != size:
             raise TarError(
-                f"{name}: truncated: {member} needs {size} bytes from byte {byte_offset}, {len(data)} are left"
+                f"{name}: truncated: {member} needs {size} bytes from byte {byte_offset}, "
+                f"{len(data)} are left"
             )
         if kind == ord("L"):
             long_name = data.rstrip(b"\0").decode(errors="surrogateescape")

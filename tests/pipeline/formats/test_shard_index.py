@@ -154,7 +154,7 @@ def test_real_shards_index_as_tarfile_reads_them(imagenet_sample: list[Path]) ->
 def test_index_columns_have_the_documented_types(tmp_path: Path) -> None:
     index = load_index(indexed_shard(tmp_path / "a.tar"))
     types = {
-        "offset": "int64",
+        "byte_offset": "int64",
         "size": "int64",
         "height": "int32",
         "width": "int32",
