@@ -52,7 +52,7 @@ class IndexRow(NamedTuple):
     """One record as the index stores it; see ShardIndex for the columns."""
 
     key: str
-    offset: int
+    byte_offset: int
     size: int
     height: int
     width: int
@@ -68,7 +68,7 @@ class ShardIndex:
 
     keys: npt.NDArray[np.str_]
     """(n,) WebDataset keys."""
-    offset: npt.NDArray[np.int64]
+    byte_offset: npt.NDArray[np.int64]
     """(n,) Start of the image payload in the tar, in bytes."""
     size: npt.NDArray[np.int64]
     """(n,) Length of the image payload, in bytes."""
@@ -92,7 +92,7 @@ class ShardIndex:
     """Images that `cmae shards write --max-size` has re-encoded, by setting; see `summarise_marks`."""
 
     def __len__(self) -> int:
-        return len(self.offset)
+        return len(self.byte_offset)
 
     @property
     def valid(self) -> npt.NDArray[np.bool_]:
@@ -130,7 +130,7 @@ def is_decodable(kind: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
 
 COLUMNS: dict[str, type[np.generic]] = {
     "keys": np.str_,
-    "offset": np.int64,
+    "byte_offset": np.int64,
     "size": np.int64,
     "height": np.int32,
     "width": np.int32,
@@ -139,6 +139,10 @@ COLUMNS: dict[str, type[np.generic]] = {
     "crc32": np.uint32,
     "label": np.int64,
 }
+
+
+_STORED_AS = {"byte_offset": "offset"}
+"""Columns that have another name in an index file."""
 
 
 def index_path(tar_path: str | Path) -> Path:
@@ -172,7 +176,7 @@ def index_row(record: TarRecord, info: JpegInfo | None) -> IndexRow:
     crc32 = zlib.crc32(record.image)
     return IndexRow(
         record.key,
-        record.offset,
+        record.byte_offset,
         len(record.image),
         height,
         width,
@@ -227,15 +231,15 @@ def save_index(index: ShardIndex, path: str | Path) -> None:
     Raises:
         PermissionError: The folder cannot be written; says what to do instead.
     """
-    columns = {name: getattr(index, name) for name in (*COLUMNS, "tar_size", "tar_digest")}
+    names = (*COLUMNS, "tar_size", "tar_digest")
+    columns = {_STORED_AS.get(name, name): getattr(index, name) for name in names}
     version = FORMAT_VERSION
     if index.downscaled:
         version = DOWNSCALED_FORMAT_VERSION
         columns["presized_settings"] = np.asarray(list(index.downscaled), np.str_)
         columns["presized_counts"] = np.asarray(list(index.downscaled.values()), np.int64)
-    columns["keys"] = np.char.encode(
-        index.keys, "utf-8", "surrogateescape"
-    )  # a quarter of numpy's UCS-4
+    # A quarter of numpy's UCS-4.
+    columns["keys"] = np.char.encode(index.keys, "utf-8", "surrogateescape")
     try:
         with atomic_write(path) as file:
             np.savez(file, allow_pickle=False, format_version=version, **columns)
@@ -353,6 +357,8 @@ def _read_archive(path: Path, without: Collection[str]) -> Columns:
     try:
         content = io.BytesIO(Path(path).read_bytes())
         with _parsing, np.load(content, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files if name not in without}
+            names = {stored: name for name, stored in _STORED_AS.items()}
+            wanted = [stored for stored in archive.files if stored not in without]
+            return {names.get(stored, stored): archive[stored] for stored in wanted}
     except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError) as error:
         raise OSError(f"{path} is damaged or no index") from error

@@ -1,8 +1,8 @@
 """Read a tar in order, from a file or a pipe, and group its members as WebDataset does.
 
 A *record* is a group of consecutive members with the same WebDataset key (path up to the first dot of the
-file name) that holds an image. A record's *position* is its number in tar order, bad images included, so
-positions stay the same whatever is later found wrong with an image.
+file name) that holds an image. Its `record_number` counts
+records in tar order, bad images included, so it stays the same whatever is later found wrong with an image.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ TAR_BLOCK = 512
 """Bytes; headers take one block, payloads are padded to whole blocks."""
 KEY_AND_EXTENSION = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # WebDataset's rule
 
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\x28\xb5\x2f\xfd", b"\xfd7zX")  # gzip, bzip2, zstandard, xz
 _WEBDATASET_META = re.compile(r"__[^/]*__($|/)")  # names that WebDataset skips
 _REGULAR_TYPES = frozenset(b"\x000" + b"7")
+_HEADERS_WITHOUT_USE = frozenset(b"gK")  # global pax headers and long names of link targets
 _TYPES_WITHOUT_DATA = frozenset(b"123456")  # links, devices, folders, fifos
 
 
@@ -29,10 +31,10 @@ class TarError(ValueError):
 
 
 class TarMember(NamedTuple):
-    """A regular file in a tar; `offset` is that of its payload."""
+    """A regular file in a tar; `byte_offset` is that of its payload."""
 
     name: str
-    offset: int
+    byte_offset: int
     data: bytes
 
 
@@ -44,10 +46,10 @@ class TarGroup(NamedTuple):
 
 
 class TarRecord(NamedTuple):
-    """One sample of a shard; `offset` is that of the image payload in the tar, `label` -1 if absent."""
+    """One sample of a shard; `byte_offset` is that of the image payload in the tar, `label` -1 if absent."""
 
     key: str
-    offset: int
+    byte_offset: int
     image: bytes
     label: int
 
@@ -65,19 +67,16 @@ def iter_tar(stream: IO[bytes], *, name: str) -> Iterator[TarMember]:
     Raises:
         TarError: A header with a wrong checksum, a member cut short, or a hole of zeros.
     """
-    position, padding = 0, 0
+    byte_offset, padding = 0, 0
     long_name: str | None = None
     long_size: int | None = None
-    while True:
-        block = stream.read(padding + TAR_BLOCK)[padding:]
-        position += padding
-        if not block:
-            return
+    while block := stream.read(padding + TAR_BLOCK)[padding:]:
+        byte_offset += padding
         if block.count(0) == TAR_BLOCK:
-            _check_only_zeros_follow(stream, name, position)
+            _check_only_zeros_follow(stream, name, byte_offset)
             return
-        member, size, kind = _parse_header(block, name, position)
-        position += TAR_BLOCK
+        member, size, kind = _parse_header(block, name, byte_offset)
+        byte_offset += TAR_BLOCK
         if long_size is not None:
             size, long_size = long_size, None
         if kind in _TYPES_WITHOUT_DATA:
@@ -85,24 +84,19 @@ def iter_tar(stream: IO[bytes], *, name: str) -> Iterator[TarMember]:
         data = stream.read(size)
         if len(data) != size:
             raise TarError(
-                f"{name}: truncated: {member} needs {size} bytes from byte {position}, {len(data)} are left"
+                f"{name}: truncated: {member} needs {size} bytes from byte {byte_offset}, "
+                f"{len(data)} are left"
             )
         if kind == ord("L"):
             long_name = data.rstrip(b"\0").decode(errors="surrogateescape")
         elif kind == ord("x"):
-            try:
-                pax = _parse_pax(data)
-                long_name = pax.get("path", long_name)
-                long_size = int(pax["size"]) if "size" in pax else None
-            except ValueError as error:
-                raise TarError(
-                    f"{name}: damaged: pax header at byte {position}: {error}"
-                ) from error
-        elif kind != ord("g") and kind != ord("K"):
+            pax_name, long_size = _parse_pax(data, name, byte_offset)
+            long_name = long_name if pax_name is None else pax_name
+        elif kind not in _HEADERS_WITHOUT_USE:
             if kind in _REGULAR_TYPES:
-                yield TarMember(long_name or member, position, data)
+                yield TarMember(long_name or member, byte_offset, data)
             long_name = None
-        position += size
+        byte_offset += size
         padding = -size % TAR_BLOCK
 
 
@@ -152,10 +146,10 @@ def record_of(group: TarGroup) -> TarRecord | None:
             image = image or member
         elif extension in ("cls", "json") and label == NO_LABEL:
             label = _parse_label(extension, member.data)
-    return None if image is None else TarRecord(group.key, image.offset, image.data, label)
+    return None if image is None else TarRecord(group.key, image.byte_offset, image.data, label)
 
 
-def _parse_header(block: bytes, name: str, position: int) -> tuple[str, int, int]:
+def _parse_header(block: bytes, name: str, byte_offset: int) -> tuple[str, int, int]:
     """Member name, payload size in bytes and type flag of one 512-byte header."""
     try:
         stored = int(block[148:156].strip(b" \0"), 8)
@@ -168,7 +162,7 @@ def _parse_header(block: bytes, name: str, position: int) -> tuple[str, int, int
     except (ValueError, IndexError):
         stored, size = -1, 0
     if stored != sum(block) - sum(block[148:156]) + 8 * ord(" "):
-        raise TarError(_not_a_header(block, name, position))
+        raise TarError(_not_a_header(block, name, byte_offset))
     member = block[:100].split(b"\0", 1)[0]
     prefix = block[345:500].split(b"\0", 1)[0] if block[257:263] == b"ustar\0" else b""
     full = prefix + b"/" + member if prefix else member
@@ -188,42 +182,48 @@ def is_header(block: bytes) -> bool:
     return len(block) == TAR_BLOCK
 
 
-def _not_a_header(block: bytes, name: str, position: int) -> str:
-    if position > 0 and len(block) < TAR_BLOCK:
-        return f"{name}: truncated: {len(block)} bytes at byte {position} are no tar header"
-    if position > 0:
-        return f"{name}: damaged: no tar header at byte {position} (wrong checksum)"
-    if (
-        block[:2] == b"\x1f\x8b"
-        or block[:3] == b"BZh"
-        or block[:4] in (b"\x28\xb5\x2f\xfd", b"\xfd7zX")
-    ):
+def _not_a_header(block: bytes, name: str, byte_offset: int) -> str:
+    if byte_offset > 0 and len(block) < TAR_BLOCK:
+        return f"{name}: truncated: {len(block)} bytes at byte {byte_offset} are no tar header"
+    if byte_offset > 0:
+        return f"{name}: damaged: no tar header at byte {byte_offset} (wrong checksum)"
+    if block.startswith(_COMPRESSED):
         return f"{name}: a compressed tar, which has no fixed offsets: unpack it (gunzip) to a .tar"
     return f"{name}: not a tar file: it starts with {block[:16]!r}"
 
 
-def _check_only_zeros_follow(stream: IO[bytes], name: str, position: int) -> None:
-    start = position + TAR_BLOCK
+def _check_only_zeros_follow(stream: IO[bytes], name: str, byte_offset: int) -> None:
+    start = byte_offset + TAR_BLOCK
     while chunk := stream.read(1 << 20):
         if chunk.count(0) != len(chunk):
             raise TarError(
-                f"{name}: damaged: the tar ends with a zero block at byte {position}, but data follows "
+                f"{name}: damaged: the tar ends with a zero block at byte {byte_offset}, but data follows "
                 f"after byte {start} (overwritten with zeros, or two tars in one file)"
             )
         start += len(chunk)
 
 
-def _parse_pax(data: bytes) -> dict[str, str]:
-    """Lines `<length> <keyword>=<value>` of a pax extended header (POSIX.1-2001)."""
+def _parse_pax(data: bytes, name: str, byte_offset: int) -> tuple[str | None, int | None]:
+    """Path and size that a pax extended header (POSIX.1-2001) gives the next member."""
+    try:
+        records = _pax_records(data)
+        size = int(records["size"]) if "size" in records else None
+    except ValueError as error:
+        raise TarError(f"{name}: damaged: pax header at byte {byte_offset}: {error}") from error
+    return records.get("path"), size
+
+
+def _pax_records(data: bytes) -> dict[str, str]:
+    """Lines `<length> <keyword>=<value>`."""
     records: dict[str, str] = {}
-    position = 0
-    while (space := data.find(b" ", position)) > 0:
-        end = position + int(data[position:space])
+    start = 0
+    while (space := data.find(b" ", start)) > 0:
+        end = start + int(data[start:space])
         if end <= space:
-            raise ValueError(f"a pax line of {end - position} bytes")
+            raise ValueError(f"a pax line of {end - start} bytes")
         keyword, _, value = data[space + 1 : end - 1].partition(b"=")
         records[keyword.decode(errors="replace")] = value.decode(errors="surrogateescape")
-        position = end
+        start = end
     return records
 
 

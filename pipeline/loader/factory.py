@@ -208,12 +208,12 @@ def _left_out(index: DatasetIndex) -> list[BadSample]:
     return [
         BadSample(
             index.paths[shard],
-            index.key(shard, position),
-            position,
+            index.key(shard, record_number),
+            record_number,
             f"left out by the index: {kind.name.lower()} JPEG (`cmae shards verify` says more)",
             BEFORE_FIRST_EPOCH,
         )
-        for shard, position, kind in index.left_out
+        for shard, record_number, kind in index.left_out
     ]
 
 

@@ -74,7 +74,7 @@ class Loader:
 
     @property
     def state(self) -> LoaderState:
-        """The position after the last batch handed out; batches made ahead do not count."""
+        """The place in the data after the last batch handed out; batches made ahead do not count."""
         return self._state
 
     @property

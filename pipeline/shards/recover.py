@@ -55,7 +55,7 @@ def salvage_tar(path: str | Path) -> Iterator[TarMember | Damage]:
                     last = member
             except TarError as error:
                 what = str(error).removeprefix(f"{path}: ").split(":")[0]
-                broken_from = start if last is None else last.offset
+                broken_from = start if last is None else last.byte_offset
                 start = _next_header(data, broken_from + (last is None))
                 end = size if start is None else start
                 if last is not None and end >= _end_of(last):
@@ -92,13 +92,13 @@ def salvage_groups(path: str | Path) -> Iterator[TarGroup | Damage]:
 
 def _end_of(member: TarMember) -> int:
     """Where the next header has to be."""
-    return member.offset + -(-len(member.data) // TAR_BLOCK) * TAR_BLOCK
+    return member.byte_offset + -(-len(member.data) // TAR_BLOCK) * TAR_BLOCK
 
 
 def _members_from(file: io.BufferedReader, start: int, name: str) -> Iterator[TarMember]:
     file.seek(start)
     for member in iter_tar(file, name=name):
-        yield member._replace(offset=member.offset + start)
+        yield member._replace(byte_offset=member.byte_offset + start)
 
 
 def _next_header(data: mmap.mmap, start: int) -> int | None:

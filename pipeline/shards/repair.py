@@ -167,7 +167,9 @@ def _judge(group: TarGroup, stored: IndexedBytes, policy: RepairPolicy) -> _Find
     if record is None:
         first = next(iter(group.members.values()))
         what = ", ".join(group.members)
-        return _Finding(group.key, first.offset, NO_LABEL, b"", f"no image, only {what}", False)
+        return _Finding(
+            group.key, first.byte_offset, NO_LABEL, b"", f"no image, only {what}", False
+        )
     fault, reencode = "", False
     try:
         stored.check(record)
@@ -181,7 +183,7 @@ def _judge(group: TarGroup, stored: IndexedBytes, policy: RepairPolicy) -> _Find
         fault = str(error)
     label = stored.label(record) if record.label == NO_LABEL else record.label
     digest = hashlib.sha256(record.image).digest()
-    return _Finding(group.key, record.offset, label, digest, fault, reencode)
+    return _Finding(group.key, record.byte_offset, label, digest, fault, reencode)
 
 
 def _foreign_record(group: TarGroup) -> TarRecord | None:

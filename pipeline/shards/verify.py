@@ -200,7 +200,7 @@ def _has_end_marker(path: str) -> bool:
 
 def _differences(stored: ShardIndex, now: ShardIndex) -> Iterator[tuple[str | None, str]]:
     """What an index says that is not so, although size and digest of the tar are the same."""
-    if len(stored) != len(now) or not np.array_equal(stored.offset, now.offset):
+    if len(stored) != len(now) or not np.array_equal(stored.byte_offset, now.byte_offset):
         yield (
             None,
             f"the index lists {len(stored)} samples elsewhere than the {len(now)} in the tar; index it again",
@@ -227,7 +227,7 @@ def _differences(stored: ShardIndex, now: ShardIndex) -> Iterator[tuple[str | No
 
 def _changed_since(before: ShardIndex, now: ShardIndex) -> Iterator[tuple[str | None, str]]:
     """Records that lie where a stale index says, at the size that it says, and have other bytes."""
-    _, old, new = np.intersect1d(before.offset, now.offset, return_indices=True)
+    _, old, new = np.intersect1d(before.byte_offset, now.byte_offset, return_indices=True)
     same_place = (before.keys[old] == now.keys[new]) & (before.size[old] == now.size[new])
     for i in np.flatnonzero(same_place & (before.crc32[old] != now.crc32[new])):
         crc, crc_before = now.crc32[new[i]], before.crc32[old[i]]
@@ -242,7 +242,7 @@ class IndexedBytes:
 
     def __init__(self, index: ShardIndex | None) -> None:
         self._index = index
-        self._rows = {} if index is None else {int(at): i for i, at in enumerate(index.offset)}
+        self._rows = {} if index is None else {int(at): i for i, at in enumerate(index.byte_offset)}
 
     def check(self, record: TarRecord) -> None:
         """Compare a record with its CRC32.
@@ -262,7 +262,7 @@ class IndexedBytes:
         return NO_LABEL if self._index is None or row is None else int(self._index.label[row])
 
     def _row(self, record: TarRecord) -> int | None:
-        row = self._rows.get(record.offset)
+        row = self._rows.get(record.byte_offset)
         if self._index is None or row is None:
             return None
         is_same = self._index.keys[row] == record.key and self._index.size[row] == len(record.image)
@@ -294,7 +294,7 @@ def _unusable(path: str, index: ShardIndex, decode: Decode) -> Iterator[tuple[st
 
 
 def _read_image(file: io.BufferedReader, index: ShardIndex, row: int) -> bytes:
-    return os.pread(file.fileno(), int(index.size[row]), int(index.offset[row]))
+    return os.pread(file.fileno(), int(index.size[row]), int(index.byte_offset[row]))
 
 
 def _decode_fully(data: bytes, info: JpegInfo, decode: Decode) -> None:

@@ -60,7 +60,7 @@ def stored_files(out: Path) -> dict[str, bytes]:
     files = {}
     for path in tars(out):
         index, data = load_index(path), path.read_bytes()
-        for key, offset, size in zip(index.keys, index.offset, index.size, strict=True):
+        for key, offset, size in zip(index.keys, index.byte_offset, index.size, strict=True):
             files[Path(str(key)).name] = data[offset : offset + size]
     return files
 

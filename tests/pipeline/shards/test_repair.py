@@ -104,7 +104,7 @@ def test_bits_that_changed_since_the_index_was_made_are_found_even_when_it_is_st
     path = indexed(shard(tmp_path / "in" / "a.tar"))
     row = load_index(path)
     whole = bytearray(path.read_bytes())
-    whole[int(row.offset[3]) + 700] ^= 4  # near the start: the digest changes too
+    whole[int(row.byte_offset[3]) + 700] ^= 4  # near the start: the digest changes too
     path.write_bytes(whole)
     assert "index of the tar before it changed" in problem_lines(verify_shards([path]))
     _, (line,) = repair([path], tmp_path / "out")
@@ -116,7 +116,7 @@ def test_bits_that_changed_since_the_index_was_made_are_found_even_when_it_is_st
 def test_a_damaged_tar_loses_only_what_lies_in_the_damage(tmp_path, harm):
     path = indexed(shard(tmp_path / "in" / "a.tar"))
     index, before = load_index(path), contents(path)
-    offset = int(index.offset[7])
+    offset = int(index.byte_offset[7])
     whole = path.read_bytes()
     changed, lost = {
         "header": (whole[: offset - 400] + b"\xff" + whole[offset - 399 :], {"0007"}),
@@ -138,7 +138,7 @@ def test_a_label_that_was_lost_comes_back_from_the_index(tmp_path):
     path = indexed(shard(tmp_path / "in" / "a.tar"))
     before = contents(path)
     with tarfile.open(path) as tar:
-        label_header = tar.getmember("0007.cls").offset
+        label_header = tar.getmember("0007.cls").byte_offset
     whole = bytearray(path.read_bytes())
     whole[label_header : label_header + 512] = b"x" * 512
     path.write_bytes(whole)

@@ -76,7 +76,7 @@ def test_repair_writes_clean_shards_and_says_what_changed(
     shards_cli.write(images, out, samples_per_shard=6)
     first = out / "train-000000.tar"
     whole = bytearray(first.read_bytes())
-    whole[int(load_index(first).offset[2]) - 500] ^= 1  # the header before the image
+    whole[int(load_index(first).byte_offset[2]) - 500] ^= 1  # the header before the image
     first.write_bytes(whole)
     assert shards_cli.verify(str(out)) == 1
     assert "5 record(s) can be recovered" in capsys.readouterr().err
