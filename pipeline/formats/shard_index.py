@@ -13,7 +13,6 @@ import os
 import threading
 import zipfile
 import zlib
-from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,8 +23,9 @@ import numpy.typing as npt
 
 from cmae.pipeline.formats.atomic import atomic_write
 from cmae.pipeline.formats.jpeg import MAX_PIXELS, BadImageError, JpegInfo, JpegKind, inspect_jpeg
+from cmae.pipeline.formats.member_counts import MemberCounts, from_arrays, to_arrays
 from cmae.pipeline.formats.presized import downscale_mark, summarise_marks
-from cmae.pipeline.formats.tar import KEY_AND_EXTENSION, TarError, TarRecord, iter_records, iter_tar
+from cmae.pipeline.formats.tar import TarError, TarRecord, iter_records
 
 FORMAT_VERSION = 1
 
@@ -90,6 +90,8 @@ class ShardIndex:
     """See `tar_digest`."""
     downscaled: dict[str, int] = field(default_factory=dict)
     """Images that `cmae shards write --max-size` has re-encoded, by setting; see `summarise_marks`."""
+    members: MemberCounts = field(default_factory=MemberCounts)
+    """What became of every entry of the tar; empty in an index that an earlier version made."""
 
     def __len__(self) -> int:
         return len(self.byte_offset)
@@ -101,14 +103,20 @@ class ShardIndex:
 
     @classmethod
     def from_rows(
-        cls, rows: Iterable[IndexRow], *, tar_path: str | Path, marks: Iterable[str] = ()
+        cls,
+        rows: Iterable[IndexRow],
+        *,
+        tar_path: str | Path,
+        marks: Iterable[str] = (),
+        members: MemberCounts | None = None,
     ) -> ShardIndex:
         """Turn rows into columns; size and digest are read from the finished tar.
 
         Args:
-            rows: of the records, in tar order.
-            tar_path: of the finished tar.
+            rows: Entries of the records, in tar order.
+            tar_path: Path of the finished tar.
             marks: `downscale_mark` of the images.
+            members: Counts of all entries of the tar.
         """
         columns = list(zip(*rows, strict=True)) or [()] * len(COLUMNS)
         arrays = {
@@ -120,6 +128,7 @@ class ShardIndex:
             tar_size=os.path.getsize(tar_path),
             tar_digest=tar_digest(tar_path),
             downscaled=summarise_marks(marks),
+            members=members or MemberCounts(),
         )
 
 
@@ -196,17 +205,17 @@ def build_index(tar_path: str | Path, *, max_pixels: int = MAX_PIXELS) -> ShardI
     """Read a whole shard and index it; a record whose image is bad is kept with kind BAD.
 
     Raises:
-        TarError: The tar is damaged (see `iter_tar`) or no record holds a `.jpg` or `.jpeg`.
+        TarError: The tar is damaged (see `iter_entries`), or the file is empty.
         FileNotFoundError: There is no such file.
     """
-    rows, marks = [], []
+    if os.path.getsize(tar_path) == 0:
+        raise TarError(f"{tar_path}: an empty file: not even the end marker of a tar is there")
+    rows, marks, members = [], [], MemberCounts()
     with open(tar_path, "rb", buffering=1 << 20) as file:
-        for record in iter_records(file, name=str(tar_path)):
+        for record in iter_records(file, name=str(tar_path), members=members):
             rows.append(index_record(record, max_pixels=max_pixels))
             marks.append(downscale_mark(record.image))
-    if not rows:
-        raise TarError(_no_images(tar_path))
-    return ShardIndex.from_rows(rows, tar_path=tar_path, marks=marks)
+    return ShardIndex.from_rows(rows, tar_path=tar_path, marks=marks, members=members)
 
 
 def _inspect(image: bytes, max_pixels: int) -> JpegInfo | None:
@@ -214,15 +223,6 @@ def _inspect(image: bytes, max_pixels: int) -> JpegInfo | None:
         return inspect_jpeg(image, max_pixels=max_pixels)
     except BadImageError:
         return None
-
-
-def _no_images(tar_path: str | Path) -> str:
-    with open(tar_path, "rb") as file:
-        names = [member.name for member in iter_tar(file, name=str(tar_path))]
-    matches = (KEY_AND_EXTENSION.match(name) for name in names)
-    common = Counter(match[2] if match else "(none)" for match in matches).most_common(5)
-    found = ", ".join(f"{count} x {extension}" for extension, count in common) or "no files at all"
-    return f"{tar_path}: no member ends in .jpg or .jpeg right after its key; extensions found: {found}"
 
 
 def save_index(index: ShardIndex, path: str | Path) -> None:
@@ -238,6 +238,7 @@ def save_index(index: ShardIndex, path: str | Path) -> None:
         version = DOWNSCALED_FORMAT_VERSION
         columns["presized_settings"] = np.asarray(list(index.downscaled), np.str_)
         columns["presized_counts"] = np.asarray(list(index.downscaled.values()), np.int64)
+    columns |= {name: np.asarray(values) for name, values in to_arrays(index.members).items()}
     # A quarter of numpy's UCS-4.
     columns["keys"] = np.char.encode(index.keys, "utf-8", "surrogateescape")
     try:
@@ -292,9 +293,24 @@ def read_keys(index_file: str | Path) -> npt.NDArray[np.str_]:
 def _from_columns(columns: Columns) -> ShardIndex:
     keys = _decode_keys(columns.pop("keys"))
     size, digest = int(columns.pop("tar_size").item()), str(columns.pop("tar_digest"))
-    downscaled = downscaled_counts(columns)
+    downscaled, members = downscaled_counts(columns), member_counts(columns)
     arrays = {name: columns[name] for name in COLUMNS if name != "keys"}
-    return ShardIndex(keys=keys, **arrays, tar_size=size, tar_digest=digest, downscaled=downscaled)
+    return ShardIndex(
+        keys=keys,
+        **arrays,
+        tar_size=size,
+        tar_digest=digest,
+        downscaled=downscaled,
+        members=members,
+    )
+
+
+def member_counts(columns: Columns) -> MemberCounts:
+    """What became of the tar's entries, from the arrays of an index file."""
+    names = ("member_fates", "member_counts", "member_examples")
+    if any(name not in columns for name in names):
+        return MemberCounts()
+    return from_arrays(*(columns[name].tolist() for name in names))
 
 
 def downscaled_counts(columns: Columns) -> dict[str, int]:

@@ -28,6 +28,7 @@ import PIL
 from cmae.pipeline.formats.atomic import atomic_write
 from cmae.pipeline.formats.dataset_folder import CLASSES_FILE, SKIPPED_FILE
 from cmae.pipeline.formats.jpeg import BadImageError, JpegInfo, inspect_decodable
+from cmae.pipeline.formats.member_counts import IMAGE, LABEL, MemberCounts
 from cmae.pipeline.formats.parallel import no_progress, run_threads
 from cmae.pipeline.formats.presized import downscale_mark, sum_counts
 from cmae.pipeline.formats.shard_index import (
@@ -167,6 +168,7 @@ class _ShardWriter:
     def write(self, shard: _Shard) -> None:
         rows: list[IndexRow] = []
         marks: list[str] = []
+        members = MemberCounts()
         skipped: list[dict[str, Any]] = []
         with atomic_write(shard.path) as file:
             tar = ShardTar(file)
@@ -175,7 +177,7 @@ class _ShardWriter:
                     raise InterruptedError(f"{shard.path.name} was stopped")
                 try:
                     data, info = self._prepare(_read_source(image))
-                    rows.append(_add_to_tar(tar, image, data, info))
+                    rows.append(_add_to_tar(tar, image, data, info, members))
                     marks.append(downscale_mark(data))
                 except BadImageError as error:
                     if self._strict:
@@ -187,7 +189,7 @@ class _ShardWriter:
             tar.end()
             # Before the shard takes its name: whatever stops us, no finished shard lacks its lines.
             self._append_skipped(skipped)
-        index = ShardIndex.from_rows(rows, tar_path=shard.path, marks=marks)
+        index = ShardIndex.from_rows(rows, tar_path=shard.path, marks=marks, members=members)
         save_index(index, index_path(shard.path))
 
     def _prepare(self, data: bytes) -> tuple[bytes, JpegInfo]:
@@ -218,10 +220,14 @@ def _read_source(image: SourceImage) -> bytes:
     return data
 
 
-def _add_to_tar(tar: ShardTar, image: SourceImage, data: bytes, info: JpegInfo) -> IndexRow:
+def _add_to_tar(
+    tar: ShardTar, image: SourceImage, data: bytes, info: JpegInfo, members: MemberCounts
+) -> IndexRow:
     if image.label != NO_LABEL:
         tar.add(f"{image.key}.cls", str(image.label).encode())
+        members.add(LABEL, f"{image.key}.cls")
     offset = tar.add(f"{image.key}.jpg", data)
+    members.add(IMAGE, f"{image.key}.jpg")
     return index_row(TarRecord(image.key, offset, data, image.label), info)
 
 

@@ -138,7 +138,7 @@ def test_a_label_that_was_lost_comes_back_from_the_index(tmp_path):
     path = indexed(shard(tmp_path / "in" / "a.tar"))
     before = contents(path)
     with tarfile.open(path) as tar:
-        label_header = tar.getmember("0007.cls").byte_offset
+        label_header = tar.getmember("0007.cls").offset
     whole = bytearray(path.read_bytes())
     whole[label_header : label_header + 512] = b"x" * 512
     path.write_bytes(whole)
@@ -254,7 +254,7 @@ def test_whatever_happens_to_a_tar_members_outside_the_harm_survive(tmp_path_fac
     path = shard(tmp_path_factory.mktemp("tar") / "a.tar")
     whole = path.read_bytes()
     members = list(iter_tar(io.BytesIO(whole), name="x"))
-    start = data.draw(st.integers(0, members[-1].offset + len(members[-1].data) - 1))
+    start = data.draw(st.integers(0, members[-1].byte_offset + len(members[-1].data) - 1))
     length = data.draw(st.integers(1, 5000))
     harm = data.draw(st.sampled_from(["overwrite", "zero", "remove", "cut"]))
     filler = {
@@ -269,7 +269,10 @@ def test_whatever_happens_to_a_tar_members_outside_the_harm_survive(tmp_path_fac
     end = len(whole) if harm == "cut" else start + length
     for member in members:
         # With its padding: where the next header shows that bytes are gone, they may be the member's own.
-        header, last = member.offset - 512, member.offset + -(-len(member.data) // 512) * 512
+        header, last = (
+            member.byte_offset - 512,
+            member.byte_offset + -(-len(member.data) // 512) * 512,
+        )
         if last <= start or header >= end:
             assert found.get(member.name) == member.data, member.name
 
