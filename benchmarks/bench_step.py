@@ -65,19 +65,14 @@ LEVERS: dict[str, dict[str, dict[str, Any]]] = {
         "speed": {"compile": "blocks", "target_copy": True},
         "optim": {"residual": "16bit"},
     },
-    "best + cuda_graphs": {
-        "speed": {"compile": "blocks", "target_copy": True, "cuda_graphs": True},
+    "best, model_graphs": {
+        "speed": {"compile": "model_graphs", "target_copy": True},
         "optim": {"residual": "16bit"},
     },
-    "best + target_fp8": {
-        "speed": {"compile": "blocks", "target_copy": True},
-        "optim": {"residual": "16bit", "target_fp8": True},
-    },
-    "cuda_graphs": {"speed": {"cuda_graphs": True}},
     "sdpa: auto": {"speed": {"sdpa": "auto"}},
-    "target_fp8": {"optim": {"target_fp8": True}},
     "sdpa: math": {"speed": {"sdpa": "math"}},
     "compile: model": {"speed": {"compile": "model"}},
+    "compile: model_graphs": {"speed": {"compile": "model_graphs"}},
 }
 CPU_LEVERS = ["base", "sdpa: flash", "sdpa: math"]
 

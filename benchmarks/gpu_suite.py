@@ -26,8 +26,8 @@ NO_DALI: dict[str, list[str]] = {
     "doctor": [PYTHON, "-m", "cmae.train", "doctor"],
     "first-minute": [*TESTS, *GPU_ONLY, "tests/test_train_step.py", "tests/test_train_speed.py"],
     "levers": [
-        *(*LEVERS, "base", "residual: 16bit", "target_shadow", "sdpa: flash", "sdpa: cudnn"),
-        *("compile: blocks", "best", "best + cuda_graphs", "best + target_fp8"),
+        *(*LEVERS, "base", "residual: 16bit", "target_copy", "sdpa: flash", "sdpa: cudnn"),
+        *("compile: blocks", "best", "best, model_graphs"),
         *("--batch-sizes", "128", "--budget-s", "140"),
     ],
     "attention": [PYTHON, "benchmarks/bench_attention.py", "--rounds", "20"],

@@ -1,12 +1,11 @@
 from .analysis.flops import count_multiply_adds, count_parameters
-from .cmae import CMAE, build_model
-from .config import ModelConfig
+from .cmae import CMAE, build_model, create_model
+from .config import PRESETS, ModelConfig
 from .export.checkpoints import from_authors, from_mae, to_timm
+from .export.stored import load_model
 from .heads import set_all_reduce
 from .losses import Losses
 from .masking import draw_mask
-from .presets import PRESETS, create_model
-from .stored import load_model
 
 __all__ = [
     "CMAE",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import difflib
 from collections.abc import Callable
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 from cmae.kernels.images import Images
 from cmae.kernels.masked_mse import masked_mse
-from cmae.model.config import ModelConfig
+from cmae.model.config import PRESETS, ModelConfig
 from cmae.model.decoder import Decoder
 from cmae.model.encoder import VisionTransformer
 from cmae.model.heads import Head
@@ -42,6 +44,26 @@ def build_model(config: ModelConfig, *, seed: int | None = None) -> CMAE:
         init_weights(model, torch.Generator().manual_seed(seed))
     model.reset_target()
     return model
+
+
+def create_model(name: str, *, seed: int | None = None, **overrides: Any) -> CMAE:
+    """A freshly initialised model on the CPU, in training mode, target equal to online.
+
+    Args:
+        name: Key of `PRESETS`, such as 'cmae_vit_b'.
+        seed: Seed of the weights; None draws from torch's global random state.
+        **overrides: Fields of `ModelConfig`, such as mask_ratio=0.75.
+
+    Raises:
+        ValueError: No preset has this name, or a field is out of range.
+    """
+    if name not in PRESETS:
+        nearest = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0)[0]
+        raise ValueError(
+            f"there is no model {name!r}; did you mean {nearest!r}? The models are "
+            f"{', '.join(PRESETS)}; build_model(ModelConfig(...)) makes any other."
+        )
+    return build_model(replace(PRESETS[name], **overrides), seed=seed)
 
 
 class CMAE(nn.Module):
@@ -217,7 +239,13 @@ class CMAE(nn.Module):
     def features(
         self, images: Images, pool: Literal["mean", "cls"] = "mean"
     ) -> Float[Tensor, "B D"]:
-        """Features of whole images after the final norm: mean of patch tokens, or the cls token.
+        """Features of whole images after the final norm, in the model's dtype; nothing is masked.
+
+        Args:
+            images: uint8 (B, img_size, img_size, 3) in RGB order, or floats (B, 3, img_size, img_size), each
+                channel normalised with `STANDARD_MEAN` and `STANDARD_STD` (of values 0..255). A model that
+                was trained with other constants converts both itself.
+            pool: Mean of the patch tokens, or the cls token.
 
         Raises:
             ValueError: `pool` is unknown, or 'cls' with an encoder that has no such token.

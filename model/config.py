@@ -2,7 +2,7 @@
 
 # Real annotations, no `from __future__ import annotations`: jsonargparse reads them.
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 STANDARD_MEAN = (123.675, 116.28, 103.53)
@@ -230,3 +230,17 @@ def _check_ranges(config: ModelConfig) -> None:
     for key in ("pixel_mean", "pixel_std"):
         _require(len(getattr(config, key)) == 3, config, key, "three numbers (R, G, B)")
     _require(min(config.pixel_std) > 0, config, "pixel_std", "three numbers > 0")
+
+
+_MAE = ModelConfig(mask_ratio=0.75, mask_unit=1, contrastive_loss="none", pos_embed_order="column")
+
+PRESETS: dict[str, ModelConfig] = {
+    "cmae_vit_s": ModelConfig(embed_dim=384, num_heads=6),
+    "cmae_vit_b": ModelConfig(),
+    "cmae_vit_b_paper": ModelConfig(mask_ratio=0.75, mask_unit=1, two_tau_factor=False),
+    "cmae_vit_l": ModelConfig(embed_dim=1024, depth=24, num_heads=16),
+    "cmae_vit_h": ModelConfig(embed_dim=1280, depth=32, num_heads=16, patch_size=14),
+    "mae_vit_b": _MAE,
+    "mae_vit_l": replace(_MAE, embed_dim=1024, depth=24, num_heads=16),
+}
+"""Network, mask and losses of the recipes of the same names."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmae.model.stored import FORMAT, CheckpointError, current_fields, list_checkpoints
+from cmae.model.export.stored import FORMAT, CheckpointError, current_fields, list_checkpoints
 
 _DROPPED_OPTIM = {"target_fp8": False, "warmup_start": 1e-4, "min_lr": 0.0}
 """Settings that older checkpoints hold, with the values that hold for every run now."""

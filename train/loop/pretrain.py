@@ -14,7 +14,7 @@ import torch
 
 from cmae.kernels import use_backend
 from cmae.model import build_model, draw_mask
-from cmae.model.stored import CheckpointError, load_checkpoint
+from cmae.model.export.stored import CheckpointError, load_checkpoint
 from cmae.pipeline import FillProgress, Loader, LoaderState, RemoteConfig, build_loader
 from cmae.pipeline.bad_samples import BadLimit
 from cmae.pipeline.loader.loader import Wrap

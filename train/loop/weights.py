@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from cmae.model import CMAE, ModelConfig
-from cmae.model.stored import FORMAT, CheckpointError, load_checkpoint, model_config
+from cmae.model.export.stored import FORMAT, CheckpointError, load_checkpoint, model_config
 from cmae.train.loop.checkpoint import write_atomically
 
 

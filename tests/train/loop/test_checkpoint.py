@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cmae.model.stored import CheckpointError, list_checkpoints, load_checkpoint
+from cmae.model.export.stored import CheckpointError, list_checkpoints, load_checkpoint
 from cmae.train.loop.checkpoint import (
     Checkpointer,
     changed_settings,

@@ -16,7 +16,7 @@ import torch
 from support.tiny_runs import MODEL, arguments, run
 
 from cmae.model import ModelConfig, build_model, load_model
-from cmae.model.stored import list_checkpoints, load_checkpoint
+from cmae.model.export.stored import list_checkpoints, load_checkpoint
 from cmae.pipeline.shards.image_folder import scan_image_folder
 from cmae.pipeline.shards.write import write_shards
 from cmae.train.commands.main import main

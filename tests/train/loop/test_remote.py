@@ -11,7 +11,7 @@ from rich.console import Console
 from support.remote_servers import serve
 from support.tiny_runs import arguments
 
-from cmae.model.stored import list_checkpoints, load_checkpoint
+from cmae.model.export.stored import list_checkpoints, load_checkpoint
 from cmae.pipeline import FillProgress
 from cmae.train.commands.main import main
 from cmae.train.config import Config

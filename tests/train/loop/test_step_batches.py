@@ -17,7 +17,7 @@ from support.fault_data import bit_flip, noise
 from support.pipeline_data import write_tar
 from support.tiny_runs import arguments, run
 
-from cmae.model.stored import list_checkpoints, load_checkpoint
+from cmae.model.export.stored import list_checkpoints, load_checkpoint
 from cmae.pipeline.bad_samples import BadLimit, read_ledger
 from cmae.pipeline.formats.dataset_index import build_indices
 from cmae.train.distributed import World

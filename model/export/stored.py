@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ def load_model(path: str | Path) -> CMAE:
     """A trained model on the CPU, in evaluation mode; `model.features(images)` gives its features.
 
     An exported file holds one encoder and no more: the model that comes from it has no decoders and no
-    target, and its `encoder` is whichever branch was exported.
+    target, its `encoder` is whichever branch was exported, and it has the number of heads of the published
+    models, since files with timm's names do not say it.
 
     Args:
         path: Run folder (its newest checkpoint is taken), checkpoint, or file that `cmae export` wrote.
@@ -154,8 +155,8 @@ def _load_encoder(path: Path, state: dict[str, Any]) -> CMAE:
     """A model of an exported encoder alone; a target's may lack the final norm."""
     try:
         sizes = encoder_fields(state, "", "blocks", "patch_embed.proj", "mlp.fc1")
-        config = replace(ModelConfig(**sizes, mask_unit=1), contrastive_loss="none")
-        model = build_model(replace(config, reconstruction_weight=0.0))
+        model = build_model(ModelConfig(**sizes, mask_unit=1, contrastive_loss="none"))
+        model.pixel_decoder = None
         if "norm.weight" not in state:
             model.encoder.norm = nn.Identity()
         model.encoder.load_state_dict(state)
