@@ -20,10 +20,10 @@ class Losses(NamedTuple):
     """What to differentiate: reconstruction_weight * reconstruction + contrastive."""
     reconstruction: Float[Tensor, ""]
     """Mean squared pixel error on masked patches, unweighted."""
-    info_nce: Float[Tensor, ""]
+    contrastive_raw: Float[Tensor, ""]
     """Contrastive loss before any factor: cross-entropy, nats (2 - 2 cos for 'byol')."""
     contrastive: Float[Tensor, ""]
-    """`info_nce` times contrastive_weight (and 2 * temperature): its share of `total`."""
+    """`contrastive_raw` times contrastive_weight (and 2 * temperature): its share of `total`."""
     positive_similarity: Float[Tensor, ""]
     """Mean cosine between a query and its own key; detached."""
     negative_similarity: Float[Tensor, ""]

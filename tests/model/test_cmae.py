@@ -80,11 +80,11 @@ def test_total_is_the_weighted_sum_of_its_parts(name):
     losses = model(*batch(config))
     is_info_nce = config.contrastive_loss == "info_nce"
     factor = 2 * config.temperature if config.two_tau_factor and is_info_nce else 1.0
-    scaled = config.contrastive_weight * factor * losses.info_nce
+    scaled = config.contrastive_weight * factor * losses.contrastive_raw
     torch.testing.assert_close(losses.contrastive, scaled)
     expected = config.reconstruction_weight * losses.reconstruction + scaled
     torch.testing.assert_close(losses.total, expected)
-    assert config.has_contrast == bool(losses.info_nce != 0)
+    assert config.has_contrast == bool(losses.contrastive_raw != 0)
     assert config.has_reconstruction == bool(losses.reconstruction != 0)
 
 
@@ -98,7 +98,7 @@ def test_losses_at_the_start_are_those_of_section_5():
     for seed in range(3):
         with torch.no_grad():
             losses = build_model(config, seed=seed)(*batch(config, 64))
-        excess.append(float(losses.info_nce) - math.log(64))
+        excess.append(float(losses.contrastive_raw) - math.log(64))
         pixel.append(float(losses.reconstruction))
         assert 0.57 < float(losses.contrastive) < 0.71
         assert 0.04 < float(losses.feature_std) < 1 / math.sqrt(256)
@@ -164,9 +164,9 @@ def test_given_keys_replace_the_target_and_the_offset_finds_the_positives():
     bank = torch.cat([others, own])
     joined = model(online, None, ids_keep, keys=bank, label_offset=4)
     assert torch.equal(joined.positive_similarity, alone.positive_similarity)
-    assert joined.info_nce > alone.info_nce
+    assert joined.contrastive_raw > alone.contrastive_raw
     rolled = model(online, None, ids_keep, keys=bank.roll(-4, 0))
-    torch.testing.assert_close(rolled.info_nce, joined.info_nce)
+    torch.testing.assert_close(rolled.contrastive_raw, joined.contrastive_raw)
 
 
 def test_similarities_and_spread_are_those_of_the_cosine_matrix():
@@ -183,7 +183,7 @@ def test_similarities_and_spread_are_those_of_the_cosine_matrix():
     torch.testing.assert_close(losses.negative_similarity, off, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(losses.feature_std, query.std(dim=0, correction=0).mean())
     expected = torch.nn.functional.cross_entropy(cosine / 0.07, torch.arange(6))
-    torch.testing.assert_close(losses.info_nce, expected)
+    torch.testing.assert_close(losses.contrastive_raw, expected)
 
 
 def test_byol_loss_is_two_minus_two_cosines():
@@ -255,7 +255,7 @@ def test_bf16_autocast_gives_nearly_the_same_loss_and_fp32_losses(name):
     rounded.total.backward()
     assert all(value.dtype == torch.float32 for value in rounded)
     torch.testing.assert_close(rounded.reconstruction, exact.reconstruction, rtol=1e-2, atol=0)
-    torch.testing.assert_close(rounded.info_nce, exact.info_nce, rtol=5e-2, atol=0)
+    torch.testing.assert_close(rounded.contrastive_raw, exact.contrastive_raw, rtol=5e-2, atol=0)
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 

@@ -316,7 +316,7 @@ def test_imported_authors_model_has_the_originals_losses_and_gradients(
     total = pixel + 2 * 0.07 * contrast
     total.backward()
     assert relative_error(losses.reconstruction, pixel) <= tolerance
-    assert relative_error(losses.info_nce, contrast) <= tolerance
+    assert relative_error(losses.contrastive_raw, contrast) <= tolerance
     assert relative_error(losses.contrastive, 0.14 * contrast) <= tolerance
     assert relative_error(losses.total, total) <= tolerance
     check_gradients(model, oracle, tolerance, bgr=channel_order == "bgr")

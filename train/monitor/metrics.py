@@ -93,16 +93,24 @@ class MetricLog:
             self._wandb.finish()
 
 
+_RENAMED = {"info_nce": "contrastive_raw"}
+"""Names of metrics in files of older runs, and their present names."""
+
+
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Records of a metrics file, oldest first; a last line cut off by a kill is left out."""
+    """Records of a metrics file, oldest first; a last line cut off by a kill is left out.
+
+    Metrics that older runs wrote under another name have their present one.
+    """
     if not path.is_file():
         return []
     records = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
             break
+        records.append({_RENAMED.get(name, name): value for name, value in record.items()})
     return records
 
 

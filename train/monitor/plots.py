@@ -23,7 +23,7 @@ class _Panel:
 _PANELS = (
     _Panel("total loss", {"total": "total"}),
     _Panel("pixel loss (masked patches)", {"reconstruction": "reconstruction"}),
-    _Panel("InfoNCE", {"info_nce": "InfoNCE"}),
+    _Panel("contrastive loss, unscaled", {"contrastive_raw": "contrastive"}),
     _Panel(
         "cosine in the projection space",
         {"positive_similarity": "same image", "negative_similarity": "other images"},

@@ -101,7 +101,7 @@ def test_mae_trains_on_one_view(small_shards: str, tmp_path: Path) -> None:
     )
     assert outcome.step == 2
     records = read_metrics(tmp_path / "metrics.jsonl")
-    assert records[-1]["info_nce"] == 0
+    assert records[-1]["contrastive_raw"] == 0
     assert records[-1]["total"] == pytest.approx(records[-1]["reconstruction"])
 
 

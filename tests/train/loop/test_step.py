@@ -72,7 +72,7 @@ def test_two_ranks_equal_one_process_on_the_joined_batch(
     expected_losses, expected = backward(config, ALONE, [make_batch(config, 0, 8, torch.float64)])
     results = run_ranks(tmp_path, norm=norm, micro=micro)
     mean = torch.stack([losses for losses, _ in results]).mean(0)
-    for name in ("total", "reconstruction", "info_nce", "contrastive"):
+    for name in ("total", "reconstruction", "contrastive_raw", "contrastive"):
         place = Losses._fields.index(name)
         torch.testing.assert_close(mean[place], expected_losses[place], rtol=1e-5, atol=1e-6)
     for _, gradients in results:
@@ -81,7 +81,10 @@ def test_two_ranks_equal_one_process_on_the_joined_batch(
 
 def test_ranks_have_different_positives(tmp_path: Path) -> None:
     (first, _), (second, _) = run_ranks(tmp_path, norm="batch", micro=1)
-    assert first[Losses._fields.index("info_nce")] != second[Losses._fields.index("info_nce")]
+    assert (
+        first[Losses._fields.index("contrastive_raw")]
+        != second[Losses._fields.index("contrastive_raw")]
+    )
 
 
 @pytest.mark.parametrize("parts", [2, 4])
@@ -92,7 +95,7 @@ def test_micro_batches_see_the_bank_of_the_whole_batch(parts: int) -> None:
     size = 8 // parts
     cut = [make_batch(config, first, size, torch.float64) for first in range(0, 8, size)]
     losses, gradients = backward(config, ALONE, cut)
-    places = [Losses._fields.index(name) for name in ("total", "reconstruction", "info_nce")]
+    places = [Losses._fields.index(name) for name in ("total", "reconstruction", "contrastive_raw")]
     torch.testing.assert_close(losses[places], whole_losses[places], rtol=1e-5, atol=1e-6)
     assert_same_gradients(gradients, whole)
 

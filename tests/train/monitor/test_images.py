@@ -160,8 +160,8 @@ def records(**constant: float) -> str:
 def test_loss_plot_leaves_out_what_the_model_does_not_have(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
     heights = []
-    for info_nce in (0.0, 3.0):
-        metrics.write_text(records(info_nce=info_nce, images_per_s=100.0, data_wait_pct=5.0))
+    for contrast in (0.0, 3.0):
+        metrics.write_text(records(contrastive_raw=contrast, images_per_s=100.0, data_wait_pct=5.0))
         loss_plot(metrics, tmp_path / "loss.png")
         heights.append(np.asarray(Image.open(tmp_path / "loss.png").convert("L")))
     assert heights[0].shape == heights[1].shape

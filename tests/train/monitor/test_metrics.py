@@ -36,6 +36,12 @@ def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path: Path) -> None:
     assert read_metrics(path) == [{"step": 1, "total": 1.0}]
 
 
+def test_a_metric_of_an_older_run_is_read_under_its_present_name(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "info_nce": 6.5}\n')
+    assert read_metrics(path) == [{"step": 1, "contrastive_raw": 6.5}]
+
+
 def test_a_window_holds_the_mean_since_the_last_record() -> None:
     window = MetricWindow(ALONE.device)
     window.add(torch.full((len(Losses._fields),), 9.0))
