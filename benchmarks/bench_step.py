@@ -39,7 +39,7 @@ from cmae.pipeline import Batch, ViewConfig, synthetic_batches
 from cmae.train.commands.bench import GPUS, is_named, measure_matmul_tflops
 from cmae.train.config import OptimConfig, SpeedConfig
 from cmae.train.distributed import World
-from cmae.train.loop.step import TrainStep
+from cmae.train.loop.step import WHOLE_BRANCHES, TrainStep
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -135,7 +135,7 @@ class Contender:
         )
         model = build_model(config, seed=0).to(DEVICE)
         self.step = TrainStep(
-            model, optim, SpeedConfig(**case.speed), World(0, 1, DEVICE), say=print
+            model, optim, SpeedConfig(**case.speed), World(0, 1, DEVICE), log=print
         )
         self.batch: Batch = next(
             synthetic_batches(
@@ -209,17 +209,15 @@ class Spans:
 
     @contextmanager
     def watching(self, step: TrainStep) -> Iterator[None]:
-        """Wrap the methods that make up a step; parts inside compiled or recorded code have no span."""
+        """Wrap the methods that make up a step; parts inside a branch that is compiled whole have no span."""
         places: list[tuple[Any, str, str]] = [
             (step, "start_keys", "target"),
             (step, "update", "optimiser"),
             (step, "move_target", "EMA"),
+            (step, "online_losses", "online"),
+            (step, "differentiate", "backward"),
         ]
-        if step.graphs is None:
-            places += [(step, "online_losses", "online"), (step, "differentiate", "backward")]
-        else:
-            places += [(step.graphs, "losses", "online")]
-        if step.graphs is None and step.speed.compile != "model":
+        if step.speed.compile not in WHOLE_BRANCHES:
             places += [(step.model.encoder, "forward", "encoder")]
             for name in ("pixel_decoder", "feature_decoder"):
                 decoder = getattr(step.model, name)
@@ -246,8 +244,6 @@ class Spans:
         inner = ("encoder", "pixel decoder", "feature decoder", "backward")
         known = sum(spans.get(name, 0.0) for name in inner)
         spans["heads and losses" if "encoder" in spans else "online forward"] = online - known
-        if "backward" not in spans:
-            spans["forward and backward"] = spans.pop("online forward")
         spans["other"] = 2 * spans["step"] - sum(spans.values())
         return spans
 

@@ -7,15 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cmae.model import ModelConfig, build_model, count_multiply_adds
-from cmae.model.analysis.roofline import (
-    Operation,
-    Precision,
-    count_memory,
-    ema_bytes,
-    operations,
-    optimizer_bytes,
-)
+from cmae.model import ModelConfig, build_model
+from cmae.model.analysis.operations import Operation, Precision, operations
+from cmae.model.analysis.roofline import count_memory, ema_bytes, optimizer_bytes
 
 VIT_B = ModelConfig()
 SMALL = ModelConfig(
@@ -34,35 +28,6 @@ SMALL = ModelConfig(
 
 def listed(config: ModelConfig, precision: Precision | None = None) -> list[Operation]:
     return list(operations(config, precision or Precision(), num_keys=1))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {},
-        {"contrastive_loss": "none", "mask_ratio": 0.75, "mask_unit": 1},
-        {"feature_decoder": "shared"},
-        {"feature_decoder": "none", "predictor": False},
-        {"target_input": "visible"},
-        {"target_final_norm": True},
-        {"reconstruction_weight": 0.0},
-        {"encoder": "hybrid", "depth": 11, "target_final_norm": True},
-    ],
-)
-def test_operations_add_up_to_the_multiply_adds(change: dict[str, object]) -> None:
-    config = replace(VIT_B, **change)
-    counts = count_multiply_adds(config, exact_cuts=True)
-    flops = dict.fromkeys(("target", "encoder", "pixel decoder", "feature decoder", "heads"), 0.0)
-    for operation in listed(config):
-        if operation.part != "losses":
-            flops[operation.part] += operation.flops
-    assert flops == {
-        "target": 2 * (counts["target_encoder"] + counts["target_projector"]),
-        "encoder": 2 * counts["encoder"],
-        "pixel decoder": 2 * counts["pixel_decoder"],
-        "feature decoder": 2 * counts["feature_decoder"],
-        "heads": 2 * counts["heads"],
-    }
 
 
 def test_one_block_by_hand() -> None:
@@ -87,7 +52,7 @@ def test_one_block_by_hand() -> None:
     assert saved == 36 * rows + 69 * 12 * 4
 
 
-def test_a_16_bit_stream_and_a_shadow_move_less() -> None:
+def test_a_16_bit_stream_and_a_copy_of_the_target_move_less() -> None:
     wide, narrow = listed(VIT_B), listed(VIT_B, Precision(residual_bytes=2))
     assert sum(op.bytes for op in narrow) < 0.8 * sum(op.bytes for op in wide)
     target_copy = listed(VIT_B, Precision(target_copy=True))
