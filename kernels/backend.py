@@ -85,10 +85,10 @@ def use_triton(op: str, backend: Backend, device: torch.device, *, unsupported: 
     'auto' takes the kernel for CUDA tensors it supports, and logs what it took, once.
 
     Args:
-        op: name for messages.
-        backend: as the caller gave it; 'auto' becomes the default of `use_backend`.
-        device: of the tensors.
-        unsupported: why the kernel cannot take these arguments; None if it can.
+        op: Name for messages.
+        backend: Choice of the caller; 'auto' becomes the default of `use_backend`.
+        device: Device of the tensors.
+        unsupported: Reason why the kernel cannot take these arguments; None if it can.
 
     Raises:
         ValueError: `backend` is unknown, or 'triton' where the kernel cannot run.

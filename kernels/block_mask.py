@@ -48,7 +48,7 @@ def block_mask(
         device of `sample_id`.
 
     Raises:
-        ValueError: an argument is out of range or has the wrong shape or dtype.
+        ValueError: An argument is out of range or has the wrong shape or dtype.
     """
     _check(sample_id, grid, mask_unit, num_keep_units, seed, epoch)
     unsupported = None

@@ -55,17 +55,17 @@ def color_jitter(
     on the device will do: rows may have any stride. The host never reads `params`.
 
     Args:
-        images: contiguous, values 0..255.
-        params: on the device of `images`.
-        mode: 'exact' is torchvision's jitter; 'fast' is one 3x3 matrix and an offset (contrast about mid
-            grey, hue as a rotation in YIQ), whatever the order.
-        backend: which implementation; see `cmae.kernels.backend`.
+        images: Contiguous images, values 0..255.
+        params: Parameters of each row, on the device of `images`.
+        mode: Kind of jitter: 'exact' is torchvision's; 'fast' is one 3x3 matrix and an offset (contrast
+            about mid grey, hue as a rotation in YIQ), whatever the order.
+        backend: Implementation; see `cmae.kernels.backend`.
 
     Returns:
         New images. The blur ends at three sigma, or 11 px, with reflected borders, and rounds to nearest.
 
     Raises:
-        ValueError: shape, dtype or device of an argument is wrong, or the mode is unknown.
+        ValueError: Shape, dtype or device of an argument is wrong, or the mode is unknown.
     """
     _check(images, params, mode)
     unsupported = None

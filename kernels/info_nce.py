@@ -28,17 +28,17 @@ def info_nce(
     """Mean cross-entropy of softmax(cos(query, keys) / temperature) (CMAE, equation of L_c).
 
     Args:
-        query: any length; normalised to length 1 here.
-        keys: as `query`; the bank of all ranks. Gets a gradient only if it requires one.
-        temperature: divides the cosines; > 0.
-        label_offset: the positive of row i is key i + label_offset (rank * batch size).
-        backend: which implementation; see `cmae.kernels.backend`.
+        query: Queries of any length; normalised to length 1 here.
+        keys: Bank of all ranks' keys, normalised alike. Gets a gradient only if it requires one.
+        temperature: Divisor of the cosines, > 0.
+        label_offset: Key that is the positive of row 0: rank * batch size. That of row i is i rows further.
+        backend: Implementation; see `cmae.kernels.backend`.
 
     Returns:
         float32 scalar, computed in float32 even under autocast (float64 stays float64).
 
     Raises:
-        ValueError: shapes do not fit, or `temperature` or `label_offset` is out of range.
+        ValueError: Shapes do not fit, or `temperature` or `label_offset` is out of range.
     """
     if query.ndim != 2 or not query.is_floating_point():
         raise ValueError(

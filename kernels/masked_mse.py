@@ -41,22 +41,22 @@ def masked_mse(
     """Mean over masked patches and their P*P*3 values of (pred - target)^2 (MAE, section 3).
 
     Args:
-        pred: predictions for the masked patches only, in the order of `ids_mask`.
+        pred: Predictions for the masked patches only, in the order of `ids_mask`.
         images: uint8 NHWC, or NCHW floats that are normalised already.
-        ids_mask: numbers of the masked patches.
-        patch_size: P, pixels.
-        mean: per channel, in units of 0..255; used for uint8 images only.
-        std: as `mean`.
-        norm_pix: the target of a patch is (x - mean) / sqrt(var + eps) with the patch's own mean
+        ids_mask: Numbers of the masked patches.
+        patch_size: Side P of a patch, px.
+        mean: Mean per channel, in units of 0..255; used for uint8 images only.
+        std: Standard deviation per channel, like `mean`.
+        norm_pix: Whether the target of a patch is (x - mean) / sqrt(var + eps) with the patch's own mean
             and unbiased variance over all P*P*3 values; else the normalised pixels.
-        eps: added to the variance, in normalised units.
-        backend: which implementation; see `cmae.kernels.backend`.
+        eps: Number added to the variance, in normalised units.
+        backend: Implementation; see `cmae.kernels.backend`.
 
     Returns:
         float32 scalar, computed in float32 whatever the dtype of `pred` (float64 stays float64).
 
     Raises:
-        ValueError: shape or dtype of an argument is wrong.
+        ValueError: Shape or dtype of an argument is wrong.
     """
     check_patches(images, ids_mask, patch_size, ids_name="ids_mask")
     expected = (*ids_mask.shape, patch_size * patch_size * 3)

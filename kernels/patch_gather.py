@@ -40,18 +40,18 @@ def patch_gather(
 
     Args:
         images: uint8 NHWC with values 0..255, or NCHW floats that are normalised already.
-        ids: patch numbers, row by row from the top left; each in 0..H/P*W/P-1 (not checked on a
+        ids: Patch numbers, row by row from the top left; each in 0..H/P*W/P-1 (not checked on a
             GPU, where looking would stop the host; the kernel answers NaN to other numbers).
-        patch_size: P, pixels.
-        mean: per channel, in units of 0..255; used for uint8 images only.
-        std: as `mean`.
-        out_dtype: of the rows, rounded from float32 arithmetic. None: float32 for uint8 images, else
-            the dtype of `images`.
-        backend: which implementation; see `cmae.kernels.backend`. The kernel has no gradient for
+        patch_size: Side P of a patch, px.
+        mean: Mean per channel, in units of 0..255; used for uint8 images only.
+        std: Standard deviation per channel, like `mean`.
+        out_dtype: Number format of the rows, rounded from float32 arithmetic. None: float32 for uint8
+            images, else the dtype of `images`.
+        backend: Implementation; see `cmae.kernels.backend`. The kernel has no gradient for
             float images; the reference has.
 
     Raises:
-        ValueError: shape or dtype of an argument is wrong.
+        ValueError: Shape or dtype of an argument is wrong.
     """
     check_patches(images, ids, patch_size, ids_name="ids")
     if out_dtype is None:

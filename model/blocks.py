@@ -138,11 +138,11 @@ def build_blocks(
     """Pre-LN blocks with qkv bias, GELU, and neither dropout nor stochastic depth.
 
     Args:
-        dim: width.
-        depth: number of blocks.
-        num_heads: attention heads.
-        mlp_ratio: hidden width of the MLP over `dim`.
-        last: kind of the last block; the keys of its weights are those of any block.
+        dim: Width.
+        depth: Number of blocks.
+        num_heads: Attention heads.
+        mlp_ratio: Hidden width of the MLP over `dim`.
+        last: Kind of the last block; the keys of its weights are those of any block.
     """
     kinds = [Block] * (depth - 1) + [last]
     return nn.ModuleList(

@@ -116,18 +116,18 @@ class CMAE(nn.Module):
         """Losses of one (micro-)batch.
 
         Args:
-            online: view whose visible patches are encoded and whose masked ones are predicted;
+            online: View whose visible patches are encoded and whose masked ones are predicted;
                 uint8, or floats normalised with the standard mean and standard deviation.
-            target: second view of the same images; None if `keys` are given or contrast is off.
-            ids_keep: visible patches of `online`, distinct in each row.
-            ids_mask: the others; found from `ids_keep` when None.
-            keys: target projections of the global batch (`target_keys`, gathered over ranks), or a
+            target: Second view of the same images; None if `keys` are given or contrast is off.
+            ids_keep: Visible patches of `online`, distinct in each row.
+            ids_mask: Masked patches, all the others; found from `ids_keep` when None.
+            keys: Target projections of the global batch (`target_keys`, gathered over ranks), or a
                 function that returns them, called when the loss needs them; computed from `target`
                 when None.
-            label_offset: row of `keys` that belongs to the first image of this batch.
+            label_offset: Row of `keys` that belongs to the first image of this batch.
 
         Raises:
-            ValueError: a shape or dtype does not fit the config, or keys and target are missing.
+            ValueError: A shape or dtype does not fit the config, or keys and target are missing.
         """
         config = self.config
         check_images("online", online, config)
@@ -173,12 +173,12 @@ class CMAE(nn.Module):
         """Unit projections of the target branch, float32, without gradient.
 
         Args:
-            target: uint8, or floats normalised with the standard constants.
-            ids_keep: visible patches; needed, and used, only when target_input is 'visible'.
+            target: Second views; uint8, or floats normalised with the standard constants.
+            ids_keep: Visible patches; needed, and used, only when target_input is 'visible'.
             target_copy: 16-bit copy of the target to compute with instead of the target itself.
 
         Raises:
-            ValueError: the model has no target branch, or an argument is missing or does not fit.
+            ValueError: The model has no target branch, or an argument is missing or does not fit.
         """
         if self.target_encoder is None or self.target_projector is None:
             raise ValueError("contrastive_loss='none': this model has no target branch.")
@@ -223,7 +223,7 @@ class CMAE(nn.Module):
         scale; `cmae.model.export.images.to_pixels` takes them back to 0..255.
 
         Raises:
-            ValueError: the model has no pixel decoder, or shapes do not fit.
+            ValueError: The model has no pixel decoder, or shapes do not fit.
         """
         if self.pixel_decoder is None:
             raise ValueError("reconstruction_weight=0: this model has no pixel decoder.")

@@ -20,9 +20,9 @@ class Decoder(nn.Module):
     """Linear, mask token, fixed position embeddings, blocks, LayerNorm, linear head.
 
     Args:
-        config: sizes.
-        depth: number of blocks.
-        out_dim: width of the head.
+        config: Sizes.
+        depth: Number of blocks.
+        out_dim: Width of the head.
     """
 
     pos_embed: Tensor

@@ -46,8 +46,8 @@ class VisionTransformer(nn.Module):
     """ViT with a cls token and fixed position embeddings (method of MAE, section 3).
 
     Args:
-        config: sizes.
-        final_norm: end with a LayerNorm; CMAE's target encoder has none.
+        config: Sizes.
+        final_norm: Whether a LayerNorm ends it; CMAE's target encoder has none.
     """
 
     residual_dtype: torch.dtype | None = None

@@ -61,8 +61,8 @@ def set_all_reduce(model: nn.Module, all_reduce: AllReduce | None) -> None:
     """Give every `SyncedBatchNorm1d` of `model` the sum over ranks (None: local statistics).
 
     Args:
-        model: any module.
-        all_reduce: takes and returns a tensor, differentiable, SUM.
+        model: Module that holds them.
+        all_reduce: Differentiable function from a tensor to its sum over all ranks.
     """
     for module in model.modules():
         if isinstance(module, SyncedBatchNorm1d):

@@ -54,8 +54,8 @@ class HybridEncoder(nn.Module):
     """ConvMAE's encoder; the same calls as `VisionTransformer`, without a cls token.
 
     Args:
-        config: sizes; `depth` counts transformer blocks.
-        final_norm: end with a LayerNorm.
+        config: Sizes; `depth` counts transformer blocks.
+        final_norm: Whether a LayerNorm ends it.
     """
 
     residual_dtype: torch.dtype | None = None

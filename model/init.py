@@ -15,8 +15,8 @@ def init_weights(module: nn.Module, generator: torch.Generator | None) -> None:
     Convolution weights are taken flat, (out, in * kernel area), as the matrices they are.
 
     Args:
-        module: its parameters are overwritten, in the order of its submodules.
-        generator: CPU random state; None uses torch's global one.
+        module: Module whose parameters are overwritten, in the order of its submodules.
+        generator: CPU random state; None takes torch's global one.
     """
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Conv2d):

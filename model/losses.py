@@ -53,10 +53,10 @@ def contrastive_terms(
     """Loss of `query` against `keys`, whose row i + label_offset is the positive of row i.
 
     Args:
-        config: loss, temperature and weights.
-        query: predictions of the online branch, any length.
-        keys: projections of the target branch, unit length; get no gradient.
-        label_offset: first row of this rank's keys.
+        config: Loss, temperature and weights.
+        query: Predictions of the online branch, any length.
+        keys: Projections of the target branch, unit length; get no gradient.
+        label_offset: First row of this rank's keys.
 
     Raises:
         ValueError: `keys` has the wrong shape, or too few rows for `label_offset`.

@@ -15,11 +15,11 @@ def sincos_pos_embed(
     """Position embedding of every patch, after zeros for the prefix tokens.
 
     Args:
-        dim: channels, a multiple of 4: sine and cosine of each axis take a quarter.
-        grid: patches per column and per row.
-        order: the axis that the first half of the channels encodes; 'row' in CMAE's code,
+        dim: Channels, a multiple of 4: sine and cosine of each axis take a quarter.
+        grid: Patches per column and per row.
+        order: Axis that the first half of the channels encodes; 'row' in CMAE's code,
             'column' in MAE's.
-        num_prefix_tokens: rows of zeros in front, 1 for a cls token.
+        num_prefix_tokens: Rows of zeros in front, 1 for a cls token.
     """
     rows = torch.arange(grid[0], dtype=torch.float64).repeat_interleave(grid[1])
     columns = torch.arange(grid[1], dtype=torch.float64).repeat(grid[0])

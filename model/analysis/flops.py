@@ -41,9 +41,9 @@ def count_multiply_adds(config: ModelConfig, *, as_published: bool = True) -> di
 
     Args:
         config: Model to count.
-        as_published: True counts the method as papers do: every patch is embedded and every decoder token
+        as_published: Whether to count as papers do: every patch is embedded and every decoder token
             passes every layer, embedding included (use it for the utilisation of a GPU, so that skipping
-            work does not look like slowness). False counts what this code runs.
+            work does not look like slowness); else what this code runs.
 
     Returns:
         Keys encoder, pixel_decoder, feature_decoder, heads (projector and predictor), target (its encoder

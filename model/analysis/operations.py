@@ -65,7 +65,7 @@ def operations(
         config: Model that takes the step.
         precision: Number formats.
         num_keys: Keys that a query is compared with: the global batch.
-        as_published: The method as its paper counts it: every patch is embedded, and every token passes every
+        as_published: Whether to count as papers do: every patch is embedded, and every token passes every
             layer. This code leaves out what nothing reads.
     """
     counter = _Counter(config, precision, as_published)

@@ -60,17 +60,17 @@ def from_authors(
     models are taken (encoder embed_dim / 64, H 16, the authors' 's' 8; decoders 16).
 
     Args:
-        state_dict: the checkpoint or its 'state_dict' or 'model' entry; keys may start with
+        state_dict: Checkpoint, or its 'state_dict' or 'model' entry; keys may start with
             'module.'.
-        channel_order: order in which the original network saw the channels. The authors' loader
+        channel_order: Order in which the original network saw the channels. The authors' loader
             gives BGR images normalised with the mean and standard deviation of RGB. With 'bgr'
             the imported model takes RGB images like any other and gives the features and losses
             that the original gives for the same image in BGR: channels are permuted in the
             weights, and pixel_mean and pixel_std are reversed.
-        **overrides: fields of `ModelConfig`, such as num_heads or mask_ratio.
+        **overrides: Fields of `ModelConfig`, such as num_heads or mask_ratio.
 
     Raises:
-        ValueError: a key is missing or unknown, or a shape does not fit; the message names it.
+        ValueError: A key is missing or unknown, or a shape does not fit; the message names it.
     """
     if channel_order not in ("rgb", "bgr"):
         raise ValueError(f"channel_order={channel_order!r}: choose 'rgb' or 'bgr'.")
@@ -95,11 +95,11 @@ def from_mae(state_dict: Mapping[str, Any], **overrides: Any) -> CMAE:
     The checkpoint must hold the decoder too, as pretraining and the visualisation models save it.
 
     Args:
-        state_dict: the checkpoint or its 'model' entry.
-        **overrides: fields of `ModelConfig`, such as num_heads or norm_pix_loss=False.
+        state_dict: Checkpoint, or its 'model' entry.
+        **overrides: Fields of `ModelConfig`, such as num_heads or norm_pix_loss=False.
 
     Raises:
-        ValueError: a key is missing or unknown, or a shape does not fit; the message names it.
+        ValueError: A key is missing or unknown, or a shape does not fit; the message names it.
     """
     source = _unwrap(state_dict)
     fields = encoder_fields(source, "", "blocks", "patch_embed.proj", "mlp.fc1")
@@ -120,12 +120,12 @@ def to_timm(model: CMAE, *, branch: Literal["online", "target"] = "online") -> S
     constants has the difference folded into its patch embedding.
 
     Args:
-        model: with a plain ViT encoder.
-        branch: 'online', or 'target' for its moving average, which has a final norm only with
-            target_final_norm (without one, build timm's model with final_norm=False).
+        model: Model with a plain ViT encoder.
+        branch: Encoder to export: 'online', or 'target' for its moving average, which has a final norm only
+            with target_final_norm (without one, build timm's model with final_norm=False).
 
     Raises:
-        ValueError: the encoder is not a plain ViT, or there is no such branch.
+        ValueError: The encoder is not a plain ViT, or there is no such branch.
     """
     if model.config.encoder != "vit":
         raise ValueError(f"encoder={model.config.encoder!r} has no timm counterpart; only 'vit'.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from cmae.kernels.images import Images, normalise_rows, raw_rows
@@ -21,9 +21,9 @@ def to_pixels(
     the true patch, so that only what was predicted is seen.
 
     Args:
-        config: of the model that predicted.
-        predicted: all patches in patch order.
-        online: the image that was masked.
+        config: Configuration of the model that predicted.
+        predicted: Rows of all patches in patch order.
+        online: Images that were masked.
     """
     mean, std = config.pixel_mean, config.pixel_std
     rows = predicted.float()
@@ -47,12 +47,3 @@ def unpatchify(rows: Float[Tensor, "B N row"], config: ModelConfig) -> Float[Ten
     size, (grid_h, grid_w) = config.patch_size, config.grid
     blocks = rows.view(-1, grid_h, grid_w, size, size, 3)
     return blocks.transpose(2, 3).reshape(-1, grid_h * size, grid_w * size, 3)
-
-
-def masked_pixels(config: ModelConfig, ids_keep: Int[Tensor, "B K"]) -> Bool[Tensor, "B H W 1"]:
-    """True where a pixel was hidden from the encoder."""
-    size, (grid_h, grid_w) = config.patch_size, config.grid
-    hidden = torch.ones(len(ids_keep), config.num_patches, dtype=torch.bool, device=ids_keep.device)
-    hidden = hidden.scatter(1, ids_keep.long(), False).view(-1, grid_h, 1, grid_w, 1)
-    hidden = hidden.expand(-1, -1, size, -1, size)
-    return hidden.reshape(-1, grid_h * size, grid_w * size, 1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cmae.model import CMAE, ModelConfig, build_model, draw_mask
-from cmae.model.export.images import masked_pixels, to_pixels, unpatchify
+from cmae.model.export.images import to_pixels, unpatchify
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
 SMALL |= {"decoder_embed_dim": 32, "decoder_depth": 2, "decoder_num_heads": 2}
@@ -51,6 +51,15 @@ def batch(config: ModelConfig, size: int = 6) -> tuple[Tensor, Tensor, Tensor]:
     views = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     ids_keep, _ = draw_mask(config, torch.arange(size), seed=0, epoch=0)
     return views[0], views[1], ids_keep
+
+
+def masked_pixels(config: ModelConfig, ids_keep: torch.Tensor) -> torch.Tensor:
+    """True, (B, H, W, 1), where a pixel was hidden from the encoder."""
+    hidden = torch.ones(
+        len(ids_keep), *config.grid, config.patch_size, config.patch_size, dtype=bool
+    )
+    hidden.flatten(1, 2)[torch.arange(len(ids_keep))[:, None], ids_keep.long()] = False
+    return hidden.transpose(2, 3).reshape(-1, config.img_size, config.img_size, 1)
 
 
 @pytest.mark.parametrize("name", ABLATIONS)

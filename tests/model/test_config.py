@@ -43,7 +43,7 @@ def test_number_of_visible_patches_is_free_of_float_error(ratio, img_size, patch
     assert config.num_keep == kept
 
 
-def test_mask_is_made_of_whole_cells():
+def test_mask_is_made_of_whole_units():
     ids_keep, _ = draw_mask(ModelConfig(), torch.arange(8), seed=0, epoch=0)
     kept = torch.zeros(8, 196).scatter(1, ids_keep.long(), 1.0)
     units = kept.view(8, 7, 2, 7, 2).sum(dim=(2, 4))

@@ -341,7 +341,7 @@ def test_imported_mae_has_the_originals_loss_and_gradients(dtype, tolerance, nor
     check_gradients(model, oracle, tolerance, mae=True)
 
 
-def test_exact_cuts_change_neither_loss_nor_gradients():
+def test_skipping_what_nothing_reads_changes_neither_loss_nor_gradients():
     state = authors_state(seed=5)
     model = from_authors(state, channel_order="rgb", **OVERRIDES)
     oracle = leaves(state)

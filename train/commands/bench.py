@@ -110,7 +110,7 @@ def bench_model(
         gpu: Key of `GPUS`, or 'measured' for this device.
         batch_size: Images in one pass on one GPU; None: speed.micro_batch_size, or 128.
         results: Folder of result files.
-        as_json: Print JSON instead of a table.
+        as_json: Whether to print JSON instead of a table.
 
     Raises:
         ValueError: The GPU is not known, or the batch is empty.

@@ -17,10 +17,10 @@ def reconstruct(
     """Draw original, masked input and reconstruction of image files.
 
     Args:
-        checkpoint: of this project, or made by `cmae import`.
-        images: one or more files; the centre square of each is used.
+        checkpoint: Checkpoint of this project, or made by `cmae import`.
+        images: Image files, one or more; the centre square of each is used.
         out: PNG to write.
-        seed: of the mask.
+        seed: Seed of the mask.
     """
     model = load_model(checkpoint)
     online = torch.stack([load_square(path, model.config.img_size) for path in images])

@@ -25,13 +25,13 @@ def import_weights(
     The result works with `cmae reconstruct`, `cmae export` and `cmae pretrain --init_from`.
 
     Args:
-        source: a file that torch.save wrote: a state dict, or a dict that holds one.
-        out: checkpoint to write.
-        layout: names in the file: 'authors' for ZhichengHuang/CMAE, 'mae' for facebookresearch/mae.
-        channel_order: order of the colour channels that the network was trained on ('authors' only);
+        source: File that torch.save wrote: a state dict, or a dict that holds one.
+        out: Checkpoint to write.
+        layout: Names in the file: 'authors' for ZhichengHuang/CMAE, 'mae' for facebookresearch/mae.
+        channel_order: Order of the colour channels that the network was trained on ('authors' only);
             the authors' own weights are 'bgr'.
-        trust: also unpickle objects that are not tensors (logs and settings that training frameworks
-            store beside the weights); such a file can run any code, so know where it comes from.
+        trust: Whether to unpickle also objects that are not tensors (logs and settings that frameworks store
+            beside the weights); such a file can run any code, so know where it comes from.
     """
     loaded = _read_foreign(source, trust=trust)
     try:
@@ -43,7 +43,7 @@ def import_weights(
     except ValueError as error:
         raise ValueError(f"{source}, read with layout={layout!r}: {error}") from error
     save_model(model, out)
-    _say(f"{out}: {_describe(model)} from {source}")
+    _report(f"{out}: {_describe(model)} from {source}")
     return 0
 
 
@@ -56,9 +56,9 @@ def export_weights(
     file as a dict, torch.load or safetensors.torch.load_file.
 
     Args:
-        checkpoint: of this project.
-        out: file to write; with the suffix .safetensors it is one, else torch.save writes it.
-        branch: 'online' is the trained encoder, 'target' its moving average.
+        checkpoint: Checkpoint of this project.
+        out: File to write; with the suffix .safetensors it is one, else torch.save writes it.
+        branch: Encoder to write: 'online' is the trained one, 'target' its moving average.
     """
     model = load_model(checkpoint)
     state = to_timm(model, branch=branch)
@@ -69,7 +69,7 @@ def export_weights(
         save_file({name: value.contiguous() for name, value in state.items()}, out)
     else:
         write_atomically(out, state)
-    _say(f"{out}: {branch} encoder, {_describe(model)}, {len(state)} tensors with timm's names")
+    _report(f"{out}: {branch} encoder, {_describe(model)}, {len(state)} tensors with timm's names")
     return 0
 
 
@@ -96,5 +96,5 @@ def _describe(model: CMAE) -> str:
     )
 
 
-def _say(message: str) -> None:
+def _report(message: str) -> None:
     Console(stderr=True, highlight=False).print(message, soft_wrap=True)

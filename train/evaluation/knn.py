@@ -38,12 +38,12 @@ def load_eval_images(
 
     Args:
         shards: WebDataset tars with images and labels; see `expand_shards`.
-        img_size: side of the result, px.
-        keep: side of the centre square over the image's shorter side; ImageNet's custom is 224 / 256.
-        max_samples: stop after so many.
+        img_size: Side of the result, px.
+        keep: Side of the centre square over the image's shorter side; ImageNet's custom is 224 / 256.
+        max_samples: Largest number of images; None: all.
 
     Raises:
-        ValueError: no image, an image without label, or `keep` is not in (0, 1].
+        ValueError: No image, an image without label, or `keep` is not in (0, 1].
     """
     if not 0 < keep <= 1:
         raise ValueError(f"keep is {keep}; it must be in (0, 1]")

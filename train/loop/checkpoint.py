@@ -44,7 +44,7 @@ class Checkpointer:
         """Copy the state to host memory now and write it in the background.
 
         Raises:
-            OSError: the checkpoint before this one could not be written.
+            OSError: The checkpoint before this one could not be written.
         """
         self.wait()
         path = self.folder / f"step-{step:08d}.pt"
@@ -94,7 +94,7 @@ def find_checkpoint(resume: str, folder: Path) -> Path | None:
     """The checkpoint that `run.resume` means: None starts afresh.
 
     Raises:
-        CheckpointError: the file is missing, or 'never' meets a folder that holds checkpoints.
+        CheckpointError: The file is missing, or 'never' meets a folder that holds checkpoints.
     """
     newest = max(list_checkpoints(folder), default=None)
     if resume == "auto":
@@ -124,7 +124,7 @@ def check_model_fits(path: Path, stored: dict[str, Any], current: dict[str, Any]
         current: Section `model` of this run's.
 
     Raises:
-        CheckpointError: they differ; the message names every key that does.
+        CheckpointError: They differ; the message names every key that does.
     """
     lines = _differences(current_fields(stored), current, "model")
     if lines:
@@ -144,7 +144,7 @@ def check_same_order(path: Path, stored: dict[str, Any], current: dict[str, Any]
         current: Section `data` of this run's configuration.
 
     Raises:
-        CheckpointError: a setting of the order differs, and the epoch has begun.
+        CheckpointError: A setting of the order differs, and the epoch has begun.
     """
     place, data = stored["loader"], stored["config"]["data"]
     names = [name for name in _names_of_order(data) + _names_of_order(current) if name in data]

@@ -31,7 +31,7 @@ def load_initial_weights(model: CMAE, path: Path) -> str:
         What was loaded and what was not, for the log.
 
     Raises:
-        CheckpointError: a tensor has another shape, the encoder is incomplete, or its pixels were
+        CheckpointError: A tensor has another shape, the encoder is incomplete, or its pixels were
             normalised otherwise.
     """
     state = load_checkpoint(path)

@@ -93,8 +93,8 @@ def test_micro_batches_see_the_bank_of_the_whole_batch(parts: int) -> None:
     config = replace(SMALL, head_norm="layer")
     whole_losses, whole = backward(config, ALONE, [make_batch(config, 0, 8, torch.float64)])
     size = 8 // parts
-    cut = [make_batch(config, first, size, torch.float64) for first in range(0, 8, size)]
-    losses, gradients = backward(config, ALONE, cut)
+    split = [make_batch(config, first, size, torch.float64) for first in range(0, 8, size)]
+    losses, gradients = backward(config, ALONE, split)
     places = [Losses._fields.index(name) for name in ("total", "reconstruction", "contrastive_raw")]
     torch.testing.assert_close(losses[places], whole_losses[places], rtol=1e-5, atol=1e-6)
     assert_same_gradients(gradients, whole)

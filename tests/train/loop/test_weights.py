@@ -1,4 +1,4 @@
-"""`cmae import`, `cmae export`, `cmae reconstruct`: weights in, weights out, a picture."""
+"""`cmae import`, `cmae export`, `cmae reconstruct`: weights in, weights out, an image grid."""
 
 from __future__ import annotations
 
@@ -126,8 +126,8 @@ def test_reconstruct_draws_several_files(checkpoint: Path, tmp_path: Path) -> No
     paths = [tmp_path / f"{name}.png" for name in "ab"]
     for path in paths:
         Image.fromarray(rng.integers(0, 256, (50, 80, 3), dtype=np.uint8)).save(path)
-    out = tmp_path / "picture.png"
+    out = tmp_path / "grid.png"
     assert main(["reconstruct", str(checkpoint), *map(str, paths), "--out", str(out)]) == 0
-    with Image.open(out) as picture:  # three columns, and one row for each file
-        assert 3 * 224 < picture.width < 4 * 224
-        assert 2 * 224 < picture.height < 3 * 224
+    with Image.open(out) as grid:  # three columns, and one row for each file
+        assert 3 * 224 < grid.width < 4 * 224
+        assert 2 * 224 < grid.height < 3 * 224
