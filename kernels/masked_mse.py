@@ -65,15 +65,7 @@ def masked_mse(
             f"pred has shape {tuple(pred.shape)} and dtype {pred.dtype}; expected floats "
             f"{expected}: one row of patch_size^2*3 values per entry of ids_mask."
         )
-    unsupported = unsupported_images(images, ids_mask, ids_name="ids_mask")
-    if pred.dtype not in KERNEL_DTYPES:
-        unsupported = f"pred has dtype {pred.dtype}; use 16 or 32 bit or backend='torch'."
-    elif pred.device != images.device:
-        unsupported = f"pred is on {pred.device} and images on {images.device}; move one of them."
-    elif expected[2] > _MAX_ROW:
-        unsupported = (
-            f"patch_size={patch_size} has more than {_MAX_ROW} values; use backend='torch'."
-        )
+    unsupported = _unsupported(pred, images, ids_mask, patch_size)
     if use_triton("masked_mse", backend, pred.device, unsupported=unsupported):
         loss: Tensor = torch.ops.cmae.masked_mse(
             pred, images, ids_mask, patch_size, mean, std, norm_pix, eps
@@ -89,6 +81,17 @@ def masked_mse(
         norm_pix=norm_pix,
         eps=eps,
     )
+
+
+def _unsupported(pred: Tensor, images: Tensor, ids_mask: Tensor, patch_size: int) -> str | None:
+    """What the kernel cannot do with these arguments; None if it can."""
+    if pred.dtype not in KERNEL_DTYPES:
+        return f"pred has dtype {pred.dtype}; use 16 or 32 bit or backend='torch'."
+    if pred.device != images.device:
+        return f"pred is on {pred.device} and images on {images.device}; move one of them."
+    if pred.shape[2] > _MAX_ROW:
+        return f"patch_size={patch_size} has more than {_MAX_ROW} values; use backend='torch'."
+    return unsupported_images(images, ids_mask, ids_name="ids_mask")
 
 
 def masked_mse_reference(

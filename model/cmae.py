@@ -132,14 +132,7 @@ class CMAE(nn.Module):
         config = self.config
         check_images("online", online, config)
         check_ids(ids_keep, online, config)
-        if ids_mask is None:
-            ids_mask = complement(ids_keep, config.num_patches)
-        elif ids_mask.shape != (len(online), config.num_patches - ids_keep.shape[1]):
-            raise ValueError(
-                f"ids_mask has shape {tuple(ids_mask.shape)}; with ids_keep of shape "
-                f"{tuple(ids_keep.shape)} it must name the other {config.num_patches} - "
-                f"{ids_keep.shape[1]} patches, or be None."
-            )
+        ids_mask = _masked_ids(ids_mask, ids_keep, config)
         latent = self.encoder(online, ids_keep)
         pixels, features = self._decode(latent, ids_keep, ids_mask)
         off = torch.zeros((), device=latent.device)
@@ -150,12 +143,7 @@ class CMAE(nn.Module):
         if features is None:
             return Losses(total, reconstruction, off, off, off, off, off)
         if keys is None:
-            if target is None or len(target) != len(online):
-                raise ValueError(
-                    f"target has {0 if target is None else len(target)} images and keys is None; "
-                    f"give the second views of the {len(online)} images, or keys."
-                )
-            keys = self.target_keys(target, ids_keep)
+            keys = self._keys_of(target, ids_keep)
         elif not isinstance(keys, Tensor):
             keys = keys()
         query = self._project(features)
@@ -279,6 +267,15 @@ class CMAE(nn.Module):
             features = latent[:, self.config.num_prefix_tokens :].mean(dim=1)
         return pixels, features
 
+    def _keys_of(self, target: Images | None, ids_keep: Tensor) -> Tensor:
+        """Keys of the second views, which must be there for each image."""
+        if target is None or len(target) != len(ids_keep):
+            raise ValueError(
+                f"target has {0 if target is None else len(target)} images and keys is None; "
+                f"give the second views of the {len(ids_keep)} images, or keys."
+            )
+        return self.target_keys(target, ids_keep)
+
     def _project(self, features: Tensor) -> Tensor:
         assert self.projector is not None
         query: Tensor = self.projector(features)
@@ -317,6 +314,19 @@ class CMAE(nn.Module):
 def _build_encoder(config: ModelConfig, *, final_norm: bool) -> Encoder:
     kind = VisionTransformer if config.encoder == "vit" else HybridEncoder
     return kind(config, final_norm=final_norm)
+
+
+def _masked_ids(ids_mask: Tensor | None, ids_keep: Tensor, config: ModelConfig) -> Tensor:
+    """The given ids of masked patches, if their number is right; found from `ids_keep` when None."""
+    if ids_mask is None:
+        return complement(ids_keep, config.num_patches)
+    if ids_mask.shape != (len(ids_keep), config.num_patches - ids_keep.shape[1]):
+        raise ValueError(
+            f"ids_mask has shape {tuple(ids_mask.shape)}; with ids_keep of shape "
+            f"{tuple(ids_keep.shape)} it must name the other {config.num_patches} - "
+            f"{ids_keep.shape[1]} patches, or be None."
+        )
+    return ids_mask
 
 
 def check_images(name: str, images: Images, config: ModelConfig) -> None:

@@ -163,11 +163,13 @@ class _Counter:
         )
 
     def head(self, part: str, width: int) -> Iterator[Operation]:
+        """Projector or predictor, for one row of `width`."""
         hidden = self.config.proj_hidden_dim
         yield self.linear(part, 1, width, hidden)
         yield self.linear(part, 1, hidden, self.config.proj_dim)
 
     def linear(self, part: str, num_rows: int, width: int, width_out: int) -> Operation:
+        """A matrix product with a weight, which is cast to 16 bits and has a gradient, but in the target."""
         weight = width * width_out
         is_target = part == "target"
         cast = 0 if is_target and self.precision.target_copy else weight * (FULL + HALF)
@@ -214,6 +216,7 @@ class _Counter:
     def attention(
         self, part: str, num_tokens: int, num_queries: int, dim: int, num_heads: int
     ) -> Iterator[Operation]:
+        """Norm, projections, attention of the queries to all tokens, and the residual sum."""
         yield self.norm(part, num_tokens, dim)
         if num_queries == num_tokens:
             yield self.linear(part, num_tokens, dim, 3 * dim)
@@ -236,6 +239,7 @@ class _Counter:
     def mlp(
         self, part: str, num_tokens: int, dim: int, ratio: float, *, is_mean: bool
     ) -> Iterator[Operation]:
+        """Norm, both layers and the residual sum; `is_mean`: the second layer sees the tokens' mean alone."""
         hidden = int(dim * ratio)
         yield self.norm(part, num_tokens, dim)
         yield self.linear(part, num_tokens, dim, hidden)
