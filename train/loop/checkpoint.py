@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cmae.model.export.stored import FORMAT, CheckpointError, current_fields, list_checkpoints
+from cmae.pipeline.formats.atomic import atomic_write
 
 _DROPPED_OPTIM = {"target_fp8": False, "warmup_start": 1e-4, "min_lr": 0.0}
 """Settings that older checkpoints hold, with the values that hold for every run now."""
@@ -37,7 +38,7 @@ class Checkpointer:
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob("*.tmp"):  # of a run that was killed while writing
+        for leftover in folder.glob(".step-*.partial"):  # of a run that was killed while writing
             leftover.unlink(missing_ok=True)
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
@@ -77,12 +78,8 @@ class Checkpointer:
 
 def write_atomically(path: Path, state: dict[str, Any]) -> None:
     """Write, sync and rename: a reader sees the old file or the whole new one, whatever happens."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
+    with atomic_write(path) as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # the rename itself must survive a power cut

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,12 +53,22 @@ def test_only_the_newest_and_the_chosen_ones_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_file_left_by_a_kill_is_not_taken_for_a_checkpoint(tmp_path: Path) -> None:
-    Checkpointer(tmp_path).save(3, {"w": torch.ones(2)})
-    (tmp_path / "step-00000009.tmp").write_bytes(b"half")
-    found = find_checkpoint("auto", tmp_path)
-    assert found is None or found.name == "step-00000003.pt"
+    first = Checkpointer(tmp_path)
+    first.save(3, {"w": torch.ones(2)})
+    first.wait()
+    killed = (
+        "import os\n"
+        "from cmae.pipeline.formats.atomic import atomic_write\n"
+        f"with atomic_write({str(tmp_path / 'step-00000009.pt')!r}) as file:\n"
+        "    file.write(b'half')\n"
+        "    os._exit(9)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", killed], check=False).returncode == 9
+    assert len(list(tmp_path.iterdir())) == 2
+    newest = find_checkpoint("auto", tmp_path)
+    assert newest == tmp_path / "step-00000003.pt"
     Checkpointer(tmp_path)
-    assert not list(tmp_path.glob("*.tmp"))
+    assert list(tmp_path.iterdir()) == [newest]
 
 
 def test_a_failed_write_is_raised_on_the_training_thread(tmp_path: Path) -> None:
