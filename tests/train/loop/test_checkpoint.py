@@ -142,3 +142,13 @@ def test_changed_settings_are_listed() -> None:
         "seed: 0 in the checkpoint, 1 now",
         "data.views.hue: 0.1 in the checkpoint, 0.2 now",
     ]
+
+
+def test_settings_that_older_runs_could_change_count_only_where_they_were_changed() -> None:
+    current = {"seed": 0, "data": {}, "optim": {"epochs": 1}}
+    stored = {**current, "optim": {"epochs": 1, "target_fp8": False, "min_lr": 0.0}}
+    assert changed_settings(stored, current) == []
+    stored["optim"] = {**stored["optim"], "target_fp8": True}
+    assert changed_settings(stored, current) == [
+        "optim.target_fp8: True in the checkpoint, None now"
+    ]
