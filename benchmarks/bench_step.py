@@ -123,7 +123,7 @@ class Case:
 
 
 class Contender:
-    """Model, optimiser and batch of one case, built once; a call is a timed stretch of steps."""
+    """Model, optimiser and batch of one case, built once; a call is a measurement window of some steps."""
 
     def __init__(self, case: Case, *, steps: int) -> None:
         self.case, self.steps = case, steps
@@ -158,7 +158,7 @@ class Contender:
         self.step([self.batch], lr=1e-6, momentum=0.996)
 
     def __call__(self) -> Measurement:
-        """The timed stretch; the first call warms up."""
+        """The measurement window; the first call warms up."""
         if not self.is_warm and ON_GPU:
             for _ in range(3):
                 self.take_step()
