@@ -6,6 +6,7 @@ import difflib
 from dataclasses import replace
 from typing import Any
 
+from cmae.errors import CmaeError
 from cmae.model.cmae import CMAE, build_model
 from cmae.model.config import ModelConfig
 
@@ -32,11 +33,11 @@ def create_model(name: str, *, seed: int | None = None, **overrides: Any) -> CMA
         **overrides: Fields of `ModelConfig`, such as mask_ratio=0.75.
 
     Raises:
-        ValueError: No preset has this name, or a field is out of range.
+        CmaeError: No preset has this name, or a field is out of range.
     """
     if name not in PRESETS:
         nearest = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0)[0]
-        raise ValueError(
+        raise CmaeError(
             f"there is no model {name!r}; did you mean {nearest!r}? The models are "
             f"{', '.join(PRESETS)}; build_model(ModelConfig(...)) makes any other."
         )

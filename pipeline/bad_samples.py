@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from cmae.errors import CmaeError
 from cmae.pipeline.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ class BadLimit:
     """How many bad records a run bears.
 
     Raises:
-        ValueError: The fraction is not between 0 and 1.
+        CmaeError: The fraction is not between 0 and 1.
     """
 
     max_fraction: float
@@ -44,7 +45,7 @@ class BadLimit:
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_fraction <= 1:
-            raise ValueError(f"max_bad_fraction={self.max_fraction} must be between 0 and 1")
+            raise CmaeError(f"max_bad_fraction={self.max_fraction} must be between 0 and 1")
 
     def is_exceeded(self, *, bad: int, samples: int) -> bool:
         """Whether to stop."""

@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 
+from cmae.errors import CmaeError
 from cmae.pipeline.bad_samples import BEFORE_FIRST_EPOCH, BadLimit, BadSample, Health
 from cmae.pipeline.batch import DrawMask, LoaderState
 from cmae.pipeline.formats.dataset_folder import stated_downscaled
@@ -99,7 +100,7 @@ def build_loader(
             its switches there).
 
     Raises:
-        ValueError: A size, the state or the shard list does not fit; the message names the repair.
+        CmaeError: A size, the state or the shard list does not fit; the message names the repair.
         FileNotFoundError: source='indexed' and a shard has no index.
         StaleIndexError: An index was made for another tar.
         RemoteError: A remote shard or its store does not answer.
@@ -107,7 +108,7 @@ def build_loader(
     device = torch.device(device)
     _check_sizes(batch_size, global_batch_size, rank=rank, world_size=world_size, prefetch=prefetch)
     if num_readers < 1:
-        raise ValueError(f"num_readers={num_readers} must be at least 1; 4 is the default")
+        raise CmaeError(f"num_readers={num_readers} must be at least 1; 4 is the default")
     paths = expand_shards(shards, storage_options=remote.storage_options)
     first_epoch = 0 if state is None else state.epoch
     limit = None if max_bad_fraction is None else BadLimit(max_bad_fraction, probation)
@@ -134,7 +135,7 @@ def build_loader(
         )
         downscaled = downscaled_line(index.downscaled, len(index))
     elif last_batch == "pad":
-        raise ValueError(
+        raise CmaeError(
             "last_batch='pad' needs to know the samples of an epoch beforehand, and a stream does not: make "
             "indexes with `cmae shards index`, or set last_batch=drop"
         )
@@ -190,7 +191,7 @@ def build_view_backend(
     """What makes the views of a loader; for `last_step` see the makers.
 
     Raises:
-        ValueError: The backend is unknown, or cannot work on this device.
+        CmaeError: The backend is unknown, or cannot work on this device.
     """
     if _pick_backend(backend, device) == "host":
         return CpuViews(views, num_threads=num_threads, last_step=last_step)
@@ -223,9 +224,9 @@ def _pick_backend(
     if backend == "auto":
         return "dali" if device.type == "cuda" else "host"
     if backend not in ("dali", "host"):
-        raise ValueError(f"backend={backend!r} must be auto, dali or host")
+        raise CmaeError(f"backend={backend!r} must be auto, dali or host")
     if backend == "host" and device.type != "cpu":
-        raise ValueError(f"backend='host' makes views on the CPU; device={device} needs 'dali'")
+        raise CmaeError(f"backend='host' makes views on the CPU; device={device} needs 'dali'")
     return backend
 
 
@@ -234,7 +235,7 @@ def _find_index(
 ) -> tuple[DatasetIndex | None, Reading | None]:
     """The index, and how its shards are read where they are remote; None and None for a stream."""
     if source not in ("auto", "indexed", "stream"):
-        raise ValueError(f"source={source!r} must be auto, indexed or stream")
+        raise CmaeError(f"source={source!r} must be auto, indexed or stream")
     if source == "stream":
         return None, None
     if all(map(is_remote, paths)):
@@ -249,12 +250,12 @@ def _check_sizes(
     batch_size: int, global_batch_size: int, *, rank: int, world_size: int, prefetch: int
 ) -> None:
     if batch_size < 1 or prefetch < 1 or not 0 <= rank < world_size:
-        raise ValueError(
+        raise CmaeError(
             f"batch_size={batch_size} and prefetch={prefetch} must be at least 1, and rank={rank} "
             f"in 0..{world_size - 1} (world_size={world_size})"
         )
     if global_batch_size % (world_size * batch_size):
-        raise ValueError(
+        raise CmaeError(
             f"global_batch_size={global_batch_size} must be a multiple of world_size * batch_size = "
             f"{world_size} * {batch_size}: an optimiser step is a whole number of batches of every rank"
         )
@@ -264,7 +265,7 @@ def _check_grid(state: LoaderState | None, global_batch_size: int, *, stride: in
     """Refuse to continue inside a global batch at a place where no batch of these sizes begins."""
     inside = 0 if state is None else state.next_sample % global_batch_size
     if state is not None and inside % stride:
-        raise ValueError(
+        raise CmaeError(
             f"the state to continue from has next_sample={state.next_sample}, which is {inside} samples into "
             f"a global batch of {global_batch_size}; {stride} = world_size * batch_size samples at a time "
             "do not reach its end from there. Take a state from between two optimiser steps (checkpoints "
@@ -274,12 +275,12 @@ def _check_grid(state: LoaderState | None, global_batch_size: int, *, stride: in
 
 def _check_state(state: LoaderState, *, seed: int, digest: str) -> None:
     if state.seed != seed:
-        raise ValueError(
+        raise CmaeError(
             f"the state to continue from has seed={state.seed}, the loader seed={seed}: order, views and "
             f"masks would change in the middle of the run. Set seed={state.seed}, or start a new run"
         )
     if state.digest != digest:
-        raise ValueError(
+        raise CmaeError(
             f"the state to continue from belongs to other data (digest {state.digest}) than the shards "
             f"given now ({digest}). Give the same shards in the same order, or start a new run"
         )

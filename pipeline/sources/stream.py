@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 import webdataset as wds
 
+from cmae.errors import CmaeError
 from cmae.pipeline.bad_samples import BadSample
 from cmae.pipeline.batch import LoaderState
 from cmae.pipeline.errors import DataError
@@ -50,7 +51,7 @@ class StreamSource:
         remote: Connection to shards behind URLs; None = one with the defaults.
 
     Raises:
-        ValueError: There are fewer shards than ranks.
+        CmaeError: There are fewer shards than ranks.
     """
 
     num_samples: int | None = None
@@ -69,7 +70,7 @@ class StreamSource:
         remote: Remote | None = None,
     ) -> None:
         if len(urls) < world_size:
-            raise ValueError(
+            raise CmaeError(
                 f"shards lists {len(urls)} for world_size={world_size} ranks: a stream deals whole shards. "
                 "Write more shards, or an index with `cmae shards index`"
             )

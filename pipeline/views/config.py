@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from cmae.errors import require
+
 ViewStep = Literal["decode", "resize", "cut", "color"]
 """Operations on an image in their order; a flip belongs to the resize."""
 
@@ -98,10 +100,7 @@ class ViewConfig:
             )
 
     def _require(self, condition: bool, name: str, allowed: str) -> None:
-        if not condition:
-            raise ValueError(
-                f"views.{name}={getattr(self, name)!r} is not allowed: it must be {allowed}"
-            )
+        require(condition, f"views.{name}", getattr(self, name), allowed)
 
     @property
     def has_target(self) -> bool:

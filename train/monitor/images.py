@@ -13,6 +13,7 @@ from jaxtyping import Bool, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
+from cmae.errors import CmaeError
 from cmae.model import CMAE
 from cmae.model.export.images import to_pixels
 from cmae.pipeline import Batch
@@ -52,7 +53,7 @@ def draw_reconstructions(
     the mean and the scale of the true one, which the network is not asked for.
 
     Raises:
-        ValueError: the model has no pixel decoder, or images and ids do not fit it.
+        CmaeError: the model has no pixel decoder, or images and ids do not fit it.
     """
     was_training = model.training
     model.eval()
@@ -125,10 +126,10 @@ def load_square(path: Path, size: int) -> UInt8[Tensor, "S S 3"]:
     """An image file, turned as its EXIF says, cropped to a square around its middle and resized.
 
     Raises:
-        ValueError: there is no such file.
+        CmaeError: there is no such file.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: there is no such file")
+        raise CmaeError(f"{path}: there is no such file")
     with Image.open(path) as opened:
         image = ImageOps.fit(ImageOps.exif_transpose(opened).convert("RGB"), (size, size))
     return torch.from_numpy(np.array(image))

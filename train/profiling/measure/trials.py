@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from cmae.errors import CmaeError
 from cmae.pipeline import Loader
 from cmae.pipeline.sources.records import RawBatch, Record, Source
 from cmae.pipeline.views.backend import ViewBackend
@@ -33,7 +34,7 @@ def override(config: Config, overrides: Mapping[str, Any]) -> Config:
     """The configuration with dotted settings changed.
 
     Raises:
-        ValueError: there is no such setting.
+        CmaeError: there is no such setting.
     """
     for key, value in overrides.items():
         config = _override(config, key.split("."), value, key)
@@ -43,7 +44,7 @@ def override(config: Config, overrides: Mapping[str, Any]) -> Config:
 def _override(section: Any, names: Sequence[str], value: Any, key: str) -> Any:
     known = {field.name for field in fields(section)}
     if names[0] not in known:
-        raise ValueError(
+        raise CmaeError(
             f"{key} is no setting; {names[0]!r} must be one of {', '.join(sorted(known))}"
         )
     if len(names) > 1:
