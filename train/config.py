@@ -9,10 +9,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from cmae.errors import CmaeError, require
 from cmae.model import ModelConfig
 from cmae.pipeline import ViewConfig
 from cmae.pipeline.remote.schemes import REDACTED, redact_options
-from cmae.train.distributed import COLLECTIVE_TIMEOUT_S
+
+COLLECTIVE_TIMEOUT_S = 600.0
+"""How long a rank waits for the others; what a rank may wait for by itself must end earlier."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,10 @@ class RunConfig:
     def __post_init__(self) -> None:
         """Refuse periods that are not positive."""
         for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
-            _require(getattr(self, name) >= 1, f"run.{name}", getattr(self, name), ">= 1")
+            require(getattr(self, name) >= 1, f"run.{name}", getattr(self, name), ">= 1")
         for name in ("stop_at_step", "keep_every", "image_every"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, f"run.{name}", value, ">= 1, or null for never")
+            require(value is None or value >= 1, f"run.{name}", value, ">= 1, or null for never")
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class SpeedConfig:
     """Images per rank in one forward pass. null: the whole share of the global batch at once.
     BatchNorm in the heads sees one micro-batch of every rank."""
     num_threads: int | None = None
-    """CPU threads that decode, for each rank. null: tuned, or the node's cores, shared out to its ranks."""
+    """CPU threads that decode, for each rank. null: the node's cores, shared out to its ranks."""
     torch_threads: int | None = None
     """CPU threads inside one torch operator. null: torch's own choice. Small models are faster with 1, and
     threads that share their cores with other work wait for each other."""
@@ -68,14 +71,11 @@ class SpeedConfig:
     """What decodes and crops: DALI, or torch's own CPU operators on threads, which are faster without a
     GPU. 'auto' takes DALI on a GPU. The pixels agree within rounding."""
     prefetch: int | None = None
-    """Batches that are ready ahead of the training step. null: tuned, or 2."""
+    """Batches that are ready ahead of the training step. null: 2."""
     num_readers: int | None = None
-    """Batches that are read at the same time, with an index. null: tuned, or 4."""
+    """Batches that are read at the same time, with an index. null: 4."""
     hw_decoder_load: float | None = None
-    """Share of the JPEGs for the GPU's decoder unit, between 0 and 1. null: tuned, or 0.65."""
-    tuned: Literal["auto", "off"] = "auto"
-    """'auto' fills in the null settings of the loader from what `cmae tune` stored for this machine and
-    these shards; 'off' does not look."""
+    """Share of the JPEGs for the GPU's decoder unit, between 0 and 1. null: 0.65."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
     """What gathers patches and computes losses. 'auto': Triton kernels on a GPU, torch elsewhere. 'triton'
     stops where a kernel cannot run."""
@@ -94,9 +94,9 @@ class SpeedConfig:
         """Refuse sizes that are not positive."""
         for name in ("micro_batch_size", "num_threads", "torch_threads", "prefetch", "num_readers"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, f"speed.{name}", value, ">= 1, or null")
+            require(value is None or value >= 1, f"speed.{name}", value, ">= 1, or null")
         load = self.hw_decoder_load
-        _require(
+        require(
             load is None or 0 <= load <= 1,
             "speed.hw_decoder_load",
             load,
@@ -149,21 +149,21 @@ class DataConfig:
     def __post_init__(self) -> None:
         """Refuse what is out of range, and secrets that were replaced by stars."""
         value = self.max_bad_fraction
-        _require(0 <= value <= 1, "data.max_bad_fraction", value, "between 0 and 1")
+        require(0 <= value <= 1, "data.max_bad_fraction", value, "between 0 and 1")
         for name in ("shuffle_block", "shuffle_window"):
             size = getattr(self, name)
-            _require(size >= 1, f"data.{name}", size, ">= 1")
+            require(size >= 1, f"data.{name}", size, ">= 1")
         quota, deadline = self.cache_quota_gib, self.remote_deadline_s
-        _require(quota is None or quota > 0, "data.cache_quota_gib", quota, "> 0, or null")
+        require(quota is None or quota > 0, "data.cache_quota_gib", quota, "> 0, or null")
         allowed = f"> 0 and < {COLLECTIVE_TIMEOUT_S:g}, the timeout of collectives"
-        _require(0 < deadline < COLLECTIVE_TIMEOUT_S, "data.remote_deadline_s", deadline, allowed)
+        require(0 < deadline < COLLECTIVE_TIMEOUT_S, "data.remote_deadline_s", deadline, allowed)
         if self.remote == "cache" and self.cache_dir is None:
-            raise ValueError(
+            raise CmaeError(
                 "data.remote is 'cache' and data.cache_dir is null; name a folder on a disk of this node"
             )
         for name in ("shards", "storage_options"):
             if REDACTED in str(getattr(self, name)):
-                raise ValueError(
+                raise CmaeError(
                     f"data.{name} holds {REDACTED}, which stands for a secret in the files of a run; give it "
                     f"again with --data.{name}, or by the environment"
                 )
@@ -220,8 +220,8 @@ class OptimConfig:
             "max_skipped_steps": (self.max_skipped_steps >= 1, ">= 1"),
         }
         for name, (ok, allowed) in checks.items():
-            _require(ok, f"optim.{name}", getattr(self, name), allowed)
-        _require(
+            require(ok, f"optim.{name}", getattr(self, name), allowed)
+        require(
             self.precision != "fp32" or self.residual == "fp32",
             "optim.residual",
             self.residual,
@@ -252,17 +252,17 @@ class Config:
         """Refuse views that do not fit the model."""
         views, model = self.data.views, self.model
         if self.run.image_every and not model.has_reconstruction:
-            raise ValueError(
+            raise CmaeError(
                 f"run.image_every is {self.run.image_every}, but model.reconstruction_weight is 0: "
                 "there is no decoder to draw with; leave run.image_every out"
             )
         if views.img_size != model.img_size:
-            raise ValueError(
+            raise CmaeError(
                 f"data.views.img_size is {views.img_size} but model.img_size is {model.img_size}; "
                 "they must be equal: set model.img_size alone, the views follow it"
             )
         if model.has_contrast and views.num_views != 2:
-            raise ValueError(
+            raise CmaeError(
                 f"data.views.num_views is {views.num_views}, but the contrastive loss "
                 f"({model.contrastive_loss!r}) compares 2 views; set data.views.num_views=2, or "
                 "model.contrastive_loss=none"
@@ -296,28 +296,23 @@ class BatchSplit:
         """Split a global batch evenly over ranks and micro-batches.
 
         Raises:
-            ValueError: the global batch does not divide.
+            CmaeError: the global batch does not divide.
         """
         share, rest = divmod(global_batch_size, world_size)
         if rest or not share:
             fit = max(world_size, round(global_batch_size / world_size) * world_size)
-            raise ValueError(
+            raise CmaeError(
                 f"optim.global_batch_size is {global_batch_size}, which {world_size} ranks cannot "
                 f"share equally; use a multiple of {world_size}, for instance {fit}"
             )
         micro = min(micro_batch_size or share, share)
         if share % micro:
             divisor = max(size for size in range(1, micro + 1) if share % size == 0)
-            raise ValueError(
+            raise CmaeError(
                 f"speed.micro_batch_size is {micro}, which does not divide the {share} images of "
                 f"each rank ({global_batch_size} / {world_size}); use for instance {divisor}"
             )
         return cls(micro, share // micro)
-
-
-def _require(ok: bool, key: str, value: object, allowed: str) -> None:
-    if not ok:
-        raise ValueError(f"{key} is {value}; it must be {allowed}")
 
 
 def _plain(value: Any) -> Any:

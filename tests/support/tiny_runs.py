@@ -9,7 +9,7 @@ import torch
 from cmae.model import ModelConfig, draw_mask
 from cmae.pipeline import Batch, LoaderState
 from cmae.train.config import OptimConfig
-from cmae.train.config_parser import build_config_parser, read_config
+from cmae.train.config_parser import parse_config
 from cmae.train.distributed import World
 from cmae.train.loop.pretrain import Outcome, pretrain
 
@@ -93,5 +93,4 @@ def arguments(shards: str, out: Path, **overrides: object) -> list[str]:
 
 
 def run(shards: str, out: Path, **overrides: object) -> Outcome:
-    parser = build_config_parser("cmae pretrain", "")
-    return pretrain(read_config(parser, arguments(shards, out, **overrides)))
+    return pretrain(parse_config(arguments(shards, out, **overrides)))

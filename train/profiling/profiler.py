@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cmae.kernels.backend import use_backend
 from cmae.model import build_model, draw_mask
 from cmae.pipeline import Batch, LoaderState, synthetic_batches
 from cmae.pipeline.loader.loader import Wrap
@@ -22,10 +21,10 @@ from cmae.pipeline.sources.records import Source
 from cmae.pipeline.stage_stats import MEGAPIXEL_EDGES
 from cmae.pipeline.views.backend import ViewBackend
 from cmae.train.config import BatchSplit, Config
-from cmae.train.distributed import World, from_main, join_world
+from cmae.train.distributed import World, from_main
 from cmae.train.loop.loader_settings import loader_settings
-from cmae.train.loop.pretrain import open_loader
-from cmae.train.loop.step import TrainStep, check_step
+from cmae.train.loop.pretrain import join_run, open_loader
+from cmae.train.loop.step import TrainStep
 from cmae.train.machine import describe_machine, usable_cores
 from cmae.train.monitor.gpu import GpuSampler
 from cmae.train.profiling.analysis.bootstrap import estimate
@@ -83,11 +82,7 @@ def profile(config: Config, options: ProfileConfig, *, say: Say = print) -> Prof
     """
     config = replace(config, run=replace(config.run, out=options.out))
     with ExitStack() as stack:
-        world = stack.enter_context(join_world(config.speed.device))
-        check_step(config.optim, config.speed, world)
-        stack.enter_context(use_backend(config.speed.kernels))
-        if config.speed.torch_threads is not None:
-            torch.set_num_threads(config.speed.torch_threads)
+        world = stack.enter_context(join_run(config))
         model = build_model(config.model, seed=config.seed)
         train_step = TrainStep(model.to(world.device), config.optim, config.speed, world)
         # Without a learning rate the step costs what it costs, and the weights stay where they are.
@@ -125,7 +120,7 @@ def open_subject(
         switches.append((SwitchedSource(source), SwitchedBackend(view_backend)))
         return switches[0]
 
-    settings, _ = loader_settings(config, world.device)
+    settings = loader_settings(config.speed)
     with open_loader(config, split, world, settings=settings, wrap=switched) as loader:
         source, view_backend = switches[0]
         yield Subject(
