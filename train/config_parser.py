@@ -17,6 +17,8 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsin
 
 from cmae.errors import CmaeError
 from cmae.model import ModelConfig
+from cmae.pipeline import LoaderConfig
+from cmae.pipeline.loader.config import FROM_THE_RUN
 from cmae.train.config import Config
 from cmae.train.old_keys import OLD_KEYS, Moved, new_value, update_keys, what_became
 
@@ -190,6 +192,9 @@ def add_config(parser: Parser) -> None:
     )
     parser.add_class_arguments(Config)
     parser.link_arguments("model.img_size", "data.views.img_size")
+    for action in parser._actions:
+        if action.dest in {f"data.{name}" for name in FROM_THE_RUN}:
+            action.help = argparse.SUPPRESS
     for key in OLD_KEYS:
         parser.add_argument(
             f"--{key}",
@@ -213,7 +218,8 @@ def instantiate(parser: Parser, parsed: Namespace) -> Any:
         # These two know no sections.
         if error.key in {field.name for field in fields(ModelConfig)}:
             raise error.within("model") from error
-        if error.key.startswith("views."):
+        loader = {field.name for field in fields(LoaderConfig)} - {"seed"}
+        if error.key in loader or error.key.startswith("views."):
             raise error.within("data") from error
         raise
 

@@ -32,6 +32,11 @@ OLD_KEYS: dict[str, Moved | Dropped] = {
     "model.mask_cell": Moved("model.mask_unit"),
     "model.conv_depth": Dropped("the hybrid encoder has two convolution blocks a stage", (2,)),
     "model.feature_dim": Dropped("features are as wide as the encoder", (None,)),
+    "speed.hw_decoder_load": Moved("data.hw_decoder_load", {None: 0.65}),
+    "speed.num_readers": Moved("data.num_readers", {None: 4}),
+    "speed.num_threads": Moved("data.num_threads"),
+    "speed.prefetch": Moved("data.prefetch", {None: 2}),
+    "speed.view_backend": Moved("data.view_backend", {"host": "cpu"}),
     "speed.cuda_graphs": Dropped("speed.compile=model_graphs records CUDA graphs"),
     "speed.ddp_bucket_mb": Dropped("gradients are averaged in buckets of 25 MB"),
     "speed.ddp_static_graph": Dropped("it saved no time"),
@@ -81,7 +86,7 @@ def what_became(key: str) -> str:
 
 def new_value(moved: Moved, value: Any) -> Any:
     """The value of a moved setting under its present name."""
-    return moved.values.get(value, value) if isinstance(value, str) else value
+    return moved.values.get(value, value) if isinstance(value, str | None) else value
 
 
 def _old_settings(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

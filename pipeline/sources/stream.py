@@ -97,7 +97,7 @@ class StreamSource:
 
     def batches(self, state: LoaderState) -> Iterator[RawBatch]:
         """Batches from the beginning of the shard that `state` names, without end."""
-        epoch, done = state.epoch, state.next_sample
+        epoch, done = state.epoch, state.offset
         while True:
             num_batches = 0
             for raw in self._epoch(epoch, done):
@@ -136,7 +136,8 @@ class StreamSource:
         batch: list[Record] = []
         self.stage.switch(State.BUSY)
         for round_, number in enumerate(mine):
-            state = LoaderState(self._seed, epoch, done + round_ * self._world_size, self.digest)
+            offset = done + round_ * self._world_size
+            state = LoaderState(self._seed, epoch, offset, self.digest, unit="shard")
             for record in self._shuffled(self._shard(number, epoch), epoch):
                 batch.append(record)
                 if len(batch) < self._batch_size:

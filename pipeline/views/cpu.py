@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int32, Int64, UInt8
+from jaxtyping import Int32, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
 from cmae.pipeline.buffer_pool import BufferPool
-from cmae.pipeline.stage_stats import KindTable, Stage, State
+from cmae.pipeline.stage_stats import Stage, State
 from cmae.pipeline.views.backend import UNDECODABLE, Views, WindowDecoder
 from cmae.pipeline.views.color_image import ImageColor
 from cmae.pipeline.views.config import ViewConfig, ViewStep
@@ -55,8 +55,7 @@ class CpuViews:
             num_threads, thread_name_prefix="cmae-views", initializer=self._start_worker
         )
         self._buffers = BufferPool()
-        self.stage = Stage("views", threads=num_threads)
-        self.kinds = KindTable()
+        self.stage = Stage("decode_augment", threads=num_threads)
         self._is_cancelled = False
 
     def depth(self, batch_size: int) -> int:
@@ -66,14 +65,8 @@ class CpuViews:
         """
         return 1 + math.ceil(4 * self._num_threads / batch_size)
 
-    def submit(
-        self,
-        encoded: Sequence[UInt8[np.ndarray, " n"]],
-        params: ViewParams,
-        *,
-        cells: Int64[np.ndarray, " B"] | None = None,
-    ) -> _Job:
-        """Start a batch; `cells` of `kinds` are where its images count.
+    def submit(self, encoded: Sequence[UInt8[np.ndarray, " n"]], params: ViewParams) -> _Job:
+        """Start a batch.
 
         What was handed out before and is still referenced is never written again.
         """
@@ -85,7 +78,6 @@ class CpuViews:
             self._pool.submit(
                 self._run,
                 range(i, min(i + stride, batch_size)),
-                cells,
                 encoded,
                 params,
                 online,
@@ -122,9 +114,7 @@ class CpuViews:
         torch.set_num_threads(1)
         self._local.worker = _Worker(self._views, last_step=self._last_step)
 
-    def _run(
-        self, samples: range, cells: Int64[np.ndarray, " B"] | None, *work: Any
-    ) -> dict[int, str]:
+    def _run(self, samples: range, *work: Any) -> dict[int, str]:
         """Make the views of some samples of a batch, and count them."""
         self.stage.switch(State.BUSY)
         times = [time.perf_counter()]
@@ -132,8 +122,6 @@ class CpuViews:
         seconds = np.diff(times)
         num_bytes = self._views.num_views * 3 * self._views.img_size**2 * len(samples)
         self.stage.add(items=len(samples), num_bytes=num_bytes, latencies_s=seconds)
-        if cells is not None:
-            self.kinds.add(cells[samples.start : samples.stop], seconds)
         self.stage.switch(State.IDLE)
         return bad
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import UInt8
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline, pipeline_def
 from nvidia.dali.tensors import TensorCPU, TensorListCPU
@@ -160,21 +160,14 @@ class DaliViews:
         self._depth = depth
         # DALI's own threads cannot be watched. Busy is what waiting for it and colour take: less than its
         # run time while it is ahead, all of it when it is what the loader waits for.
-        self.stage = Stage("views", threads=1)
-        self.kinds = None  # which of a batch's images took the time is not known either
+        self.stage = Stage("decode_augment", threads=1)
         self._warm_up(depth)
 
     def depth(self, batch_size: int) -> int:
         """As many batches as DALI was built to prepare ahead, of any size."""
         return self._depth
 
-    def submit(
-        self,
-        encoded: list[UInt8[np.ndarray, " n"]],
-        params: ViewParams,
-        *,
-        cells: Int64[np.ndarray, " B"] | None = None,
-    ) -> _Job:
+    def submit(self, encoded: list[UInt8[np.ndarray, " n"]], params: ViewParams) -> _Job:
         """Start a batch."""
         job = _Job(encoded, params)
         self._feed(job)

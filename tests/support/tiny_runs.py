@@ -51,7 +51,7 @@ def make_batch(
         sample_id=index,
         label=torch.zeros(size, dtype=torch.int64),
         epoch=0,
-        state=LoaderState(seed=0, epoch=0, next_sample=0, digest=""),
+        state=LoaderState(seed=0, epoch=0, offset=0, digest=""),
     )
 
 

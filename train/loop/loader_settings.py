@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from cmae.train.config import SpeedConfig
+from cmae.pipeline import LoaderConfig
 from cmae.train.distributed import threads_per_rank
 
 
@@ -37,7 +37,7 @@ class LoaderSettings:
 
 def default_settings() -> LoaderSettings:
     """A thread for each core of this rank, and the loader's defaults."""
-    return LoaderSettings(threads_per_rank(), prefetch=2, num_readers=4, hw_decoder_load=0.65)
+    return loader_settings(LoaderConfig())
 
 
 def tunable(device: torch.device) -> tuple[str, ...]:
@@ -46,14 +46,10 @@ def tunable(device: torch.device) -> tuple[str, ...]:
     return (*names, "hw_decoder_load") if device.type == "cuda" else names
 
 
-def loader_settings(speed: SpeedConfig) -> LoaderSettings:
-    """Settings of a run: what its configuration says, else the defaults."""
-    default = default_settings()
-    chosen = {}
-    for field in fields(LoaderSettings):
-        given = getattr(speed, field.name)
-        chosen[field.name] = getattr(default, field.name) if given is None else given
-    return LoaderSettings(**chosen)
+def loader_settings(data: LoaderConfig) -> LoaderSettings:
+    """Settings of a run; the threads are this rank's share of the cores where they are not given."""
+    chosen = {field.name: getattr(data, field.name) for field in fields(LoaderSettings)}
+    return LoaderSettings(**{**chosen, "num_threads": data.num_threads or threads_per_rank()})
 
 
 def _count(number: int, noun: str) -> str:

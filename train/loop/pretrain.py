@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -16,7 +16,7 @@ from cmae.errors import CmaeError
 from cmae.kernels import use_backend
 from cmae.model import build_model, draw_mask
 from cmae.model.stored import CheckpointError, load_checkpoint
-from cmae.pipeline import FillProgress, Loader, LoaderState, RemoteConfig, build_loader
+from cmae.pipeline import FillProgress, Loader, LoaderState, build_loader
 from cmae.pipeline.bad_samples import BadLimit
 from cmae.pipeline.loader.loader import Wrap
 from cmae.train.config import BatchSplit, Config
@@ -250,41 +250,27 @@ def open_loader(
         CmaeError: No shards, or settings that do not fit them.
     """
     check_shards(config)
-    settings = settings or loader_settings(config.speed)
-    data = config.data
-    return build_loader(
-        data.shards,
-        config.loader_views,
+    settings = settings or loader_settings(config.data)
+    data = replace(
+        config.data,
+        views=config.loader_views,
         batch_size=split.micro_batch_size,
         global_batch_size=config.optim.global_batch_size,
+        seed=config.seed,
+        **asdict(settings),
+    )
+    return build_loader(
+        data,
         rank=world.rank,
         world_size=world.world_size,
-        seed=config.seed,
         device=world.device,
+        state=LoaderState.from_dict(resumed["loader"]) if resumed else None,
         draw_mask=lambda sample_id, epoch: draw_mask(
             config.model, sample_id, seed=config.seed, epoch=epoch
         ),
-        num_threads=settings.num_threads,
-        prefetch=settings.prefetch,
-        num_readers=settings.num_readers,
-        hw_decoder_load=settings.hw_decoder_load,
-        state=LoaderState.from_dict(resumed["loader"]) if resumed else None,
-        shuffle=data.shuffle,
-        shuffle_block=data.shuffle_block,
-        shuffle_window=data.shuffle_window,
-        source=data.source,
-        backend=config.speed.view_backend,
         ledger=config.run.out / LEDGER_FILE,
-        max_bad_fraction=None,  # StepBatches looks at the counts of all ranks
-        last_batch=data.last_batch,
-        remote=RemoteConfig(
-            mode=data.remote,
-            cache_dir=data.cache_dir,
-            cache_quota_gib=data.cache_quota_gib,
-            deadline_s=data.remote_deadline_s,
-            storage_options=data.storage_options,
-            progress=progress,
-        ),
+        limit_bad=False,  # StepBatches looks at the counts of all ranks
+        progress=progress,
         wrap=wrap,
     )
 

@@ -183,7 +183,7 @@ class TrainStep:
         bank = RowGatherer(self.world)
         for batch in batches:
             assert batch.target is not None  # Config asks for two views
-            bank.add(self.target_keys(batch.target, batch.ids_keep))
+            bank.add(self.target_keys(batch.target, batch.masks[0]))
         return bank
 
     def target_keys(self, target: Tensor, ids_keep: Tensor) -> Tensor:
@@ -224,8 +224,7 @@ class TrainStep:
             keys, offset = bank.wait().roll(-offset, dims=0), 0
         return self.online_losses(
             batch.online,
-            batch.ids_keep,
-            batch.ids_mask,
+            *batch.masks,
             keys=keys,
             label_offset=offset,
             divisor=divisor,

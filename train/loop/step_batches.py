@@ -111,7 +111,7 @@ class StepBatches:
                     f"{len(batches)} of the {count} micro-batches of a step took {waited_s:.1f} s, more than "
                     f"data.remote_deadline_s={self._deadline_s:g}: the storage is too slow for so large a "
                     "share of optim.global_batch_size. Copy the shards to a local disk (data.cache_dir), "
-                    "raise speed.num_readers, or look with `cmae profile`"
+                    "raise data.num_readers, or look with `cmae profile`"
                 )
             batches.append(next(self._loader))
         return batches

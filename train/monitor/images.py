@@ -37,7 +37,7 @@ INK, PAPER = (40, 40, 40), (255, 255, 255)
 
 def reconstruction_grid(model: CMAE, batch: Batch, path: Path, *, num_images: int = 16) -> None:
     """Draw the reconstructions of a batch's first images; see `draw_reconstructions`."""
-    draw_reconstructions(model, batch.online[:num_images], batch.ids_keep[:num_images], path)
+    draw_reconstructions(model, batch.online[:num_images], batch.masks[0][:num_images], path)
 
 
 @torch.no_grad()
@@ -73,8 +73,9 @@ def draw_reconstructions(
 def first_batch_grid(batch: Batch, path: Path, *, num_images: int = 8) -> None:
     """Draw the online view, the target view and the masked online view of the first images of a batch."""
     online = batch.online[:num_images].cpu()
-    num_patches = batch.ids_keep.shape[1] + batch.ids_mask.shape[1]
-    hidden = _hidden_pixels(online, batch.ids_keep[:num_images].cpu(), num_patches)
+    ids_keep, ids_mask = batch.masks
+    num_patches = ids_keep.shape[1] + ids_mask.shape[1]
+    hidden = _hidden_pixels(online, ids_keep[:num_images].cpu(), num_patches)
     columns = {"online view": online, "online, masked": _paint_gray(online, hidden)}
     if batch.target is not None:
         columns["target view"] = batch.target[:num_images].cpu()

@@ -59,7 +59,7 @@ def write_tuned(path: Path, around: Circumstances, phases: list[Phase], *, is_do
     chosen = {name: getattr(settings, name) for name in around.names}
     text = "\n".join(f"# {line}".rstrip() for line in _head(path, around, phases, is_done=is_done))
     with atomic_write(path) as file:
-        file.write(f"{text}\n{yaml.safe_dump({'speed': chosen}, sort_keys=False)}".encode())
+        file.write(f"{text}\n{yaml.safe_dump({'data': chosen}, sort_keys=False)}".encode())
 
 
 def _head(path: Path, around: Circumstances, phases: list[Phase], *, is_done: bool) -> list[str]:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cmae.errors import CmaeError
-from cmae.pipeline import Loader
+from cmae.pipeline import Loader, LoaderConfig
 from cmae.pipeline.remote.schemes import redact_options
 from cmae.train.config import BatchSplit, Config
 from cmae.train.distributed import World, join_world
@@ -106,8 +106,11 @@ def search(
     Raises:
         CmaeError: There is nothing to search.
     """
-    default = loader_settings(config.speed)
-    fixed = [name for name in tunable(world.device) if getattr(config.speed, name) is not None]
+    default = loader_settings(config.data)
+    usual = LoaderConfig()
+    fixed = [
+        name for name in tunable(world.device) if getattr(config.data, name) != getattr(usual, name)
+    ]
     with tempfile.TemporaryDirectory() as out:  # for the ledger of bad samples
         config = replace(config, run=replace(config.run, out=Path(out)))
         window_s = options.budget_s / _WINDOWS[world.device.type] * (1 - _OPENING_SHARE)
@@ -115,7 +118,7 @@ def search(
         grid = build_grid(default, world.device, has_readers=has_readers)
         grid = {name: values for name, values in grid.items() if name not in fixed}
         if not grid:
-            given = ", ".join(f"speed.{name}" for name in fixed)
+            given = ", ".join(f"data.{name}" for name in fixed)
             raise CmaeError(
                 f"{given} are all given: leave one of them out, there is nothing to search"
             )

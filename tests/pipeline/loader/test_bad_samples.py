@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.loaders import loader_of
 from support.pipeline_data import jpeg, photo, toy_mask, write_tar
 
-from cmae.pipeline import DataError, Loader, ViewConfig, build_loader
+from cmae.pipeline import DataError, Loader, ViewConfig
 from cmae.pipeline.bad_samples import BadLimit, BadSample, Health
 from cmae.pipeline.formats.dataset_index import build_indices
 from cmae.pipeline.formats.shard_index import index_path, load_index
@@ -56,7 +57,7 @@ def write(folder: Path, faults: dict[int, object]) -> Path:
 
 def open_loader(folder: Path, **options) -> Loader:
     settings = {"batch_size": 8, "global_batch_size": 8, "num_threads": 2, "max_bad_fraction": 0.2}
-    return build_loader(folder, VIEWS, draw_mask=toy_mask, **(settings | options))
+    return loader_of(folder, VIEWS, draw_mask=toy_mask, **(settings | options))
 
 
 def take(loader: Loader, count: int):
@@ -83,12 +84,12 @@ def flipped(tmp_path) -> tuple[Path, int]:
     return path.parent, victim
 
 
-@pytest.mark.parametrize("backend", ["host", "dali"])
+@pytest.mark.parametrize("backend", ["cpu", "dali"])
 @pytest.mark.parametrize("fault", [truncated, png, zeros, without_huffman_table])
 def test_a_bad_image_in_a_stream_is_replaced_and_written_down(tmp_path, fault, backend):
     path = write(tmp_path / "shard", {5: fault, 19: fault})
     ledger = tmp_path / "run" / "bad.jsonl"
-    batches, bad = take(open_loader(path.parent, ledger=ledger, backend=backend), 4)
+    batches, bad = take(open_loader(path.parent, ledger=ledger, view_backend=backend), 4)
     assert bad == 2
     lines = read(ledger)
     assert sorted(line["record_number"] for line in lines) == [5, 19]
@@ -176,8 +177,8 @@ def test_neighbours_that_no_decoder_takes_are_replaced_by_the_next_good_one(tmp_
     faults = dict.fromkeys((11, 12, 13), without_huffman_table)
     path = write(tmp_path / "shard", faults)
     build_indices([str(path)])
-    for backend in ("host", "dali"):
-        batches, bad = take(open_loader(path.parent, backend=backend), 5)
+    for backend in ("cpu", "dali"):
+        batches, bad = take(open_loader(path.parent, view_backend=backend), 5)
         labels = {
             int(i): int(label)
             for batch in batches
