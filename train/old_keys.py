@@ -29,7 +29,10 @@ class Dropped:
 
 
 OLD_KEYS: dict[str, Moved | Dropped] = {
+    "data.views.master_size": Moved("data.views.source_crop_size"),
     "model.mask_cell": Moved("model.mask_unit"),
+    "run.picture_every": Moved("run.image_every"),
+    "speed.target_shadow": Moved("speed.target_copy"),
     "model.conv_depth": Dropped("the hybrid encoder has two convolution blocks a stage", (2,)),
     "model.feature_dim": Dropped("features are as wide as the encoder", (None,)),
     "speed.hw_decoder_load": Moved("data.hw_decoder_load", {None: 0.65}),

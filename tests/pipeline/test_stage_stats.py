@@ -13,7 +13,7 @@ from support.pipeline_data import toy_mask, write_photo_shards
 from cmae.pipeline import LoaderSnapshot, ViewConfig
 from cmae.pipeline import stage_stats as counters
 from cmae.pipeline.formats.dataset_index import build_indices
-from cmae.pipeline.sources.indexed import IndexedSource
+from cmae.pipeline.sources.local_files import OpenFiles
 from cmae.pipeline.stage_stats import Histogram, QueueDepth, Stage, State
 
 VIEWS = ViewConfig(img_size=32, source_crop_size=40, target_shift=8)
@@ -196,13 +196,14 @@ def test_a_slow_training_thread_blocks_the_stages(shards):
 
 
 def test_a_slow_disk_starves_the_stages(shards, monkeypatch):
-    record = IndexedSource._record
+    read_batch = OpenFiles.read_batch
 
-    def slow(self, row, data):
-        time.sleep(0.04)
-        return record(self, row, data)
+    def slow(self, places, buffer):
+        for found in read_batch(self, places, buffer):
+            time.sleep(0.04)
+            yield found
 
-    monkeypatch.setattr(IndexedSource, "_record", slow)
+    monkeypatch.setattr(OpenFiles, "read_batch", slow)
     with open_loader(shards) as loader:
         next(loader)
         before = loader.snapshot()

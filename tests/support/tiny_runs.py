@@ -78,7 +78,7 @@ def arguments(shards: str, out: Path, **overrides: object) -> list[str]:
         "run.checkpoint_every": 2,
         "run.progress": "false",
         "speed.device": "cpu",
-        "speed.num_threads": 2,
+        "data.num_threads": 2,
         "data.shards": shards,
         "data.views.source_crop_size": 40,
         "data.views.target_shift": 8,

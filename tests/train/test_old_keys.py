@@ -41,10 +41,12 @@ def test_old_keys_are_gone_and_new_ones_are_there() -> None:
 
 @pytest.mark.parametrize("key", OLD_KEYS)
 def test_a_recipe_with_an_old_key_loads_with_one_warning(tmp_path: Path, key: str) -> None:
-    section, name = key.split(".")
+    *sections, name = key.split(".")
     value = harmless(key)
     text = "null" if value is None else str(value)
-    (tmp_path / "old.yaml").write_text(f"{section}: {{{name}: {text}}}\n")
+    (tmp_path / "old.yaml").write_text(
+        "".join(f"{section}: {{" for section in sections) + f"{name}: {text}" + "}" * len(sections)
+    )
     with pytest.warns(UserWarning, match=key) as caught:
         assert load_recipe(tmp_path / "old.yaml") == Config()
     assert len(caught) == 1

@@ -25,13 +25,14 @@ PROGRAM = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 sys.path.insert(0, {tests!r})
+from support.loaders import loader_of
 from support.pipeline_data import toy_mask
 from cmae.pipeline import ViewConfig
 views = ViewConfig(img_size=32, source_crop_size=40, target_shift=8)
 try:
     with loader_of(
         {shards!r}, views, batch_size={batch_size}, global_batch_size={batch_size},
-        draw_mask=toy_mask, num_threads=1, backend={backend!r}, source={source!r}
+        draw_mask=toy_mask, num_threads=1, view_backend={view_backend!r}, source={source!r}
     ) as loader:
         {prepare}
         print("ready", flush=True)

@@ -129,7 +129,7 @@ def test_state_is_the_place_after_the_last_batch_handed_out(shards):
             assert loader.state.offset == 8 * number
         packed = json.dumps(loader.state.to_dict())
         assert LoaderState.from_dict(json.loads(packed)) == loader.state
-        assert len(packed) < 100
+        assert len(packed) < 125
 
 
 @pytest.mark.parametrize("done", [1, 2, 5, 6, 7])
@@ -184,7 +184,7 @@ def test_batches_handed_out_are_not_written_again(shards):
         assert torch.equal(batch.ids_keep, ids_keep)
 
 
-@pytest.mark.parametrize("options", [{"prefetch": 4}, {"num_threads": 1}, {"check_crc": False}])
+@pytest.mark.parametrize("options", [{"prefetch": 4}, {"num_threads": 1}, {"num_readers": 1}])
 def test_speed_settings_do_not_change_the_batches(shards, options):
     for one, other in zip(
         take(open_loader(shards), 3), take(open_loader(shards, **options), 3), strict=True
@@ -192,9 +192,9 @@ def test_speed_settings_do_not_change_the_batches(shards, options):
         assert_same(one, other)
 
 
-def test_dali_and_host_give_the_same_samples_and_nearly_the_same_pixels(shards):
-    host, dali = take(open_loader(shards), 4), take(open_loader(shards, view_backend="dali"), 4)
-    for one, other in zip(host, dali, strict=True):
+def test_dali_and_cpu_give_the_same_samples_and_nearly_the_same_pixels(shards):
+    cpu, dali = take(open_loader(shards), 4), take(open_loader(shards, view_backend="dali"), 4)
+    for one, other in zip(cpu, dali, strict=True):
         assert torch.equal(one.sample_id, other.sample_id)
         assert torch.equal(one.ids_keep, other.ids_keep)
         assert (one.online.int() - other.online.int()).abs().float().mean() < 0.5
@@ -339,11 +339,11 @@ def test_a_loader_says_how_large_its_data_is(shards):
         ({"global_batch_size": 20}, r"global_batch_size=20 must be a multiple of .* 1 \* 8"),
         ({"global_batch_size": 64}, r"global_batch_size=64 .* num_samples=53"),
         ({"rank": 2, "world_size": 2}, r"rank=2"),
-        ({"source": "tar"}, r"source='tar'"),
-        ({"backend": "pil"}, r"backend='pil'"),
+        ({"source": "tar"}, r"source is 'tar'"),
+        ({"view_backend": "pil"}, r"view_backend is 'pil'"),
         ({"state": LoaderState(4, 0, 0, "x")}, r"seed=4, the loader seed=5"),
         ({"state": LoaderState(5, 0, 0, "x")}, r"digest x"),
-        ({"max_bad_fraction": 2.0}, r"max_bad_fraction=2\.0"),
+        ({"max_bad_fraction": 2.0}, r"max_bad_fraction is 2\.0"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_its_value(shards, options, message):
@@ -435,10 +435,9 @@ def test_a_loader_leaves_the_callers_threads_alone(tmp_path):
     (shard,) = write_photo_shards(tmp_path, sizes=[8])
     program = f"""
 import torch
-from cmae.pipeline import ViewConfig
-from support.pipeline_data import toy_mask
+from cmae.pipeline import LoaderConfig, ViewConfig, build_loader
 views = ViewConfig(img_size=32, source_crop_size=40, target_shift=8)
-with loader_of({str(shard)!r}, views, batch_size=4, global_batch_size=4, draw_mask=toy_mask) as loader:
+with build_loader(LoaderConfig({str(shard)!r}, batch_size=4, views=views)) as loader:
     next(loader)
     print(torch.get_num_threads())
 """
@@ -471,7 +470,7 @@ def test_the_next_epochs_order_is_made_in_the_background(shards, monkeypatch):
         time.sleep(0.1)
         assert next(batch for batch in loader if batch.epoch == 1).state.offset == 8
     threads = dict(reversed(made))  # of the first to make each order
-    assert threads[0] == "cmae-feed"
+    assert threads[0] == "cmae-prefetch"
     assert threads[1].startswith("cmae-read")
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cmae.model.stored import CheckpointError, list_checkpoints, load_checkpoint
+from cmae.pipeline import LoaderState
 from cmae.train.loop.checkpoint import (
     Checkpointer,
     changed_settings,
@@ -110,7 +111,10 @@ def test_another_order_is_refused_inside_an_epoch_alone() -> None:
     data = {"shuffle": True, "shuffle_block": 1, "shuffle_window": 64, "last_batch": "drop"}
 
     def check(offset: int, **changed: object) -> None:
-        stored = {"loader": {"epoch": 2, "offset": offset}, "config": {"data": data}}
+        stored = {
+            "loader": LoaderState(0, epoch=2, offset=offset, digest="x").to_dict(),
+            "config": {"data": data},
+        }
         check_same_order(Path("x.pt"), stored, data | changed)
 
     with pytest.raises(

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from cmae.errors import CmaeError
+from cmae.pipeline import LoaderConfig
 from cmae.train.commands.main import main
-from cmae.train.config import SpeedConfig
 from cmae.train.config_parser import load_recipe, parse_config
 from cmae.train.loop.loader_settings import LoaderSettings, default_settings, loader_settings
 from cmae.train.tuning.config import TuneConfig
@@ -201,9 +201,9 @@ def phases(is_last: bool) -> list[Phase]:
 def test_the_recipe_sets_what_was_found_and_says_where_it_was_measured(tmp_path: Path) -> None:
     path = tmp_path / "tuned.yaml"
     write_tuned(path, AROUND, phases(is_last=True), is_done=True)
-    speed = load_recipe("cmae_vit_s", path).speed
-    assert (speed.num_threads, speed.prefetch, speed.num_readers) == (12, 2, 4)
-    assert speed.hw_decoder_load is None
+    data = load_recipe("cmae_vit_s", path).data
+    assert (data.num_threads, data.prefetch, data.num_readers) == (12, 2, 4)
+    assert data.hw_decoder_load == 0.65
     text = path.read_text()
     for fact in (
         "A CPU, 8 cores, 2 rank(s)",
@@ -234,8 +234,8 @@ def test_a_recipe_that_cannot_be_written_is_refused_before_the_search(tmp_path: 
 
 
 def test_settings_of_the_configuration_win_over_the_defaults() -> None:
-    assert loader_settings(SpeedConfig()) == default_settings()
-    found = loader_settings(SpeedConfig(num_threads=1, hw_decoder_load=0.0))
+    assert loader_settings(LoaderConfig()) == default_settings()
+    found = loader_settings(LoaderConfig(num_threads=1, hw_decoder_load=0.0))
     assert found == replace(default_settings(), num_threads=1, hw_decoder_load=0.0)
 
 
@@ -260,9 +260,9 @@ def test_the_command_tunes_and_a_run_takes_the_recipe(
     assert "the step's 50 images/s" in printed
     assert small_shards in out.read_text()
 
-    speed = parse_config([*run_arguments(small_shards), "--recipe", str(out)]).speed
-    assert None not in (speed.num_threads, speed.prefetch, speed.num_readers)
-    assert speed.torch_threads == 1  # the other recipe's
+    config = parse_config([*run_arguments(small_shards), "--recipe", str(out)])
+    assert config.data.num_threads is not None
+    assert config.speed.torch_threads == 1  # the other recipe's
     assert main(["tune", *arguments]) == 1
     assert "is there already" in capsys.readouterr().err
 
@@ -288,17 +288,17 @@ def test_ctrl_c_keeps_what_was_found(
     found = phases(is_last=False)
     assert main(arguments) == 130
     assert "holds what was found" in capsys.readouterr().out.replace("\n", " ")
-    assert load_recipe(out).speed.num_threads == 12
+    assert load_recipe(out).data.num_threads == 12
 
 
 def test_settings_given_to_the_command_are_not_searched(
     small_shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "tuned.yaml"
-    fixed = f"--speed.num_threads 1 --speed.prefetch 2 --budget_s 1 --out {out}"
+    fixed = f"--data.num_threads 1 --data.prefetch 3 --budget_s 1 --out {out}"
     assert main(["tune", *run_arguments(small_shards), *fixed.split()]) == 0
     assert "searching num_readers for" in capsys.readouterr().out
-    assert load_recipe(out).speed.num_threads == 1
+    assert load_recipe(out).data.num_threads == 1
 
 
 def test_nothing_to_search_and_no_shards_are_errors_that_name_the_repair(
@@ -306,7 +306,7 @@ def test_nothing_to_search_and_no_shards_are_errors_that_name_the_repair(
 ) -> None:
     assert main(["tune", "--recipe", "demo"]) == 1
     assert "data.shards is empty" in capsys.readouterr().err
-    fixed = "--speed.num_threads 1 --speed.prefetch 2 --speed.num_readers 2"
+    fixed = "--data.num_threads 1 --data.prefetch 3 --data.num_readers 2"
     arguments = [*run_arguments(small_shards), "--out", str(tmp_path / "tuned.yaml")]
     assert main(["tune", *arguments, *fixed.split()]) == 1
     assert "are all given: leave one of them out" in capsys.readouterr().err
@@ -320,5 +320,5 @@ def test_options_out_of_range_name_the_repair() -> None:
     with pytest.raises(ValueError, match="step_images_per_s is -1"):
         TuneConfig(step_images_per_s=-1)
     for name, value in (("prefetch", 0), ("num_readers", 0), ("hw_decoder_load", 1.5)):
-        with pytest.raises(ValueError, match=f"speed.{name} is"):
-            SpeedConfig(**{name: value})
+        with pytest.raises(ValueError, match=f"{name} is"):
+            LoaderConfig(**{name: value})
