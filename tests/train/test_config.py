@@ -12,7 +12,14 @@ from cmae.errors import CmaeError
 from cmae.model import ModelConfig
 from cmae.train.commands.main import main
 from cmae.train.config import BatchSplit, Config
-from cmae.train.config_parser import RECIPES, parse_config, recipe_names
+from cmae.train.config_parser import (
+    RECIPES,
+    Parser,
+    add_config,
+    load_recipe,
+    parse_config,
+    recipe_names,
+)
 from cmae.train.monitor.run_log import write_config
 
 
@@ -238,3 +245,23 @@ def test_the_configuration_loads_neither_torch_nor_dali(name: str) -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )
     assert not {"torch", "nvidia.dali", "webdataset", "numpy"} & set(run.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("batch_size", "speed.micro_batch_size"),
+        ("global_batch_size", "optim.global_batch_size"),
+        ("seed", "seed"),
+    ],
+)
+def test_what_the_loader_takes_from_the_run_is_refused_by_name_and_hidden(
+    tmp_path: Path, name: str, source: str
+) -> None:
+    (tmp_path / "r.yaml").write_text(f"data: {{{name}: 4}}\n")
+    with pytest.raises(CmaeError, match=rf"data\.{name} is 4; .* follows {source}"):
+        load_recipe(tmp_path / "r.yaml")
+    parser = Parser(prog="x")
+    add_config(parser)
+    assert f"--data.{name} " not in parser.format_help()
+    assert name not in Config().to_dict()["data"]
