@@ -39,7 +39,7 @@ class BadLimit:
     """
 
     max_fraction: float
-    """Of the samples handed out."""
+    """Largest share of bad records among the samples handed out."""
     probation: int = 1000
     """Samples before the fraction is looked at: one early failure is no rate."""
 
@@ -67,9 +67,9 @@ class Health:
     Args:
         ledger: JSON lines file of all ranks; a bad record has one line for each epoch that met it, however
             often the run was interrupted and continued. None = count only.
-        limit: Above it `add` raises. None = somebody else decides, from the counts of all ranks.
-        rank: Of this process, for the ledger.
-        first_epoch: Where the run begins or continues: older lines of the ledger are not looked at.
+        limit: Limit above which `add` raises. None = the caller decides, from the counts of all ranks.
+        rank: Rank of this process, for the ledger.
+        first_epoch: Epoch in which the run begins or continues: older lines of the ledger are not looked at.
     """
 
     def __init__(

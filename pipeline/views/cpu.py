@@ -1,4 +1,4 @@
-"""Views on CPU cores: nvImageCodec decodes the window, torch's uint8 antialiased resize makes the master.
+"""Views on CPU cores: nvImageCodec decodes the window, torch's antialiased uint8 resize does the rest.
 
 Twice the rate of DALI's CPU graph from the same parameters (docs/design/0003-colour-chain.md); the decoded
 pixels are Pillow's to the bit. Every sample is made by one thread from bytes to finished views.
@@ -39,9 +39,9 @@ class CpuViews:
     """Makes batches of views in a pool of threads.
 
     Args:
-        views: what the views are.
-        num_threads: of the pool.
-        last_step: leave what comes after this operation out, and the pixels undefined. For measurements.
+        views: Configuration of the views.
+        num_threads: Threads of the pool.
+        last_step: Last operation on an image; before "color" the pixels are undefined. For measurements.
     """
 
     def __init__(
@@ -166,23 +166,23 @@ class _Worker:
     ) -> bool:
         """Write both views of one sample; False when it cannot be decoded."""
         views = self._views
-        master = self._window(encoded, params.crop[row], views.source_crop_size, params.flip[row])
-        own = master
+        source = self._window(encoded, params.crop[row], views.source_crop_size, params.flip[row])
+        own = source
         if views.has_own_target_crop:
             flip = params.target_flip[row]
             own = self._window(encoded, params.target_crop[row], views.img_size, flip)
-        if master is None or own is None:
+        if source is None or own is None:
             return False
         if self._last_step in ("decode", "resize"):
             return True
-        online[...] = _cut(master, params.online_offset[row], views.img_size)
+        online[...] = _crop(source, params.online_offset[row], views.img_size)
         if target is None:
             return True
-        cut = _cut(own, params.target_offset[row], views.img_size)
+        crop = _crop(own, params.target_offset[row], views.img_size)
         if self._color is None:
-            target[...] = cut
+            target[...] = crop
         else:
-            self._color.apply(cut, params, row=row, mode=views.color, out=target)
+            self._color.apply(crop, params, row=row, mode=views.color, out=target)
         return True
 
     def _window(
@@ -200,8 +200,8 @@ class _Worker:
         return pixels
 
 
-def _cut(
-    master: UInt8[np.ndarray, "m m 3"], offset: Int32[np.ndarray, " 2"], size: int
+def _crop(
+    source: UInt8[np.ndarray, "c c 3"], offset: Int32[np.ndarray, " 2"], size: int
 ) -> UInt8[np.ndarray, "s s 3"]:
     top, left = offset
-    return master[top : top + size, left : left + size]
+    return source[top : top + size, left : left + size]

@@ -161,7 +161,7 @@ def decode_bound() -> Profile:
         operations=(
             Operation("decode", estimate(5.1, 0.2), estimate(0.64, 0.03), 1560.0),
             Operation("resize, flip", estimate(1.2, 0.1), estimate(0.15, 0.02), 1265.0),
-            Operation("cut", estimate(0.08, 0.05), estimate(0.01, 0.01), 1250.0),
+            Operation("crop", estimate(0.08, 0.05), estimate(0.01, 0.01), 1250.0),
             Operation("colour jitter", estimate(0.9, 0.1), estimate(0.12, 0.02), 1087.0),
         ),
         gpu={

@@ -53,7 +53,7 @@ class _Prefix:
 _GEOMETRY = (
     _Prefix("decode", "decode"),
     _Prefix("resize, flip", "resize"),
-    _Prefix("cut", "cut"),
+    _Prefix("crop", "crop"),
 )
 _COLOR = (
     _Prefix("colour jitter", "color", ("grayscale", "blur_sigma")),

@@ -48,7 +48,7 @@ def test_operations_come_in_order_and_decoding_costs_something(
     recorded: list[RawBatch], backend: str
 ) -> None:
     found = measure(recorded, backend=backend)
-    assert list(found) == ["decode", "resize, flip", "cut", *COLORS]
+    assert list(found) == ["decode", "resize, flip", "crop", *COLORS]
     assert found["decode"].cpu_ms.value > 0
     assert found["decode"].cpu_ms.n == 2
 
