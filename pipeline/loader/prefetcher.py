@@ -39,7 +39,16 @@ class Prefetcher:
     """Owns the thread between the source and the training step.
 
     The queue holds `prefetch` finished batches, so memory is bounded and the thread sleeps when training is
-    slower. An exception in any background thread ends the thread and comes out of `get`.
+    slower. An exception in any background thread ends it and comes out of `get`.
+
+    Args:
+        source: Encoded samples, batch by batch; closed with the prefetcher.
+        view_backend: Maker of the views; closed with the prefetcher.
+        views: Configuration of the views.
+        draw_mask: Drawer of masks; None = batches without masks.
+        device: Device on which batches are put.
+        state: Place in the data at which to begin.
+        prefetch: Finished batches in the queue.
     """
 
     def __init__(
@@ -86,17 +95,17 @@ class Prefetcher:
         start = time.perf_counter()
         self.queue_stage.switch(State.STARVED)
         try:
-            ready = self._wait()
+            queued = self._wait()
         finally:
             self.queue_stage.switch(State.AWAY)
-        if not isinstance(ready, QueuedBatch):
-            self._put(ready)  # the next call gets it too
-            raise ready
+        if not isinstance(queued, QueuedBatch):
+            self._put(queued)  # the next call gets it too
+            raise queued
         self.depth.add(-1)
         latency_s = time.perf_counter() - start
-        size = len(ready.batch.label)
-        self.queue_stage.add(items=size, num_bytes=ready.num_bytes, latencies_s=[latency_s])
-        return ready
+        size = len(queued.batch.label)
+        self.queue_stage.add(items=size, num_bytes=queued.num_bytes, latencies_s=[latency_s])
+        return queued
 
     def _wait(self) -> QueuedBatch | BaseException:
         while not self._stop.is_set():
@@ -128,9 +137,9 @@ class Prefetcher:
             self.stage.switch(State.BUSY)
             in_flight.append((raw, self._submit(raw)))
             if len(in_flight) == self._view_backend.depth(len(raw.records)):
-                ready = self._finish(*in_flight.popleft())
+                queued = self._finish(*in_flight.popleft())
                 self.stage.switch(State.BLOCKED)
-                self._put(ready)
+                self._put(queued)
             if self._stop.is_set():
                 return
             self.stage.switch(State.STARVED)
