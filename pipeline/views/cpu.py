@@ -52,7 +52,7 @@ class CpuViews:
         self._num_threads = num_threads
         self._local = threading.local()
         self._pool = ThreadPoolExecutor(
-            num_threads, thread_name_prefix="cmae-views", initializer=self._start_worker
+            num_threads, thread_name_prefix="cmae-decode_augment", initializer=self._start_worker
         )
         self._buffers = BufferPool()
         self.stage = Stage("decode_augment", threads=num_threads)
