@@ -29,7 +29,7 @@ from bench_step import SIZES, Case
 from harness import summarise, write_result
 
 from cmae.model import ModelConfig, build_model, draw_mask
-from cmae.pipeline import Batch, ViewConfig, build_loader, synthetic_batches
+from cmae.pipeline import Batch, LoaderConfig, ViewConfig, build_loader, synthetic_batches
 from cmae.train.config import OptimConfig, SpeedConfig
 from cmae.train.distributed import World
 from cmae.train.loop.step import TrainStep
@@ -80,15 +80,13 @@ def measure(
         views, batch_size=arguments.batch_size, device=DEVICE, draw_mask=mask, seed=0
     )
     found: dict[str, list[float]] = {"real": [], "synthetic": [], "ratio": [], "wait_share": []}
-    with build_loader(
+    config = LoaderConfig(
         shards,
-        views,
+        views=views,
         batch_size=arguments.batch_size,
-        global_batch_size=arguments.batch_size,
-        draw_mask=mask,
         num_threads=arguments.threads,
-        device=DEVICE,
-    ) as loader:
+    )
+    with build_loader(config, draw_mask=mask, device=DEVICE) as loader:
         run_window(step, iter(loader), warmup=3, steps=1)  # compiles, fills caches
         for number in range(arguments.rounds):
             size = {"warmup": arguments.warmup, "steps": arguments.steps}

@@ -78,7 +78,7 @@ def measure(folder: Path) -> dict[str, float]:
     _, plan_s = _timed(lambda: plan.order(0))
     steps = np.linspace(0, plan.steps_per_epoch - 1, 200).astype(int) * plan.global_batch_size
     _, rows_s = _timed(lambda: [_rows(plan, index, int(step)) for step in steps])
-    state = LoaderState(0, epoch=3, next_sample=int(steps[-1]), digest=index.digest)
+    state = LoaderState(0, epoch=3, offset=int(steps[-1]), digest=index.digest)
     return {
         "startup_s": startup_s,
         "plan_s": plan_s,

@@ -33,7 +33,7 @@ from harness import Measurement, interleave, summarise, time_batches, write_resu
 from peers import Absent, Job, Peer, check_peer, find_peers
 
 from cmae.model import ModelConfig, draw_mask
-from cmae.pipeline import ViewConfig, build_loader, synthetic_batches
+from cmae.pipeline import LoaderConfig, ViewConfig, build_loader, synthetic_batches
 
 CORES = len(os.sched_getaffinity(0))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,17 +48,15 @@ class Contender(NamedTuple):
 
 def cmae_run(job: Job, *, source: str, backend: str, shards: list[str], count: int) -> Measurement:
     """One timed stretch of our loader."""
-    with build_loader(
+    config = LoaderConfig(
         shards,
-        job.views,
+        views=job.views,
         batch_size=job.batch_size,
-        global_batch_size=job.batch_size,
-        draw_mask=_mask,
         num_threads=job.threads,
         source=source,
-        backend=backend,
-        device=job.device,
-    ) as loader:
+        view_backend=backend,
+    )
+    with build_loader(config, draw_mask=_mask, device=job.device) as loader:
         sizes = (len(batch.online) for batch in loader)
         return time_batches(sizes, warmup=3, count=count)
 
@@ -86,7 +84,7 @@ def build_contenders(
 ) -> Iterator[Contender]:
     """Everything that is compared in one colour mode."""
     color = job.views.color
-    best = "dali" if job.device == "cuda" else "host"
+    best = "dali" if job.device == "cuda" else "cpu"
     other = () if job.device == "cuda" else ("dali",)
     ours = [("indexed", name) for name in (best, *other)] + [("stream", best)]
     if color == "fast":  # between the two others: one row is enough
@@ -111,15 +109,13 @@ def build_contenders(
 
 def our_mean(job: Job) -> float:
     """Mean level of our online views over one pass of the images, or 2000 of them."""
-    with build_loader(
+    config = LoaderConfig(
         job.shards,
-        job.views,
+        views=job.views,
         batch_size=job.batch_size,
-        global_batch_size=job.batch_size,
-        draw_mask=_mask,
         num_threads=job.threads,
-        device=job.device,
-    ) as loader:
+    )
+    with build_loader(config, draw_mask=_mask, device=job.device) as loader:
         batches = max(1, min(loader.num_samples or 2000, 2000) // job.batch_size)
         means = [next(loader).online.float().mean().item() for _ in range(batches)]
     return sum(means) / len(means)

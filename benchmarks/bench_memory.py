@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from cmae.model import ModelConfig, draw_mask
-from cmae.pipeline import ViewConfig, build_loader
+from cmae.pipeline import LoaderConfig, ViewConfig, build_loader
 from cmae.pipeline.formats.dataset_index import build_indices
 from cmae.pipeline.sources.expand import expand_shards
 
@@ -66,15 +66,17 @@ def run(shards: list[str], backend: str, arguments: argparse.Namespace) -> list[
     gc.collect()
     start = time.perf_counter()
     samples = [measure(0, start)]
-    with build_loader(
+    config = LoaderConfig(
         shards,
-        views,
+        views=views,
         batch_size=arguments.batch_size,
-        global_batch_size=arguments.batch_size,
+        view_backend=backend,
+        source=arguments.source,
+    )
+    with build_loader(
+        config,
         draw_mask=lambda index, epoch: draw_mask(model, index, seed=0, epoch=epoch),
         device="cuda" if torch.cuda.is_available() and backend == "dali" else "cpu",
-        backend=backend,
-        source=arguments.source,
     ) as loader:
         for number in range(1, arguments.batches + 1):
             next(loader)
@@ -152,7 +154,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=10_000)
     parser.add_argument("--every", type=int, default=250, help="batches between two measurements")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--backends", nargs="+", default=["host", "dali"])
+    parser.add_argument("--backends", nargs="+", default=["cpu", "dali"])
     parser.add_argument("--source", default="auto")
     parser.add_argument("--image", type=Path, help="plot; default: docs/images, of 10000 batches")
     arguments = parser.parse_args()

@@ -16,7 +16,6 @@ import argparse
 import os
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,8 @@ import torch
 from bench_data import prepare_shards
 from harness import write_result
 
-from cmae.train.config import Config, DataConfig, OptimConfig, SpeedConfig
+from cmae.pipeline import LoaderConfig
+from cmae.train.config import Config, OptimConfig, SpeedConfig
 from cmae.train.distributed import World
 from cmae.train.profiling.analysis.records import Action, Profile
 from cmae.train.profiling.config import ProfileConfig
@@ -38,12 +38,12 @@ STEP_S = 0.02
 
 def build_config(shards: list[str], *, batch_size: int) -> Config:
     """A run whose data path is slower than its step."""
-    speed = SpeedConfig(num_threads=max(1, len(os.sched_getaffinity(0)) // 4), tuned="off")
-    if ON_GPU:
-        speed = replace(speed, hw_decoder_load=0.0, compile="blocks")
+    speed = SpeedConfig(compile="blocks" if ON_GPU else "none")
+    threads = max(1, len(os.sched_getaffinity(0)) // 4)
+    data = LoaderConfig(shards, num_threads=threads, hw_decoder_load=0.0 if ON_GPU else 0.65)
     return Config(
         speed=speed,
-        data=DataConfig(shards=shards),
+        data=data,
         optim=OptimConfig(global_batch_size=batch_size, precision="fp16" if ON_GPU else "fp32"),
     )
 

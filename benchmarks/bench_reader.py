@@ -45,7 +45,7 @@ def source_run(
         check_crc=check_crc,
         num_readers=num_readers,
     )
-    batches = source.batches(LoaderState(0, epoch=0, next_sample=0, digest=index.digest))
+    batches = source.batches(LoaderState(0, epoch=0, offset=0, digest=index.digest))
     try:
         sizes = (len(raw.records) for raw in batches)
         return time_batches(sizes, warmup=2 * num_readers, count=arguments.batches)

@@ -30,7 +30,7 @@ from bench_step import SIZES, Case, build
 from harness import Measurement, interleave, summarise, time_batches, write_result
 
 from cmae.model import ModelConfig, draw_mask
-from cmae.pipeline import ViewConfig, build_loader
+from cmae.pipeline import LoaderConfig, ViewConfig, build_loader
 
 ON_GPU = torch.cuda.is_available()
 CORES = sorted(os.sched_getaffinity(0))
@@ -102,15 +102,17 @@ def run_loader(job: dict[str, Any]) -> Measurement:
     """One stretch of the loader, in a process that may use only as many cores as it has threads."""
     os.sched_setaffinity(0, CORES[: job["threads"]])
     torch.set_num_threads(1)
-    with build_loader(
+    config = LoaderConfig(
         job["shards"],
-        ViewConfig(color=job["color"]),
+        views=ViewConfig(color=job["color"]),
         batch_size=64,
-        global_batch_size=64,
-        draw_mask=lambda index, epoch: draw_mask(ModelConfig(), index, seed=0, epoch=epoch),
         num_threads=job["threads"],
-        device="cuda" if ON_GPU else "cpu",
         hw_decoder_load=job["hw_decoder_load"],
+    )
+    with build_loader(
+        config,
+        draw_mask=lambda index, epoch: draw_mask(ModelConfig(), index, seed=0, epoch=epoch),
+        device="cuda" if ON_GPU else "cpu",
     ) as loader:
         sizes = (len(batch.online) for batch in loader)
         return time_batches(sizes, warmup=3, count=job["batches"])

@@ -39,7 +39,7 @@ from harness import describe_machine, write_result
 from PIL import Image
 
 from cmae.model import ModelConfig, draw_mask
-from cmae.pipeline import Batch, ViewConfig
+from cmae.pipeline import Batch, LoaderConfig, ViewConfig
 from cmae.pipeline.formats.dataset_index import Place
 from cmae.pipeline.formats.shard_index import build_index, index_path, save_index
 from cmae.pipeline.sources.indexed import IndexedSource
@@ -47,7 +47,7 @@ from cmae.pipeline.sources.records import Extent, Source
 from cmae.pipeline.sources.shard_reader import LostShard
 from cmae.pipeline.views.backend import ViewBackend
 from cmae.train.commands.demo_data import PHOTOGRAPHS, load_photograph
-from cmae.train.config import Config, DataConfig, OptimConfig, RunConfig, SpeedConfig
+from cmae.train.config import Config, OptimConfig, RunConfig, SpeedConfig
 from cmae.train.distributed import World, from_main, join_world
 from cmae.train.profiling.analysis.records import Profile, load_profile
 from cmae.train.profiling.config import ProfileConfig
@@ -311,8 +311,8 @@ def build_config(shards: str, *, threads: int) -> Config:
     views = ViewConfig(img_size=96, source_crop_size=112, target_shift=8, color="none")
     return Config(
         run=RunConfig(out=Path(tempfile.gettempdir()) / "planted"),
-        speed=SpeedConfig(device="cpu", num_threads=threads, view_backend="host"),
-        data=DataConfig(shards=shards, views=views),
+        speed=SpeedConfig(device="cpu"),
+        data=LoaderConfig(shards, num_threads=threads, view_backend="cpu", views=views),
         model=ModelConfig(img_size=96),
         optim=OptimConfig(global_batch_size=BATCH_SIZE, precision="fp32"),
     )

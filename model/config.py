@@ -5,6 +5,8 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from cmae.errors import require
+
 STANDARD_MEAN = (123.675, 116.28, 103.53)
 STANDARD_STD = (58.395, 57.12, 57.375)
 
@@ -143,24 +145,23 @@ _CHOICES = {
 
 
 def _require(holds: bool, config: ModelConfig, key: str, allowed: str) -> None:
-    if not holds:
-        raise ValueError(f"{key}={getattr(config, key)!r} is not allowed: {allowed}.")
+    require(holds, key, getattr(config, key), allowed)
 
 
 def _check_choices(config: ModelConfig) -> None:
     for key, choices in _CHOICES.items():
-        _require(getattr(config, key) in choices, config, key, f"choose one of {choices}")
+        _require(getattr(config, key) in choices, config, key, f"one of {choices}")
     _require(
         config.has_contrast or config.has_reconstruction,
         config,
         "reconstruction_weight",
-        "with contrastive_loss='none' nothing is left to learn; make it > 0",
+        "> 0 with contrastive_loss='none', or nothing is left to learn",
     )
     _require(
         config.feature_decoder != "shared" or config.has_reconstruction,
         config,
         "feature_decoder",
-        "'shared' uses the pixel decoder, which reconstruction_weight=0 removes; take 'own'",
+        "'own' or 'none' with reconstruction_weight=0, which removes the pixel decoder",
     )
 
 
@@ -177,7 +178,7 @@ def _check_geometry(config: ModelConfig) -> None:
         config.encoder == "vit" or config.patch_size == 16,
         config,
         "patch_size",
-        "the hybrid encoder's stages make patches of 16 px",
+        "16 with encoder='hybrid', whose stages make patches of 16 px",
     )
     _require(
         config.mask_unit >= 1 and side % config.mask_unit == 0,
@@ -185,12 +186,12 @@ def _check_geometry(config: ModelConfig) -> None:
         "mask_unit",
         f"a divisor of the {side} patches per side (img_size / patch_size)",
     )
-    _require(0 < config.mask_ratio < 1, config, "mask_ratio", "0 < mask_ratio < 1")
+    _require(0 < config.mask_ratio < 1, config, "mask_ratio", "> 0 and < 1")
     _require(
         0 < config.num_keep < config.num_patches,
         config,
         "mask_ratio",
-        f"it must keep and mask at least one of {(side // config.mask_unit) ** 2} units",
+        f"such that of {(side // config.mask_unit) ** 2} mask units one is kept and one is hidden",
     )
 
 
@@ -226,7 +227,7 @@ def _check_ranges(config: ModelConfig) -> None:
         _require(getattr(config, key) > 0, config, key, "a number > 0")
     for key in ("contrastive_weight", "reconstruction_weight"):
         _require(getattr(config, key) >= 0, config, key, "a number >= 0")
-    _require(0 <= config.momentum <= 1, config, "momentum", "0 <= momentum <= 1")
+    _require(0 <= config.momentum <= 1, config, "momentum", "between 0 and 1")
     for key in ("pixel_mean", "pixel_std"):
         _require(len(getattr(config, key)) == 3, config, key, "three numbers (R, G, B)")
     _require(min(config.pixel_std) > 0, config, "pixel_std", "three numbers > 0")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cmae.pipeline.batch import Batch, LoaderState
     from cmae.pipeline.errors import DataError, RemoteError
+    from cmae.pipeline.loader.config import LoaderConfig
     from cmae.pipeline.loader.factory import build_loader
     from cmae.pipeline.loader.loader import Loader
     from cmae.pipeline.loader.synthetic import synthetic_batches
@@ -25,6 +26,7 @@ __all__ = [
     "EpochPlan",
     "FillProgress",
     "Loader",
+    "LoaderConfig",
     "LoaderSnapshot",
     "LoaderState",
     "RemoteConfig",
@@ -41,6 +43,7 @@ __all__ = [
 _MODULES = {
     "batch": ("Batch", "LoaderState"),
     "errors": ("DataError", "RemoteError"),
+    "loader.config": ("LoaderConfig",),
     "loader.factory": ("build_loader",),
     "loader.loader": ("Loader",),
     "loader.synthetic": ("synthetic_batches",),

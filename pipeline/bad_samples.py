@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from cmae.errors import CmaeError
 from cmae.pipeline.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -34,17 +35,17 @@ class BadLimit:
     """How many bad records a run bears.
 
     Raises:
-        ValueError: The fraction is not between 0 and 1.
+        CmaeError: The fraction is not between 0 and 1.
     """
 
     max_fraction: float
-    """Of the samples handed out."""
+    """Largest share of bad records among the samples handed out."""
     probation: int = 1000
     """Samples before the fraction is looked at: one early failure is no rate."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_fraction <= 1:
-            raise ValueError(f"max_bad_fraction={self.max_fraction} must be between 0 and 1")
+            raise CmaeError(f"max_bad_fraction={self.max_fraction} must be between 0 and 1")
 
     def is_exceeded(self, *, bad: int, samples: int) -> bool:
         """Whether to stop."""
@@ -66,9 +67,9 @@ class Health:
     Args:
         ledger: JSON lines file of all ranks; a bad record has one line for each epoch that met it, however
             often the run was interrupted and continued. None = count only.
-        limit: Above it `add` raises. None = somebody else decides, from the counts of all ranks.
-        rank: Of this process, for the ledger.
-        first_epoch: Where the run begins or continues: older lines of the ledger are not looked at.
+        limit: Limit above which `add` raises. None = the caller decides, from the counts of all ranks.
+        rank: Rank of this process, for the ledger.
+        first_epoch: Epoch in which the run begins or continues: older lines of the ledger are not looked at.
     """
 
     def __init__(

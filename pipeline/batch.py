@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from jaxtyping import Int32, Int64, UInt8
 from torch import Tensor
@@ -14,16 +14,19 @@ from torch import Tensor
 class LoaderState:
     """Where the data stands: everything that is needed to continue with the very next sample.
 
-    It holds no rank and no world size. `next_sample` is an offset in the permuted epoch for an indexed
-    source, and the number of shards done by all ranks together for a stream. `to_dict` makes at most 99
-    bytes of JSON without blanks (63-bit seed, 6 digits of epoch, 13 of next_sample).
+    It holds no rank and no world size. `to_dict` makes at most 124 bytes of JSON without blanks (63-bit seed,
+    6 digits of epoch, 13 of offset).
     """
 
     seed: int
     epoch: int
-    next_sample: int
+    offset: int
+    """Units of the permuted epoch that all ranks together have behind them."""
     digest: str
     """Identity of the data set (of its index, or of the list of URLs)."""
+    unit: Literal["sample", "shard", "unstated"] = "sample"
+    """What `offset` counts: samples with an index, shards in a stream. 'unstated': a state from before units
+    were stored; the source of its digest knows which it was."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""
@@ -31,7 +34,10 @@ class LoaderState:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LoaderState:
-        """The inverse of `to_dict`."""
+        """The inverse of `to_dict`; also takes the form of checkpoints from before units were stored."""
+        if "next_sample" in values:
+            kept = {name: value for name, value in values.items() if name != "next_sample"}
+            return cls(**kept, offset=values["next_sample"], unit="unstated")
         return cls(**values)
 
 
@@ -42,8 +48,10 @@ class Batch:
     online: UInt8[Tensor, "B H W 3"]
     target: UInt8[Tensor, "B H W 3"] | None
     """None when the views have num_views=1."""
-    ids_keep: Int32[Tensor, "B K"]
-    ids_mask: Int32[Tensor, "B M"]
+    ids_keep: Int32[Tensor, "B K"] | None
+    """Visible patches; None from a loader without `draw_mask`."""
+    ids_mask: Int32[Tensor, "B M"] | None
+    """Masked patches; None together with `ids_keep`."""
     sample_id: Int64[Tensor, " B"]
     """(shard number << 32) | record number in the shard."""
     label: Int64[Tensor, " B"]
@@ -51,6 +59,17 @@ class Batch:
     epoch: int
     state: LoaderState
     """The place in the data after this batch: what a checkpoint taken now has to hold."""
+
+    @property
+    def masks(self) -> tuple[Int32[Tensor, "B K"], Int32[Tensor, "B M"]]:
+        """`ids_keep` and `ids_mask` of a batch that has them.
+
+        Raises:
+            ValueError: The loader was built without `draw_mask`.
+        """
+        if self.ids_keep is None or self.ids_mask is None:
+            raise ValueError("this batch has no masks; give draw_mask to build_loader")
+        return self.ids_keep, self.ids_mask
 
 
 DrawMask = Callable[[Int64[Tensor, " B"], int], tuple[Tensor, Tensor]]

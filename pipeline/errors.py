@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from cmae.errors import CmaeError
 
-class DataError(RuntimeError):
+
+class DataError(CmaeError, RuntimeError):
     """The data cannot be used: too many bad records, or a shard that cannot be read at all."""
 
 

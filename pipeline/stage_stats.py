@@ -11,22 +11,17 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, fields, replace
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from jaxtyping import Int64
 
-from cmae.pipeline.formats.jpeg import JpegKind
-
 _BINS_PER_DECADE = 20  # a bin is 12 % wide
 _FIRST_DECADE, _NUM_DECADES = -6, 9  # 1 us to 1000 s; the first and last bin take what lies outside
 _NUM_BINS = _BINS_PER_DECADE * _NUM_DECADES
-
-MEGAPIXEL_EDGES = (0.1, 0.25, 0.5, 1.0, 4.0)
-"""Upper ends of the size classes in `KindSnapshot`; the last class has none."""
 
 
 @dataclass(frozen=True)
@@ -92,24 +87,15 @@ class StageSnapshot:
     blocked_s: float
     """Waiting for room downstream."""
     histogram: Histogram
-    """Of latencies: of an image for `read` and the host backend's `views`, of a batch elsewhere."""
+    """Of latencies: of an image for `read` and the CPU backend's `decode_augment`, of a batch elsewhere."""
 
     def percentile_ms(self, q: float) -> float:
         """Latency in ms below which `q` percent of the durations lie; nan when there are none."""
         return 1000 * self.histogram.percentile_s(q)
 
     def __sub__(self, other: StageSnapshot) -> StageSnapshot:
-        return StageSnapshot(
-            name=self.name,
-            threads=self.threads,
-            items=self.items - other.items,
-            bytes=self.bytes - other.bytes,
-            busy_s=self.busy_s - other.busy_s,
-            cpu_s=self.cpu_s - other.cpu_s,
-            starved_s=self.starved_s - other.starved_s,
-            blocked_s=self.blocked_s - other.blocked_s,
-            histogram=self.histogram - other.histogram,
-        )
+        """The window between two snapshots."""
+        return _difference(self, other, keep=("name", "threads"))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -122,97 +108,56 @@ class StageSnapshot:
 
 
 @dataclass(frozen=True)
-class KindSnapshot:
-    """Images of one JPEG kind, and what making their views took on the host backend."""
-
-    items: int
-    busy_s: float
-    items_by_megapixels: tuple[int, ...]
-    """For the size classes of MEGAPIXEL_EDGES."""
-    busy_s_by_megapixels: tuple[float, ...]
-
-    def __sub__(self, other: KindSnapshot) -> KindSnapshot:
-        def differ(name: str) -> Any:
-            pairs = zip(getattr(self, name), getattr(other, name), strict=True)
-            return tuple(mine - theirs for mine, theirs in pairs)
-
-        return KindSnapshot(
-            self.items - other.items,
-            self.busy_s - other.busy_s,
-            differ("items_by_megapixels"),
-            differ("busy_s_by_megapixels"),
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> KindSnapshot:
-        """The inverse of `to_dict`."""
-        return cls(
-            values["items"],
-            values["busy_s"],
-            tuple(values["items_by_megapixels"]),
-            tuple(values["busy_s_by_megapixels"]),
-        )
-
-
-_NO_IMAGES = KindSnapshot(
-    0, 0.0, (0,) * (len(MEGAPIXEL_EDGES) + 1), (0.0,) * (len(MEGAPIXEL_EDGES) + 1)
-)
-
-
-@dataclass(frozen=True)
 class LoaderSnapshot:
     """The loader's counters since it was built, or between two moments when it is a difference."""
 
     time_s: float
     """Seconds since the loader was built; of a difference, the length of the window."""
     stages: dict[str, StageSnapshot]
-    """`read`, `views`, `finish` and `ready`, in the order of the flow."""
+    """`read`, `decode_augment`, `prefetch` and `queue`, in the order of the flow."""
     batches: int
     """Handed to the caller; batches made ahead do not count."""
     samples: int
     wait_s: float
     """Seconds that the caller was blocked in `next`."""
     queue_depth_mean: float
-    """Ready batches in the queue, averaged over time."""
+    """Batches in the queue, averaged over time."""
     bad_samples: int
     """Bad records behind the batches handed out."""
-    views_by_kind: dict[str, KindSnapshot] = field(default_factory=dict)
-    """By the name of the JpegKind; empty unless the host backend makes the views."""
 
     def __sub__(self, other: LoaderSnapshot) -> LoaderSnapshot:
-        time_s = self.time_s - other.time_s
+        """The window between two snapshots."""
+        window = _difference(self, other, keep=("queue_depth_mean",))
         depth_s = self.queue_depth_mean * self.time_s - other.queue_depth_mean * other.time_s
-        return LoaderSnapshot(
-            time_s=time_s,
-            stages={name: stage - other.stages[name] for name, stage in self.stages.items()},
-            batches=self.batches - other.batches,
-            samples=self.samples - other.samples,
-            wait_s=self.wait_s - other.wait_s,
-            queue_depth_mean=depth_s / time_s if time_s > 0 else 0.0,
-            bad_samples=self.bad_samples - other.bad_samples,
-            views_by_kind={
-                name: kind - other.views_by_kind.get(name, _NO_IMAGES)
-                for name, kind in self.views_by_kind.items()
-            },
-        )
+        mean = depth_s / window.time_s if window.time_s > 0 else 0.0
+        return replace(window, queue_depth_mean=mean)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return vars(self) | {
-            "stages": {name: stage.to_dict() for name, stage in self.stages.items()},
-            "views_by_kind": {name: kind.to_dict() for name, kind in self.views_by_kind.items()},
-        }
+        return vars(self) | {"stages": {name: one.to_dict() for name, one in self.stages.items()}}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LoaderSnapshot:
-        """The inverse of `to_dict`."""
+        """The inverse of `to_dict`; what this version does not count is passed over."""
+        known = {one.name: values[one.name] for one in fields(cls)}
         stages = {name: StageSnapshot.from_dict(one) for name, one in values["stages"].items()}
-        kinds = {name: KindSnapshot.from_dict(one) for name, one in values["views_by_kind"].items()}
-        return cls(**{**values, "stages": stages, "views_by_kind": kinds})
+        return cls(**{**known, "stages": stages})
+
+
+_Snapshot = TypeVar("_Snapshot", StageSnapshot, LoaderSnapshot)
+
+
+def _difference(one: _Snapshot, other: _Snapshot, *, keep: Sequence[str]) -> _Snapshot:
+    """Subtract every field but those to `keep`, and inside dictionaries every value."""
+
+    def subtract(mine: Any, theirs: Any) -> Any:
+        if isinstance(mine, dict):
+            return {key: value - theirs[key] for key, value in mine.items()}
+        return mine - theirs
+
+    names = [field.name for field in fields(one) if field.name not in keep]
+    values = {name: subtract(getattr(one, name), getattr(other, name)) for name in names}
+    return replace(one, **values)
 
 
 class State(Enum):
@@ -240,10 +185,10 @@ class Stage:
     """Live counters of one stage of the loader; its threads report to it, any thread may read it.
 
     Args:
-        name: of the stage.
-        threads: that work in it. Each counts from now on, whether or not it has started yet.
+        name: Name of the stage.
+        threads: Threads that work in it. Each counts from now on, whether or not it has started yet.
         first_state: IDLE for a pool's threads; AWAY for one that is not there to serve the stage.
-        downstream: while it is blocked, IDLE threads of this stage count as blocked.
+        downstream: Stage that takes this one's output: while it is blocked, IDLE threads count as blocked.
     """
 
     def __init__(
@@ -367,45 +312,3 @@ class QueueDepth:
             integral = self._integral + self._depth * (now - self._since)
             elapsed = now - self._start
             return elapsed, integral / elapsed if elapsed > 0 else 0.0
-
-
-class KindTable:
-    """Live counts of images and their seconds by JPEG kind and size."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        shape = (len(JpegKind), len(MEGAPIXEL_EDGES) + 1)
-        self._items = np.zeros(shape, dtype=np.int64)
-        self._busy_s = np.zeros(shape)
-
-    @staticmethod
-    def cells(
-        kind: npt.NDArray[np.uint8], height: npt.NDArray[np.int32], width: npt.NDArray[np.int32]
-    ) -> Int64[np.ndarray, " n"]:
-        """The table's cell of each image, for `add`."""
-        row = np.searchsorted(_KIND_VALUES, kind)
-        column = np.searchsorted(MEGAPIXEL_EDGES, height * width.astype(np.int64) / 1e6)
-        return np.asarray(row * (len(MEGAPIXEL_EDGES) + 1) + column, dtype=np.int64)
-
-    def add(self, cells: Int64[np.ndarray, " n"], seconds: npt.NDArray[np.float64]) -> None:
-        """Count images that are done."""
-        with self._lock:
-            np.add.at(self._items.reshape(-1), cells, 1)
-            np.add.at(self._busy_s.reshape(-1), cells, seconds)
-
-    def snapshot(self) -> dict[str, KindSnapshot]:
-        """Kinds met so far."""
-        with self._lock:
-            return {
-                kind.name: KindSnapshot(
-                    int(items.sum()),
-                    float(busy_s.sum()),
-                    tuple(items.tolist()),
-                    tuple(busy_s.tolist()),
-                )
-                for kind, items, busy_s in zip(JpegKind, self._items, self._busy_s, strict=True)
-                if items.any()
-            }
-
-
-_KIND_VALUES = np.array(sorted(JpegKind), dtype=np.uint8)

@@ -9,10 +9,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from cmae.errors import CmaeError, require
 from cmae.model import ModelConfig
-from cmae.pipeline import ViewConfig
-from cmae.pipeline.remote.schemes import REDACTED, redact_options
-from cmae.train.distributed import COLLECTIVE_TIMEOUT_S
+from cmae.pipeline import LoaderConfig, ViewConfig
+from cmae.pipeline.loader.config import FROM_THE_RUN
+from cmae.pipeline.remote.schemes import redact_options
+
+COLLECTIVE_TIMEOUT_S = 600.0
+"""How long a rank waits for the others; what a rank may wait for by itself must end earlier."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +48,10 @@ class RunConfig:
     def __post_init__(self) -> None:
         """Refuse periods that are not positive."""
         for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
-            _require(getattr(self, name) >= 1, f"run.{name}", getattr(self, name), ">= 1")
+            require(getattr(self, name) >= 1, f"run.{name}", getattr(self, name), ">= 1")
         for name in ("stop_at_step", "keep_every", "image_every"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, f"run.{name}", value, ">= 1, or null for never")
+            require(value is None or value >= 1, f"run.{name}", value, ">= 1, or null for never")
 
 
 @dataclass(frozen=True)
@@ -59,23 +63,9 @@ class SpeedConfig:
     micro_batch_size: int | None = None
     """Images per rank in one forward pass. null: the whole share of the global batch at once.
     BatchNorm in the heads sees one micro-batch of every rank."""
-    num_threads: int | None = None
-    """CPU threads that decode, for each rank. null: tuned, or the node's cores, shared out to its ranks."""
     torch_threads: int | None = None
     """CPU threads inside one torch operator. null: torch's own choice. Small models are faster with 1, and
     threads that share their cores with other work wait for each other."""
-    view_backend: Literal["auto", "dali", "host"] = "auto"
-    """What decodes and crops: DALI, or torch's own CPU operators on threads, which are faster without a
-    GPU. 'auto' takes DALI on a GPU. The pixels agree within rounding."""
-    prefetch: int | None = None
-    """Batches that are ready ahead of the training step. null: tuned, or 2."""
-    num_readers: int | None = None
-    """Batches that are read at the same time, with an index. null: tuned, or 4."""
-    hw_decoder_load: float | None = None
-    """Share of the JPEGs for the GPU's decoder unit, between 0 and 1. null: tuned, or 0.65."""
-    tuned: Literal["auto", "off"] = "auto"
-    """'auto' fills in the null settings of the loader from what `cmae tune` stored for this machine and
-    these shards; 'off' does not look."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
     """What gathers patches and computes losses. 'auto': Triton kernels on a GPU, torch elsewhere. 'triton'
     stops where a kernel cannot run."""
@@ -92,81 +82,9 @@ class SpeedConfig:
 
     def __post_init__(self) -> None:
         """Refuse sizes that are not positive."""
-        for name in ("micro_batch_size", "num_threads", "torch_threads", "prefetch", "num_readers"):
+        for name in ("micro_batch_size", "torch_threads"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, f"speed.{name}", value, ">= 1, or null")
-        load = self.hw_decoder_load
-        _require(
-            load is None or 0 <= load <= 1,
-            "speed.hw_decoder_load",
-            load,
-            "between 0 and 1, or null",
-        )
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Which images, and which views of them."""
-
-    shards: str | list[str] = ""
-    """WebDataset tars: a folder, a glob, braces such as 'x-{000000..000099}.tar', all of these also behind
-    http(s), s3 and gs URLs, or 'pipe:' commands, or a list of these."""
-    source: Literal["auto", "indexed", "stream"] = "auto"
-    """'indexed' reads by the sidecar index: exact resume, global shuffle. 'stream' reads tars front
-    to back: resume by shard. 'auto' takes the index when every shard has one."""
-    shuffle: bool = True
-    """Draw a new order of the samples in every epoch."""
-    shuffle_block: int = 1
-    """Consecutive samples that stay near each other in that order. 1 shuffles uniformly, at no cost where any
-    sample can be read at once. For remote shards and a cache smaller than the data set: the samples of a
-    shard, so that only shuffle_window / shuffle_block shards are in use at a time. No effect on a stream."""
-    shuffle_window: int = 16384
-    """Samples among which blocks are mixed; without effect when shuffle_block is 1."""
-    last_batch: Literal["drop", "pad"] = "drop"
-    """Samples at an epoch's end that do not fill a global batch: 'drop' leaves them out, others in each
-    epoch; 'pad' takes them, and fills up with the epoch's first samples, which then come twice. A stream
-    can only drop: each rank leaves out what does not fill its own last batch."""
-    max_bad_fraction: float = 0.01
-    """Stop all ranks, with a checkpoint, when more than this fraction of all samples since step 0 could not
-    be read or decoded. Not looked at in the first 1000 samples."""
-    remote: Literal["auto", "cache", "range", "stream"] = "auto"
-    """How shards behind URLs are read. 'cache' copies them to `cache_dir` in the background and reads by
-    byte range what is not there yet; 'range' keeps nothing on the disk; 'stream' reads front to back.
-    'auto': 'cache' when `cache_dir` is set, else 'range'; 'stream' where there is no index."""
-    cache_dir: Path | None = None
-    """Folder on a disk of each node for copies of remote shards; runs and ranks share it."""
-    cache_quota_gib: float | None = None
-    """Largest size of the shards in `cache_dir`. null: nine tenths of the free disk."""
-    remote_deadline_s: float = 300.0
-    """Longest time to read one batch from a store, retries included, and of several ranks to get the batches
-    of a step; below the ranks' timeout of 600 s."""
-    storage_options: dict[str, Any] = field(default_factory=dict, repr=False)
-    """Options of fsspec's file system, such as {endpoint_url: ..., anon: true}. Keys and tokens are better
-    given by the environment; here they are replaced by *** in all files of the run."""
-    views: ViewConfig = field(default_factory=ViewConfig)
-    """Crops and colour operations."""
-
-    def __post_init__(self) -> None:
-        """Refuse what is out of range, and secrets that were replaced by stars."""
-        value = self.max_bad_fraction
-        _require(0 <= value <= 1, "data.max_bad_fraction", value, "between 0 and 1")
-        for name in ("shuffle_block", "shuffle_window"):
-            size = getattr(self, name)
-            _require(size >= 1, f"data.{name}", size, ">= 1")
-        quota, deadline = self.cache_quota_gib, self.remote_deadline_s
-        _require(quota is None or quota > 0, "data.cache_quota_gib", quota, "> 0, or null")
-        allowed = f"> 0 and < {COLLECTIVE_TIMEOUT_S:g}, the timeout of collectives"
-        _require(0 < deadline < COLLECTIVE_TIMEOUT_S, "data.remote_deadline_s", deadline, allowed)
-        if self.remote == "cache" and self.cache_dir is None:
-            raise ValueError(
-                "data.remote is 'cache' and data.cache_dir is null; name a folder on a disk of this node"
-            )
-        for name in ("shards", "storage_options"):
-            if REDACTED in str(getattr(self, name)):
-                raise ValueError(
-                    f"data.{name} holds {REDACTED}, which stands for a secret in the files of a run; give it "
-                    f"again with --data.{name}, or by the environment"
-                )
+            require(value is None or value >= 1, f"speed.{name}", value, ">= 1, or null")
 
 
 @dataclass(frozen=True)
@@ -220,8 +138,8 @@ class OptimConfig:
             "max_skipped_steps": (self.max_skipped_steps >= 1, ">= 1"),
         }
         for name, (ok, allowed) in checks.items():
-            _require(ok, f"optim.{name}", getattr(self, name), allowed)
-        _require(
+            require(ok, f"optim.{name}", getattr(self, name), allowed)
+        require(
             self.precision != "fp32" or self.residual == "fp32",
             "optim.residual",
             self.residual,
@@ -241,28 +159,36 @@ class Config:
     """Where results go. Nothing here changes them."""
     speed: SpeedConfig = field(default_factory=SpeedConfig)
     """How fast it goes. Results stay the same, but for rounding."""
-    data: DataConfig = field(default_factory=DataConfig)
-    """Which images, and which views of them."""
+    data: LoaderConfig = field(default_factory=LoaderConfig)
+    """Which images, which views of them, and how they are read."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The network, its mask and its losses."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimiser, schedule and precision."""
 
     def __post_init__(self) -> None:
-        """Refuse views that do not fit the model."""
+        """Refuse views that do not fit the model, and settings of the loader that the run makes."""
         views, model = self.data.views, self.model
+        for name, source in FROM_THE_RUN.items():
+            given, default = getattr(self.data, name), getattr(LoaderConfig, name)
+            require(
+                given == default, f"data.{name}", given, f"left out: in a run it follows {source}"
+            )
+        allowed = f"> 0 and < {COLLECTIVE_TIMEOUT_S:g}, the timeout of collectives"
+        deadline = self.data.remote_deadline_s
+        require(deadline < COLLECTIVE_TIMEOUT_S, "data.remote_deadline_s", deadline, allowed)
         if self.run.image_every and not model.has_reconstruction:
-            raise ValueError(
+            raise CmaeError(
                 f"run.image_every is {self.run.image_every}, but model.reconstruction_weight is 0: "
                 "there is no decoder to draw with; leave run.image_every out"
             )
         if views.img_size != model.img_size:
-            raise ValueError(
+            raise CmaeError(
                 f"data.views.img_size is {views.img_size} but model.img_size is {model.img_size}; "
                 "they must be equal: set model.img_size alone, the views follow it"
             )
         if model.has_contrast and views.num_views != 2:
-            raise ValueError(
+            raise CmaeError(
                 f"data.views.num_views is {views.num_views}, but the contrastive loss "
                 f"({model.contrastive_loss!r}) compares 2 views; set data.views.num_views=2, or "
                 "model.contrastive_loss=none"
@@ -279,6 +205,8 @@ class Config:
         plain: dict[str, Any] = _plain(asdict(self))
         for name in ("shards", "storage_options"):
             plain["data"][name] = redact_options(plain["data"][name])
+        for name in FROM_THE_RUN:
+            del plain["data"][name]
         return plain
 
 
@@ -296,28 +224,23 @@ class BatchSplit:
         """Split a global batch evenly over ranks and micro-batches.
 
         Raises:
-            ValueError: the global batch does not divide.
+            CmaeError: the global batch does not divide.
         """
         share, rest = divmod(global_batch_size, world_size)
         if rest or not share:
             fit = max(world_size, round(global_batch_size / world_size) * world_size)
-            raise ValueError(
+            raise CmaeError(
                 f"optim.global_batch_size is {global_batch_size}, which {world_size} ranks cannot "
                 f"share equally; use a multiple of {world_size}, for instance {fit}"
             )
         micro = min(micro_batch_size or share, share)
         if share % micro:
             divisor = max(size for size in range(1, micro + 1) if share % size == 0)
-            raise ValueError(
+            raise CmaeError(
                 f"speed.micro_batch_size is {micro}, which does not divide the {share} images of "
                 f"each rank ({global_batch_size} / {world_size}); use for instance {divisor}"
             )
         return cls(micro, share // micro)
-
-
-def _require(ok: bool, key: str, value: object, allowed: str) -> None:
-    if not ok:
-        raise ValueError(f"{key} is {value}; it must be {allowed}")
 
 
 def _plain(value: Any) -> Any:

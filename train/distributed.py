@@ -14,8 +14,8 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
-COLLECTIVE_TIMEOUT_S = 600.0
-"""How long a rank waits for the others; what a rank may wait for by itself must end earlier."""
+from cmae.errors import CmaeError
+from cmae.train.config import COLLECTIVE_TIMEOUT_S
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and speaks."""
+        """Whether this process writes files and prints."""
         return self.rank == 0
 
 
@@ -43,11 +43,11 @@ def join_world(device: str = "auto", *, timeout_s: float = COLLECTIVE_TIMEOUT_S)
     """Join the process group that torchrun announces; without one, run alone and without a group.
 
     Args:
-        device: 'auto', 'cpu' or 'cuda'.
-        timeout_s: how long a collective waits for the other ranks.
+        device: Name 'auto', 'cpu' or 'cuda'.
+        timeout_s: Seconds that a collective waits for the other ranks.
 
     Raises:
-        ValueError: the device is not one of these, or is not there.
+        CmaeError: The device is not one of these, or is not there.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     chosen = _choose_device(device, local_rank)
@@ -69,16 +69,16 @@ def join_world(device: str = "auto", *, timeout_s: float = COLLECTIVE_TIMEOUT_S)
 
 def _choose_device(device: str, local_rank: int) -> torch.device:
     if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"speed.device is {device!r}; it must be 'auto', 'cpu' or 'cuda'")
+        raise CmaeError(key="speed.device", found=device, allowed="'auto', 'cpu' or 'cuda'")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
+        raise CmaeError(
             "speed.device is 'cuda', but torch sees no GPU; run `cmae doctor` to learn why, "
             "or set speed.device=cpu"
         )
     if device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
-        raise ValueError(
+        raise CmaeError(
             f"rank {local_rank} of this machine has no GPU: torch sees {torch.cuda.device_count()}; "
             "start torchrun with --nproc-per-node equal to the number of GPUs"
         )

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from cmae.errors import CmaeError
 from cmae.model.cmae import CMAE
 from cmae.model.config import STANDARD_MEAN, STANDARD_STD, ModelConfig
 from cmae.model.pixels import renormalisation
@@ -70,10 +71,10 @@ def from_authors(
         **overrides: Fields of `ModelConfig`, such as num_heads or mask_ratio.
 
     Raises:
-        ValueError: A key is missing or unknown, or a shape does not fit; the message names it.
+        CmaeError: A key is missing or unknown, or a shape does not fit; the message names it.
     """
     if channel_order not in ("rgb", "bgr"):
-        raise ValueError(f"channel_order={channel_order!r}: choose 'rgb' or 'bgr'.")
+        raise CmaeError(f"channel_order={channel_order!r}: choose 'rgb' or 'bgr'.")
     source = _unwrap(state_dict)
     fields = encoder_fields(
         source, "backbone.", "layers", "patch_embed.projection", "ffn.layers.0.0"
@@ -99,7 +100,7 @@ def from_mae(state_dict: Mapping[str, Any], **overrides: Any) -> CMAE:
         **overrides: Fields of `ModelConfig`, such as num_heads or norm_pix_loss=False.
 
     Raises:
-        ValueError: A key is missing or unknown, or a shape does not fit; the message names it.
+        CmaeError: A key is missing or unknown, or a shape does not fit; the message names it.
     """
     source = _unwrap(state_dict)
     fields = encoder_fields(source, "", "blocks", "patch_embed.proj", "mlp.fc1")
@@ -125,13 +126,13 @@ def to_timm(model: CMAE, *, branch: Literal["online", "target"] = "online") -> S
             with target_final_norm (without one, build timm's model with final_norm=False).
 
     Raises:
-        ValueError: The encoder is not a plain ViT, or there is no such branch.
+        CmaeError: The encoder is not a plain ViT, or there is no such branch.
     """
     if model.config.encoder != "vit":
-        raise ValueError(f"encoder={model.config.encoder!r} has no timm counterpart; only 'vit'.")
+        raise CmaeError(f"encoder={model.config.encoder!r} has no timm counterpart; only 'vit'.")
     encoder = {"online": model.encoder, "target": model.target_encoder}.get(branch)
     if encoder is None:
-        raise ValueError(f"branch={branch!r}: this model has no such branch; choose 'online'.")
+        raise CmaeError(f"branch={branch!r}: this model has no such branch; choose 'online'.")
     state = {key: value.detach().clone() for key, value in encoder.state_dict().items()}
     scale, shift = renormalisation(model.config)
     weight = state["patch_embed.proj.weight"]  # (D, 3, P, P)
@@ -154,13 +155,13 @@ def _load(
     names = {_rename(key, renames): key for key in own}
     missing, unknown = sorted(names.keys() - source.keys()), sorted(source.keys() - names.keys())
     if missing or unknown:
-        raise ValueError(
+        raise CmaeError(
             f"the checkpoint does not fit: missing keys {missing}, unknown keys {unknown}. It "
             "must be a whole pretraining checkpoint of the architecture that its weights show."
         )
     for name, key in names.items():
         if source[name].shape != own[key].shape:
-            raise ValueError(
+            raise CmaeError(
                 f"{name} has shape {tuple(source[name].shape)}, expected {tuple(own[key].shape)}; "
                 "pass the config field that decides it."
             )
@@ -190,7 +191,7 @@ def _rename(key: str, renames: Renames) -> str:
 
 def _shape(source: dict[str, Any], key: str) -> torch.Size:
     if key not in source:
-        raise ValueError(f"the checkpoint has no key {key!r}, from which a size is read.")
+        raise CmaeError(f"the checkpoint has no key {key!r}, from which a size is read.")
     shape: torch.Size = source[key].shape
     return shape
 
@@ -199,7 +200,7 @@ def _depth(source: dict[str, Any], prefix: str) -> int:
     numbers = [re.match(rf"{re.escape(prefix)}\.(\d+)\.", key) for key in source]
     depth = 1 + max((int(number[1]) for number in numbers if number), default=-1)
     if not depth:
-        raise ValueError(f"the checkpoint has no keys {prefix}.<number>.*")
+        raise CmaeError(f"the checkpoint has no keys {prefix}.<number>.*")
     return depth
 
 
@@ -216,7 +217,7 @@ def encoder_fields(
         fc1: Name of the MLP's first layer in a block.
 
     Raises:
-        ValueError: A key is missing; the message names it.
+        CmaeError: A key is missing; the message names it.
     """
     embed_dim, _, _, patch_size = _shape(source, f"{prefix}{patch}.weight")
     num_patches = _shape(source, f"{prefix}pos_embed")[1] - 1

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cmae.errors import CmaeError
 from cmae.model.cmae import CMAE, build_model
 from cmae.model.config import ModelConfig
 from cmae.model.export.checkpoints import encoder_fields
@@ -24,7 +25,7 @@ _DROPPED: dict[str, tuple[Any, ...]] = {"conv_depth": (2,), "feature_dim": (None
 """Fields that a config no longer has, with the values that it now stands for."""
 
 
-class CheckpointError(ValueError):
+class CheckpointError(CmaeError):
     """A checkpoint that cannot be read, or does not fit the run."""
 
 

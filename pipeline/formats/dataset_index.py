@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from cmae.errors import CmaeError
 from cmae.pipeline.formats.jpeg import JpegKind
 from cmae.pipeline.formats.parallel import no_progress, run_threads
 from cmae.pipeline.formats.presized import sum_counts
@@ -141,10 +142,10 @@ class DatasetIndex:
         Raises:
             FileNotFoundError: A shard has no index.
             StaleIndexError: An index does not belong to its tar.
-            ValueError: No shards, or no valid sample in them.
+            CmaeError: No shards, or no valid sample in them.
         """
         if not shard_paths:
-            raise ValueError("shard_paths is empty: name at least one tar file")
+            raise CmaeError("shard_paths is empty: name at least one tar file")
         paths = tuple(map(str, shard_paths))
         shards = run_threads(
             lambda path: read_columns(path, without=["keys"]), paths, workers=workers
@@ -158,7 +159,7 @@ class DatasetIndex:
         """Join the columns of shards, whose tars may lie anywhere, and their index files on a disk.
 
         Raises:
-            ValueError: No valid sample in them.
+            CmaeError: No valid sample in them.
         """
         digest = hashlib.sha256()
         for shard in shards:
@@ -179,7 +180,7 @@ class DatasetIndex:
         )
         sizes = np.asarray([len(rows) for rows in valid], np.int64)
         if not sizes.sum():
-            raise ValueError(
+            raise CmaeError(
                 f"none of the {len(left_out)} records in {len(paths)} shards is a JPEG that can be decoded"
             )
         return cls(

@@ -11,6 +11,8 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import Any, Literal, NamedTuple
 
+from cmae.errors import CmaeError
+
 Decode = Literal["none", "pil", "nvimgcodec"]
 """Who decodes images for a check: nobody, Pillow, or nvImageCodec on the CPU."""
 
@@ -42,7 +44,7 @@ _SIGNATURES = (
 )
 
 
-class BadImageError(ValueError):
+class BadImageError(CmaeError):
     """The bytes are not a JPEG that can be decoded; the message is the reason, without a file name."""
 
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from cmae.errors import CmaeError
 from cmae.pipeline.formats.atomic import atomic_write
 from cmae.pipeline.formats.jpeg import MAX_PIXELS, BadImageError, JpegInfo, JpegKind, inspect_jpeg
 from cmae.pipeline.formats.member_counts import MemberCounts, from_arrays, to_arrays
@@ -44,7 +45,11 @@ end in "SystemError: AST constructor recursion depth mismatch"."""
 Columns = dict[str, npt.NDArray[Any]]
 
 
-class StaleIndexError(ValueError):
+class MissingIndexError(CmaeError, FileNotFoundError):
+    """A shard has no index."""
+
+
+class StaleIndexError(CmaeError):
     """An index that was made for other bytes than the tar now has, or by another version."""
 
 
@@ -255,7 +260,8 @@ def load_index(tar_path: str | Path) -> ShardIndex:
     """Load the index of a shard and check that it belongs to the tar as it is now.
 
     Raises:
-        FileNotFoundError: There is no index (or no tar).
+        MissingIndexError: There is no index.
+        FileNotFoundError: There is no tar.
         StaleIndexError: Made for other contents, by another format version, or unreadable.
     """
     return _from_columns(read_columns(tar_path, without=()))
@@ -330,7 +336,7 @@ def read_columns(tar_path: str | Path, *, without: Collection[str]) -> Columns:
     path = index_path(tar_path)
     size, digest = os.path.getsize(tar_path), tar_digest(tar_path)
     if not path.exists():
-        raise FileNotFoundError(
+        raise MissingIndexError(
             f"{tar_path} has no index {path.name}: make it with `cmae shards index {tar_path}`"
         )
     return read_index_file(path, without=without, tar=str(tar_path), size=size, digest=digest)

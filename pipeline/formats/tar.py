@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import IO, NamedTuple
 
+from cmae.errors import CmaeError
 from cmae.pipeline.formats.member_counts import (
     BESIDE,
     DOTTED_IMAGE,
@@ -77,7 +78,7 @@ _GNU_SPARSE = ord("S")
 _SPARSE = "sparse file"
 
 
-class TarError(ValueError):
+class TarError(CmaeError):
     """A shard that is not a well-formed tar, or holds no images; names the file and the byte."""
 
 

@@ -1,26 +1,28 @@
-"""The loader: shards in, batches of views and masks out, ready on the device."""
+"""Open what a loader is made of, by its configuration."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
+from cmae.errors import CmaeError
 from cmae.pipeline.bad_samples import BEFORE_FIRST_EPOCH, BadLimit, BadSample, Health
 from cmae.pipeline.batch import DrawMask, LoaderState
 from cmae.pipeline.formats.dataset_folder import stated_downscaled
 from cmae.pipeline.formats.dataset_index import DatasetIndex
 from cmae.pipeline.formats.presized import downscaled_line
 from cmae.pipeline.formats.shard_index import index_path
+from cmae.pipeline.loader.config import LoaderConfig
 from cmae.pipeline.loader.loader import Loader, Wrap
-from cmae.pipeline.loader.prefetcher import Prefetcher
 from cmae.pipeline.loader.remote_order import order_of_use
 from cmae.pipeline.remote.client import Remote, RemoteConfig
 from cmae.pipeline.remote.files import Reading, choose_reading
+from cmae.pipeline.remote.progress import FillProgress
 from cmae.pipeline.remote.schemes import is_local, is_remote
 from cmae.pipeline.sampling.epoch_plan import EpochPlan
 from cmae.pipeline.sources.expand import expand_shards
@@ -28,180 +30,218 @@ from cmae.pipeline.sources.indexed import IndexedSource
 from cmae.pipeline.sources.records import Source
 from cmae.pipeline.sources.stream import StreamSource
 from cmae.pipeline.views.backend import ViewBackend
-from cmae.pipeline.views.config import ViewConfig, ViewStep
+from cmae.pipeline.views.config import ViewStep
 from cmae.pipeline.views.cpu import CpuViews
 from cmae.pipeline.views.dali import DaliViews
 
-_DEFAULT_REMOTE = RemoteConfig()
-
 
 def build_loader(
-    shards: str | Path | Sequence[str | Path],
-    views: ViewConfig,
+    config: LoaderConfig,
     *,
-    batch_size: int,
-    global_batch_size: int,
-    draw_mask: DrawMask,
     rank: int = 0,
     world_size: int = 1,
-    seed: int = 0,
     device: str | torch.device = "cpu",
-    num_threads: int | None = None,
-    prefetch: int = 2,
     state: LoaderState | None = None,
-    shuffle: bool = True,
-    shuffle_block: int = 1,
-    shuffle_window: int = 16384,
-    source: Literal["auto", "indexed", "stream"] = "auto",
-    backend: Literal["auto", "dali", "host"] = "auto",
-    hw_decoder_load: float = 0.65,
-    num_readers: int = 4,
+    draw_mask: DrawMask | None = None,
     ledger: Path | None = None,
-    max_bad_fraction: float | None = 0.01,
-    probation: int = 1000,
-    check_crc: bool = True,
-    last_batch: Literal["drop", "pad"] = "drop",
-    remote: RemoteConfig = _DEFAULT_REMOTE,
+    limit_bad: bool = True,
+    progress: Callable[[FillProgress], None] | None = None,
     wrap: Wrap | None = None,
 ) -> Loader:
     """Open shards and start reading.
 
     Args:
-        shards: tars, patterns or URLs; see `expand_shards`.
-        views: what the views are.
-        batch_size: images in a batch of this rank.
-        global_batch_size: images in an optimiser step over all ranks; a multiple of world_size * batch_size.
-        draw_mask: called in the background with (sample_id on the device, epoch).
-        rank: of this process.
-        world_size: number of ranks.
-        seed: of order, views and masks.
-        device: where batches are put.
-        num_threads: CPU threads that decode; None = one per core this process may use.
-        prefetch: ready batches kept ahead.
-        state: where to continue; None = the beginning.
-        shuffle: draw a new order in every epoch.
-        shuffle_block: samples that stay near each other in that order, see `EpochPlan`; 1 is uniform.
-        shuffle_window: samples among which blocks are mixed.
-        source: 'indexed' needs a sidecar index for every shard, 'stream' none; 'auto' looks.
-        backend: 'dali' or 'host' make the views; 'auto' is DALI on CUDA and the faster host way on a CPU.
-        hw_decoder_load: share of the JPEGs for the GPU's decoder unit; the best value differs by machine.
-        num_readers: batches that are read at the same time; an indexed source has that many threads.
+        config: Shards, views, sizes and speed.
+        rank: Rank of this process.
+        world_size: Number of ranks.
+        device: Device on which batches are put.
+        state: Place in the data at which to continue; None = the beginning.
+        draw_mask: Called in the background with (sample_id on the device, epoch); None = no masks.
         ledger: JSON lines file for bad records.
-        max_bad_fraction: raise DataError above this fraction of bad records on this rank. None = the caller
-            adds `Loader.bad_samples` over all ranks and decides.
-        probation: samples before that fraction is looked at.
-        check_crc: compare files with the CRC32 in the index.
-        last_batch: leave the samples out that do not fill an epoch's last global batch, or 'pad' it with the
-            epoch's first ones (`EpochPlan.padding`). A stream can only drop: each rank leaves out what does
-            not fill its own last batch.
-        remote: how shards behind URLs are read.
-        wrap: gets the source and the view maker and returns what the loader uses instead (the profiler puts
-            its switches there).
+        limit_bad: Raise DataError above `config.max_bad_fraction` of bad records on this rank. False: the
+            caller adds `Loader.bad_samples` over all ranks and decides.
+        progress: Called about once a second from a background thread while remote shards are copied.
+        wrap: Called with the source and the view backend; returns what the loader uses instead (the profiler
+            puts its switches there).
 
     Raises:
-        ValueError: A size, the state or the shard list does not fit; the message names the repair.
+        CmaeError: A size, the state or the shard list does not fit; the message names the repair.
         FileNotFoundError: source='indexed' and a shard has no index.
         StaleIndexError: An index was made for another tar.
         RemoteError: A remote shard or its store does not answer.
     """
     device = torch.device(device)
-    _check_sizes(batch_size, global_batch_size, rank=rank, world_size=world_size, prefetch=prefetch)
-    if num_readers < 1:
-        raise ValueError(f"num_readers={num_readers} must be at least 1; 4 is the default")
-    paths = expand_shards(shards, storage_options=remote.storage_options)
-    first_epoch = 0 if state is None else state.epoch
-    limit = None if max_bad_fraction is None else BadLimit(max_bad_fraction, probation)
-    health = Health(ledger=ledger, limit=limit, rank=rank, first_epoch=first_epoch)
-    place = {"rank": rank, "world_size": world_size, "batch_size": batch_size}
-    opened: Source
-    index, reading = _find_index(source, paths, remote)
-    if index is not None:
-        plan = EpochPlan(
-            len(index),
-            global_batch_size,
-            seed=seed,
-            shuffle=shuffle,
-            block_size=shuffle_block,
-            window_size=shuffle_window,
-            last_batch=last_batch,
+    config = config.resolved(world_size)
+    # What is open is closed again where a later part cannot be had.
+    with ExitStack() as undo:
+        opened = open_source(
+            config, rank=rank, world_size=world_size, state=state, progress=progress
         )
-        _check_grid(state, global_batch_size, stride=world_size * batch_size)
-        if rank == 0:
-            health.note_left_out(_left_out(index))
-        files = reading.open_files(order_of_use(index, plan, state)) if reading else None
-        opened = IndexedSource(
-            index, plan=plan, check_crc=check_crc, num_readers=num_readers, remote=files, **place
-        )
-        downscaled = downscaled_line(index.downscaled, len(index))
-    elif last_batch == "pad":
-        raise ValueError(
-            "last_batch='pad' needs to know the samples of an epoch beforehand, and a stream does not: make "
-            "indexes with `cmae shards index`, or set last_batch=drop"
-        )
-    else:
-        opened = StreamSource(paths, seed=seed, shuffle=shuffle, remote=Remote(remote), **place)
-        downscaled = stated_downscaled([path for path in paths if is_local(path)])
-    with ExitStack() as undo:  # what is open is closed again where a later part cannot be had
-        undo.callback(opened.close)
-        if state is None:
-            state = LoaderState(seed, epoch=0, next_sample=0, digest=opened.digest)
-        _check_state(state, seed=seed, digest=opened.digest)
-        view_backend = build_view_backend(
-            views,
-            device,
-            backend=backend,
-            batch_size=batch_size,
-            num_threads=num_threads or len(os.sched_getaffinity(0)),
-            hw_decoder_load=hw_decoder_load,
-        )
+        source = opened.source
+        undo.callback(source.close)
+        state = _place_to_begin(state, opened, seed=config.seed)
+        view_backend = open_views(config, device)
         undo.callback(view_backend.close)
+        limit = BadLimit(config.max_bad_fraction) if limit_bad else None
+        health = Health(ledger=ledger, limit=limit, rank=rank, first_epoch=state.epoch)
+        health.note_left_out(opened.left_out)
         if wrap is not None:
-            opened, view_backend = wrap(opened, view_backend)
-        prefetcher = Prefetcher(
-            opened,
+            source, view_backend = wrap(source, view_backend)
+        loader = Loader(
+            source,
             view_backend,
-            views=views,
-            draw_mask=draw_mask,
+            config=config,
             device=device,
             state=state,
-            prefetch=prefetch,
+            health=health,
+            draw_mask=draw_mask,
+            downscaled=opened.downscaled,
         )
         undo.pop_all()
-    return Loader(
-        opened,
-        view_backend,
-        prefetcher=prefetcher,
-        health=health,
-        state=state,
-        downscaled=downscaled,
-    )
+    return loader
 
 
-def build_view_backend(
-    views: ViewConfig,
-    device: torch.device,
+class OpenSource(NamedTuple):
+    """A source, and what is known of its shards."""
+
+    source: Source
+    unit: Literal["sample", "shard"]
+    """What its states count."""
+    downscaled: str
+    """Line that says which images are not the original files; '' if all are."""
+    left_out: list[BadSample]
+    """Records that the indexes leave out; on rank 0 alone."""
+
+
+def open_source(
+    config: LoaderConfig,
     *,
-    backend: Literal["auto", "dali", "host"],
-    batch_size: int,
-    num_threads: int,
-    hw_decoder_load: float,
-    last_step: ViewStep = "color",
-) -> ViewBackend:
-    """What makes the views of a loader; for `last_step` see the makers.
+    rank: int = 0,
+    world_size: int = 1,
+    state: LoaderState | None = None,
+    progress: Callable[[FillProgress], None] | None = None,
+) -> OpenSource:
+    """Open the shards for reading by index, or as a stream.
+
+    Args:
+        config: Shards and sizes.
+        rank: Rank of this process.
+        world_size: Number of ranks.
+        state: Place at which reading will begin, and the copying of remote shards; None = the beginning.
+        progress: Called while remote shards are copied.
 
     Raises:
-        ValueError: The backend is unknown, or cannot work on this device.
+        CmaeError: A size or the shard list does not fit.
+        FileNotFoundError: source='indexed' and a shard has no index.
+        StaleIndexError: An index was made for another tar.
+        RemoteError: A remote shard or its store does not answer.
     """
-    if _pick_backend(backend, device) == "host":
-        return CpuViews(views, num_threads=num_threads, last_step=last_step)
+    config = config.resolved(world_size)
+    if not 0 <= rank < world_size:
+        raise CmaeError(f"rank={rank} must be in 0..{world_size - 1} (world_size={world_size})")
+    remote = RemoteConfig(
+        mode=config.remote,
+        cache_dir=config.cache_dir,
+        cache_quota_gib=config.cache_quota_gib,
+        deadline_s=config.remote_deadline_s,
+        storage_options=config.storage_options,
+        progress=progress,
+    )
+    paths = expand_shards(config.shards, storage_options=config.storage_options)
+    index, reading = _find_index(config.source, paths, remote)
+    if index is None:
+        return _open_stream(config, paths, remote, rank=rank, world_size=world_size)
+    return _open_indexed(config, index, reading, state, rank=rank, world_size=world_size)
+
+
+def open_views(
+    config: LoaderConfig, device: torch.device, *, last_step: ViewStep = "color"
+) -> ViewBackend:
+    """Open the view backend.
+
+    Args:
+        config: Views, backend and threads.
+        device: Device of the views.
+        last_step: Last operation on an image; for measurements, see the backends.
+
+    Raises:
+        CmaeError: The backend cannot work on this device.
+    """
+    num_threads, batch_size = _threads_and_batch(config)
+    if _pick_backend(config.view_backend, device) == "cpu":
+        return CpuViews(config.views, num_threads=num_threads, last_step=last_step)
     return DaliViews(
-        views,
+        config.views,
         device,
         batch_size=batch_size,
         num_threads=num_threads,
-        hw_decoder_load=hw_decoder_load,
+        hw_decoder_load=config.hw_decoder_load,
         last_step=last_step,
     )
+
+
+def _threads_and_batch(config: LoaderConfig) -> tuple[int, int]:
+    if config.num_threads is None or config.batch_size is None:
+        config = config.resolved()
+    assert config.num_threads is not None
+    assert config.batch_size is not None
+    return config.num_threads, config.batch_size
+
+
+def _open_indexed(
+    config: LoaderConfig,
+    index: DatasetIndex,
+    reading: Reading | None,
+    state: LoaderState | None,
+    *,
+    rank: int,
+    world_size: int,
+) -> OpenSource:
+    assert config.batch_size is not None
+    assert config.global_batch_size is not None
+    plan = EpochPlan(
+        len(index),
+        config.global_batch_size,
+        seed=config.seed,
+        shuffle=config.shuffle,
+        block_size=config.shuffle_block,
+        window_size=config.shuffle_window,
+        last_batch=config.last_batch,
+    )
+    _check_grid(state, config.global_batch_size, stride=world_size * config.batch_size)
+    source = IndexedSource(
+        index,
+        plan=plan,
+        rank=rank,
+        world_size=world_size,
+        batch_size=config.batch_size,
+        num_readers=config.num_readers,
+        remote=reading.open_files(order_of_use(index, plan, state)) if reading else None,
+    )
+    left_out = _left_out(index) if rank == 0 else []
+    return OpenSource(source, "sample", downscaled_line(index.downscaled, len(index)), left_out)
+
+
+def _open_stream(
+    config: LoaderConfig, paths: Sequence[str], remote: RemoteConfig, *, rank: int, world_size: int
+) -> OpenSource:
+    assert config.batch_size is not None
+    if config.last_batch == "pad":
+        raise CmaeError(
+            "last_batch='pad' needs to know the samples of an epoch beforehand, and a stream does not: make "
+            "indexes with `cmae shards index`, or set last_batch=drop"
+        )
+    source = StreamSource(
+        paths,
+        seed=config.seed,
+        shuffle=config.shuffle,
+        remote=Remote(remote),
+        rank=rank,
+        world_size=world_size,
+        batch_size=config.batch_size,
+    )
+    downscaled = stated_downscaled([path for path in paths if is_local(path)])
+    return OpenSource(source, "shard", downscaled, left_out=[])
 
 
 def _left_out(index: DatasetIndex) -> list[BadSample]:
@@ -218,14 +258,12 @@ def _left_out(index: DatasetIndex) -> list[BadSample]:
 
 
 def _pick_backend(
-    backend: Literal["auto", "dali", "host"], device: torch.device
-) -> Literal["dali", "host"]:
+    backend: Literal["auto", "dali", "cpu"], device: torch.device
+) -> Literal["dali", "cpu"]:
     if backend == "auto":
-        return "dali" if device.type == "cuda" else "host"
-    if backend not in ("dali", "host"):
-        raise ValueError(f"backend={backend!r} must be auto, dali or host")
-    if backend == "host" and device.type != "cpu":
-        raise ValueError(f"backend='host' makes views on the CPU; device={device} needs 'dali'")
+        return "dali" if device.type == "cuda" else "cpu"
+    if backend == "cpu" and device.type != "cpu":
+        raise CmaeError(f"view_backend='cpu' makes views on the CPU; device={device} needs 'dali'")
     return backend
 
 
@@ -234,7 +272,7 @@ def _find_index(
 ) -> tuple[DatasetIndex | None, Reading | None]:
     """The index, and how its shards are read where they are remote; None and None for a stream."""
     if source not in ("auto", "indexed", "stream"):
-        raise ValueError(f"source={source!r} must be auto, indexed or stream")
+        raise CmaeError(f"source={source!r} must be auto, indexed or stream")
     if source == "stream":
         return None, None
     if all(map(is_remote, paths)):
@@ -245,41 +283,36 @@ def _find_index(
     return None, None
 
 
-def _check_sizes(
-    batch_size: int, global_batch_size: int, *, rank: int, world_size: int, prefetch: int
-) -> None:
-    if batch_size < 1 or prefetch < 1 or not 0 <= rank < world_size:
-        raise ValueError(
-            f"batch_size={batch_size} and prefetch={prefetch} must be at least 1, and rank={rank} "
-            f"in 0..{world_size - 1} (world_size={world_size})"
-        )
-    if global_batch_size % (world_size * batch_size):
-        raise ValueError(
-            f"global_batch_size={global_batch_size} must be a multiple of world_size * batch_size = "
-            f"{world_size} * {batch_size}: an optimiser step is a whole number of batches of every rank"
-        )
-
-
 def _check_grid(state: LoaderState | None, global_batch_size: int, *, stride: int) -> None:
     """Refuse to continue inside a global batch at a place where no batch of these sizes begins."""
-    inside = 0 if state is None else state.next_sample % global_batch_size
+    inside = 0 if state is None else state.offset % global_batch_size
     if state is not None and inside % stride:
-        raise ValueError(
-            f"the state to continue from has next_sample={state.next_sample}, which is {inside} samples into "
+        raise CmaeError(
+            f"the state to continue from has offset={state.offset}, which is {inside} samples into "
             f"a global batch of {global_batch_size}; {stride} = world_size * batch_size samples at a time "
             "do not reach its end from there. Take a state from between two optimiser steps (checkpoints "
             "hold such), the global_batch_size of the run before, or a smaller batch_size"
         )
 
 
-def _check_state(state: LoaderState, *, seed: int, digest: str) -> None:
+def _place_to_begin(state: LoaderState | None, opened: OpenSource, *, seed: int) -> LoaderState:
+    """The state to continue from, checked against the data, or that of the beginning."""
+    digest, unit = opened.source.digest, opened.unit
+    if state is None:
+        return LoaderState(seed, epoch=0, offset=0, digest=digest, unit=unit)
     if state.seed != seed:
-        raise ValueError(
+        raise CmaeError(
             f"the state to continue from has seed={state.seed}, the loader seed={seed}: order, views and "
             f"masks would change in the middle of the run. Set seed={state.seed}, or start a new run"
         )
     if state.digest != digest:
-        raise ValueError(
+        raise CmaeError(
             f"the state to continue from belongs to other data (digest {state.digest}) than the shards "
             f"given now ({digest}). Give the same shards in the same order, or start a new run"
         )
+    if state.unit not in (unit, "unstated"):
+        raise CmaeError(
+            f"the state to continue from counts in units of a {state.unit}, this source in units of "
+            f"a {unit}; set `source` as in the run before"
+        )
+    return replace(state, unit=unit)

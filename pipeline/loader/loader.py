@@ -11,7 +11,8 @@ from typing import Self
 import torch
 
 from cmae.pipeline.bad_samples import Health
-from cmae.pipeline.batch import Batch, LoaderState
+from cmae.pipeline.batch import Batch, DrawMask, LoaderState
+from cmae.pipeline.loader.config import LoaderConfig
 from cmae.pipeline.loader.prefetcher import Prefetcher
 from cmae.pipeline.sources.records import Source
 from cmae.pipeline.stage_stats import LoaderSnapshot, State
@@ -25,6 +26,16 @@ class Loader:
 
     Nothing is computed in the calling thread: `next` takes a finished batch from a queue. Close it, or use
     it as a context manager; a loader that is only dropped closes itself.
+
+    Args:
+        source: Encoded samples, batch by batch; closed with the loader.
+        view_backend: Maker of the views; closed with the loader.
+        config: Views, and the number of batches made ahead.
+        device: Device on which batches are put.
+        state: Place in the data at which to begin.
+        health: Record of bad samples.
+        draw_mask: Drawer of masks, called in the background; None = batches without masks.
+        downscaled: Line for the attribute of that name.
     """
 
     num_samples: int | None
@@ -39,9 +50,11 @@ class Loader:
         source: Source,
         view_backend: ViewBackend,
         *,
-        prefetcher: Prefetcher,
-        health: Health,
+        config: LoaderConfig,
+        device: torch.device,
         state: LoaderState,
+        health: Health,
+        draw_mask: DrawMask | None = None,
         downscaled: str = "",
     ) -> None:
         self.num_samples = source.num_samples
@@ -49,11 +62,19 @@ class Loader:
         self.downscaled = downscaled
         self._source = source
         self._view_backend = view_backend
-        self._prefetcher = prefetcher
+        self._prefetcher = Prefetcher(
+            source,
+            view_backend,
+            views=config.views,
+            draw_mask=draw_mask,
+            device=device,
+            state=state,
+            prefetch=config.prefetch,
+        )
         self._health = health
         self._state = state
         self._num_batches = 0
-        self._finalizer = weakref.finalize(self, prefetcher.close)
+        self._finalizer = weakref.finalize(self, self._prefetcher.close)
 
     def __iter__(self) -> Self:
         return self
@@ -64,13 +85,13 @@ class Loader:
         Raises:
             DataError: Too many bad samples, or a shard that cannot be read.
         """
-        ready = self._prefetcher.get()
-        if ready.event is not None:
-            _hand_over(ready.batch, ready.event)
-        self._health.add(len(ready.batch.label), ready.bad)
+        queued = self._prefetcher.get()
+        if queued.event is not None:
+            _hand_over(queued.batch, queued.event)
+        self._health.add(len(queued.batch.label), queued.bad)
         self._num_batches += 1
-        self._state = ready.batch.state
-        return ready.batch
+        self._state = queued.batch.state
+        return queued.batch
 
     @property
     def state(self) -> LoaderState:
@@ -85,7 +106,7 @@ class Loader:
     @property
     def wait_s(self) -> float:
         """Seconds that `next` was blocked so far."""
-        return self._prefetcher.ready.seconds(State.STARVED)
+        return self._prefetcher.queue_stage.seconds(State.STARVED)
 
     def snapshot(self) -> LoaderSnapshot:
         """All counters as of now; may be called from any thread at any time.
@@ -93,22 +114,18 @@ class Loader:
         The stages count batches made ahead; `batches`, `samples` and `bad_samples` those handed out.
         """
         time_s, depth = self._prefetcher.depth.read()
-        finish, ready = self._prefetcher.stage.snapshot(), self._prefetcher.ready.snapshot()
-        ready = replace(
-            ready, blocked_s=finish.blocked_s
-        )  # the feed's: the same wait, seen from the queue
-        stages = (self._source.stage.snapshot(), self._view_backend.stage.snapshot(), finish, ready)
+        prefetch, queue = self._prefetcher.stage.snapshot(), self._prefetcher.queue_stage.snapshot()
+        # The prefetcher's: the same wait, seen from the queue.
+        queue = replace(queue, blocked_s=prefetch.blocked_s)
+        first = (self._source.stage.snapshot(), self._view_backend.stage.snapshot())
         return LoaderSnapshot(
             time_s=time_s,
-            stages={stage.name: stage for stage in stages},
+            stages={stage.name: stage for stage in (*first, prefetch, queue)},
             batches=self._num_batches,
-            samples=ready.items,
-            wait_s=ready.starved_s,
+            samples=queue.items,
+            wait_s=queue.starved_s,
             queue_depth_mean=depth,
             bad_samples=self.bad_samples,
-            views_by_kind={}
-            if self._view_backend.kinds is None
-            else self._view_backend.kinds.snapshot(),
         )
 
     def close(self) -> None:
@@ -128,7 +145,7 @@ class Loader:
 
 
 def _hand_over(batch: Batch, event: torch.cuda.Event) -> None:
-    """Order the caller's stream after the feed's, and keep memory from reuse until its work is done."""
+    """Order the caller's stream after the prefetcher's, and keep memory from reuse until its work is done."""
     stream = torch.cuda.current_stream(batch.online.device)
     stream.wait_event(event)
     for name in ("online", "target", "ids_keep", "ids_mask", "sample_id", "label"):

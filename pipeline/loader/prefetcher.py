@@ -1,4 +1,4 @@
-"""Background feed: raw batches become ready batches in a thread of their own, ahead of the training."""
+"""The prefetcher: raw batches become finished batches in a thread of their own, ahead of the training."""
 
 from __future__ import annotations
 
@@ -38,8 +38,17 @@ class QueuedBatch:
 class Prefetcher:
     """Owns the thread between the source and the training step.
 
-    The queue holds `prefetch` ready batches, so memory is bounded and the thread sleeps when training is
-    slower. An exception in any background thread ends the feed and comes out of `get`.
+    The queue holds `prefetch` finished batches, so memory is bounded and the thread sleeps when training is
+    slower. An exception in any background thread ends it and comes out of `get`.
+
+    Args:
+        source: Encoded samples, batch by batch; closed with the prefetcher.
+        view_backend: Maker of the views; closed with the prefetcher.
+        views: Configuration of the views.
+        draw_mask: Drawer of masks; None = batches without masks.
+        device: Device on which batches are put.
+        state: Place in the data at which to begin.
+        prefetch: Finished batches in the queue.
     """
 
     def __init__(
@@ -48,7 +57,7 @@ class Prefetcher:
         view_backend: ViewBackend,
         *,
         views: ViewConfig,
-        draw_mask: DrawMask,
+        draw_mask: DrawMask | None,
         device: torch.device,
         state: LoaderState,
         prefetch: int,
@@ -59,18 +68,18 @@ class Prefetcher:
         self._draw_mask = draw_mask
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._ready: queue.Queue[QueuedBatch | BaseException] = queue.Queue(prefetch)
+        self._queue: queue.Queue[QueuedBatch | BaseException] = queue.Queue(prefetch)
         self._stop = threading.Event()
         self._seed = state.seed
-        self.stage = Stage("finish", threads=1, first_state=State.STARVED)
-        self.ready = Stage("ready", threads=1, first_state=State.AWAY)
+        self.stage = Stage("prefetch", threads=1, first_state=State.STARVED)
+        self.queue_stage = Stage("queue", threads=1, first_state=State.AWAY)
         self.depth = QueueDepth()
         view_backend.stage.downstream = self.stage
         # A thread that asks for the first time gets the number that was set last, by any thread: ask here and
         # now, or the workers' 1 would become the training thread's number too.
         torch.get_num_threads()
         self._thread = threading.Thread(
-            target=self._run, args=(state,), name="cmae-feed", daemon=True
+            target=self._run, args=(state,), name="cmae-prefetch", daemon=True
         )
         self._thread.start()
         # DALI takes its pipelines down when the interpreter exits; the thread has to be gone by then.
@@ -81,27 +90,27 @@ class Prefetcher:
 
         Raises:
             Exception: Whatever a background thread died of.
-            RuntimeError: The feed is closed.
+            RuntimeError: The loader is closed.
         """
         start = time.perf_counter()
-        self.ready.switch(State.STARVED)
+        self.queue_stage.switch(State.STARVED)
         try:
-            ready = self._wait()
+            queued = self._wait()
         finally:
-            self.ready.switch(State.AWAY)
-        if not isinstance(ready, QueuedBatch):
-            self._put(ready)  # the next call gets it too
-            raise ready
+            self.queue_stage.switch(State.AWAY)
+        if not isinstance(queued, QueuedBatch):
+            self._put(queued)  # the next call gets it too
+            raise queued
         self.depth.add(-1)
         latency_s = time.perf_counter() - start
-        size = len(ready.batch.label)
-        self.ready.add(items=size, num_bytes=ready.num_bytes, latencies_s=[latency_s])
-        return ready
+        size = len(queued.batch.label)
+        self.queue_stage.add(items=size, num_bytes=queued.num_bytes, latencies_s=[latency_s])
+        return queued
 
     def _wait(self) -> QueuedBatch | BaseException:
         while not self._stop.is_set():
             with contextlib.suppress(queue.Empty):
-                return self._ready.get(timeout=0.5)  # wakes now and then: Ctrl-C gets through
+                return self._queue.get(timeout=0.5)  # wakes now and then: Ctrl-C gets through
         raise RuntimeError("the loader is closed")
 
     def close(self) -> None:
@@ -128,9 +137,9 @@ class Prefetcher:
             self.stage.switch(State.BUSY)
             in_flight.append((raw, self._submit(raw)))
             if len(in_flight) == self._view_backend.depth(len(raw.records)):
-                ready = self._finish(*in_flight.popleft())
+                queued = self._finish(*in_flight.popleft())
                 self.stage.switch(State.BLOCKED)
-                self._put(ready)
+                self._put(queued)
             if self._stop.is_set():
                 return
             self.stage.switch(State.STARVED)
@@ -144,10 +153,7 @@ class Prefetcher:
             height=raw.height,
             width=raw.width,
         )
-        cells = None
-        if self._view_backend.kinds is not None:
-            cells = self._view_backend.kinds.cells(raw.kind, raw.height, raw.width)
-        return self._view_backend.submit(raw.encoded, params, cells=cells)
+        return self._view_backend.submit(raw.encoded, params)
 
     def _collect(self, job: Any) -> Views:
         self.stage.switch(State.STARVED)
@@ -163,7 +169,9 @@ class Prefetcher:
             views = self._collect(self._submit(raw))
         assert views.online is not None
         sample_id = self._upload(raw.sample_id)
-        ids_keep, ids_mask = self._draw_mask(sample_id, raw.epoch)
+        ids_keep, ids_mask = None, None
+        if self._draw_mask is not None:
+            ids_keep, ids_mask = self._draw_mask(sample_id, raw.epoch)
         batch = Batch(
             online=views.online,
             target=views.target,
@@ -188,7 +196,7 @@ class Prefetcher:
     def _put(self, item: QueuedBatch | BaseException) -> None:
         while not self._stop.is_set():
             try:
-                self._ready.put(item, timeout=0.1)
+                self._queue.put(item, timeout=0.1)
                 self.depth.add(1 if isinstance(item, QueuedBatch) else 0)
                 return
             except queue.Full:

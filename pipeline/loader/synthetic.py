@@ -15,12 +15,13 @@ def synthetic_batches(
     *,
     batch_size: int,
     device: str | torch.device,
-    draw_mask: DrawMask,
+    draw_mask: DrawMask | None = None,
     seed: int,
 ) -> Iterator[Batch]:
     """Endless batches of the loader's shapes and types.
 
     Pixels are drawn once and given again each time; ids and masks are new in every batch.
+    Without `draw_mask` there are no masks.
     """
     generator = torch.Generator(device).manual_seed(seed)
     shape = (batch_size, views.img_size, views.img_size, 3)
@@ -33,7 +34,7 @@ def synthetic_batches(
     start = 0
     while True:
         sample_id = torch.arange(start, start + batch_size, device=device)
-        ids_keep, ids_mask = draw_mask(sample_id, 0)
+        ids_keep, ids_mask = draw_mask(sample_id, 0) if draw_mask else (None, None)
         start += batch_size
-        state = LoaderState(seed, epoch=0, next_sample=start, digest="synthetic")
+        state = LoaderState(seed, epoch=0, offset=start, digest="synthetic")
         yield Batch(online, target, ids_keep, ids_mask, sample_id, label, epoch=0, state=state)

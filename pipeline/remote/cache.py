@@ -28,6 +28,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO
 
+from cmae.errors import CmaeError
 from cmae.pipeline.errors import RemoteError
 from cmae.pipeline.formats.parallel import no_progress
 from cmae.pipeline.formats.shard_index import INDEX_SUFFIX
@@ -43,11 +44,11 @@ Check = Callable[[Path], None]
 """Raises ChecksumError where a complete copy differs from what it must be."""
 
 
-class CacheFullError(RuntimeError):
+class CacheFullError(CmaeError, RuntimeError):
     """No room within the quota, or on the disk."""
 
 
-class ChecksumError(ValueError):
+class ChecksumError(CmaeError):
     """A copy differs from the original; says what was found and what was expected."""
 
 
@@ -65,7 +66,7 @@ class ShardCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"cache_dir={self.folder} cannot be made: {error}") from error
+            raise CmaeError(f"cache_dir={self.folder} cannot be made: {error}") from error
         if quota_bytes is None:
             quota_bytes = int(0.9 * (shutil.disk_usage(self.folder).free + self.used_bytes()))
         self.quota_bytes = quota_bytes

@@ -19,6 +19,7 @@ from typing import IO, Any, Literal, NamedTuple, TypeVar
 
 import fsspec.asyn
 
+from cmae.errors import CmaeError
 from cmae.pipeline.errors import RemoteError
 from cmae.pipeline.remote.progress import FillProgress
 from cmae.pipeline.remote.schemes import redact
@@ -92,13 +93,13 @@ class RemoteConfig:
     def __post_init__(self) -> None:
         """Refuse what is out of range."""
         if self.mode not in ("auto", "cache", "range", "stream"):
-            raise ValueError(f"remote={self.mode!r} must be auto, cache, range or stream")
+            raise CmaeError(f"remote={self.mode!r} must be auto, cache, range or stream")
         if self.mode == "cache" and self.cache_dir is None:
-            raise ValueError("remote='cache' needs cache_dir: name a folder on a disk of this node")
+            raise CmaeError("remote='cache' needs cache_dir: name a folder on a disk of this node")
         for name in ("cache_quota_gib", "deadline_s"):
             value = getattr(self, name)
             if value is not None and value <= 0:
-                raise ValueError(f"{name}={value} must be > 0")
+                raise CmaeError(f"{name}={value} must be > 0")
 
 
 class Span(NamedTuple):
@@ -127,7 +128,7 @@ class Remote:
         """One object.
 
         Raises:
-            ValueError: The scheme is not known, or its package not installed.
+            CmaeError: The scheme is not known, or its package not installed.
         """
         return RemoteFile(url, self)
 

@@ -23,6 +23,7 @@ from typing import Literal
 from jaxtyping import UInt8
 from numpy import ndarray
 
+from cmae.errors import CmaeError
 from cmae.pipeline.errors import RemoteError
 from cmae.pipeline.formats.dataset_index import DatasetIndex, Place
 from cmae.pipeline.formats.parallel import no_progress
@@ -68,7 +69,7 @@ def choose_reading(urls: Sequence[str], remote: Remote, *, needs_index: bool) ->
         needs_index: Raise where an index is missing, rather than choose the stream.
 
     Raises:
-        ValueError: The server or the quota does not allow the mode that the configuration names.
+        CmaeError: The server or the quota does not allow the mode that the configuration names.
         FileNotFoundError, StaleIndexError, RemoteError: See `load_remote_index`.
     """
     config = remote.config
@@ -93,7 +94,7 @@ def choose_reading(urls: Sequence[str], remote: Remote, *, needs_index: bool) ->
     if config.mode == "auto" and not needs_index:
         logger.warning("%s: the server gives no byte ranges; the shards are streamed", whole.shown)
         return None
-    raise ValueError(
+    raise CmaeError(
         f"remote={mode!r} does not work with {whole.shown}: the server gives no byte ranges. Use "
         "remote=stream, or remote=cache with a quota that holds all shards"
     )

@@ -18,6 +18,7 @@ from cmae.pipeline.formats.parallel import no_progress, run_threads
 from cmae.pipeline.formats.shard_index import (
     DIGEST_BYTES,
     INDEX_SUFFIX,
+    MissingIndexError,
     ShardIndex,
     StaleIndexError,
     build_index,
@@ -84,7 +85,7 @@ def fetch_index(file: RemoteFile, cache: ShardCache) -> Path:
         data = file.remote.file(index_url(file.url)).read_all()
     except RemoteError as error:
         if _is_missing(error):
-            raise FileNotFoundError(
+            raise MissingIndexError(
                 f"{file.shown} has no index {target.name} beside it: make one in the cache with "
                 f"`cmae shards index {file.shown} --cache_dir {cache.folder}`, or upload it"
             ) from error

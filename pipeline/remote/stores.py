@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import fsspec
 from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 
+from cmae.errors import CmaeError
 from cmae.pipeline.remote.schemes import redact, split_scheme
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def open_filesystem(url: str, storage_options: Mapping[str, Any] | None = None) 
     """The asynchronous fsspec file system of a URL, over fsspec's own event loop.
 
     Raises:
-        ValueError: fsspec does not know the scheme, its package is not installed, or it refuses an option.
+        CmaeError: fsspec does not know the scheme, its package is not installed, or it refuses an option.
     """
     scheme = split_scheme(url)
     options = {"use_listings_cache": False, **(storage_options or {})}
@@ -90,11 +91,11 @@ def open_filesystem(url: str, storage_options: Mapping[str, Any] | None = None) 
     except ImportError as error:
         extra = _EXTRAS.get(scheme)
         repair = f"pip install 'cmae[{extra}]'" if extra else f"install it ({error})"
-        raise ValueError(
+        raise CmaeError(
             f"shards={redact(url)!r} needs a package for {scheme}: that is not installed: {repair}"
         ) from error
     except (ValueError, TypeError) as error:
-        raise ValueError(
+        raise CmaeError(
             f"shards={redact(url)!r} cannot be opened with data.storage_options of keys "
             f"{sorted(storage_options or {})}: {redact(str(error))}{_stale_package(scheme)}"
         ) from error
@@ -116,7 +117,7 @@ def open_store(url: str, *, storage_options: Mapping[str, Any] | None) -> Store:
     """The object behind a URL.
 
     Raises:
-        ValueError: See `open_filesystem`.
+        CmaeError: See `open_filesystem`.
     """
     filesystem = open_filesystem(url, storage_options)
     if split_scheme(url) in ("http", "https"):

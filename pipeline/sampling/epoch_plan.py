@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int64
 
+from cmae.errors import CmaeError
 from cmae.pipeline.sampling.counter_rng import hash_words
 
 # Far from the draws of the views: a sample's place in the epoch must say nothing about its crop.
@@ -31,7 +32,7 @@ class EpochPlan:
     epoch_offset + r * B ... + B of the permuted epoch, and epoch_offset moves on by W * B.
 
     Raises:
-        ValueError: The global batch is larger than the data set, or a size is not positive.
+        CmaeError: The global batch is larger than the data set, or a size is not positive.
     """
 
     num_samples: int
@@ -45,11 +46,11 @@ class EpochPlan:
     def __post_init__(self) -> None:
         for name in ("num_samples", "global_batch_size", "block_size", "window_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+                raise CmaeError(f"{name}={getattr(self, name)} must be at least 1")
         if self.last_batch not in ("drop", "pad"):
-            raise ValueError(f"last_batch={self.last_batch!r} must be drop or pad")
+            raise CmaeError(f"last_batch={self.last_batch!r} must be drop or pad")
         if self.global_batch_size > self.num_samples:
-            raise ValueError(
+            raise CmaeError(
                 f"global_batch_size={self.global_batch_size} is larger than the data set of "
                 f"num_samples={self.num_samples}: an epoch would have no step. Lower the global batch size "
                 "(with a smaller batch size or fewer accumulation steps) or add data"

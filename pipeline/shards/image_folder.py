@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from cmae.errors import CmaeError
 from cmae.pipeline.formats.parallel import run_threads
 from cmae.pipeline.formats.tar import NO_LABEL
 
@@ -50,14 +51,14 @@ def scan_image_folder(root: str | Path) -> ImageSource:
     included: the writer reports them.
 
     Raises:
-        ValueError: The folder is missing, holds no JPEGs or only splits, or a class has no images.
+        CmaeError: The folder is missing, holds no JPEGs or only splits, or a class has no images.
     """
     top = Path(root).expanduser()
     if not top.is_dir():
-        raise ValueError(_no_folder(top))
+        raise CmaeError(_no_folder(top))
     classes = sorted(e.name for e in os.scandir(top) if e.is_dir() and not e.name.startswith("."))
     if classes and _SPLIT_NAMES.issuperset(classes):
-        raise ValueError(
+        raise CmaeError(
             f"images={str(top)!r} holds splits ({', '.join(classes)}), not classes: give one of them, "
             f"such as {top / classes[0]}, and write each split to a folder of its own"
         )
@@ -65,7 +66,7 @@ def scan_image_folder(root: str | Path) -> ImageSource:
     found = run_threads(_files_below, folders)
     suffixes = Counter(Path(path).suffix.lower() for files in found for path, _ in files)
     if not any(suffixes[suffix] for suffix in _JPEG_SUFFIXES):
-        raise ValueError(_no_jpegs(top, suffixes))
+        raise CmaeError(_no_jpegs(top, suffixes))
     images: list[tuple[str, int, int]] = []
     for number, files in enumerate(found):
         label = number if classes else NO_LABEL
@@ -73,7 +74,7 @@ def scan_image_folder(root: str | Path) -> ImageSource:
     with_images = {label for _, label, _ in images}
     empty = [name for label, name in enumerate(classes) if label not in with_images]
     if empty:
-        raise ValueError(
+        raise CmaeError(
             f"images={str(top)!r}: {len(empty)} of {len(classes)} class folders hold no image, for example "
             f"{empty[0]}. Labels are positions among the folders: fill or remove these first"
         )
@@ -84,7 +85,7 @@ def read_image_list(list_file: str | Path, *, root: str | Path) -> ImageSource:
     """Read lines `path<TAB or space>label`; relative paths start at `root`, label -1 means none.
 
     Raises:
-        ValueError: A line has no integer label, files are missing, or the list is empty.
+        CmaeError: A line has no integer label, files are missing, or the list is empty.
     """
     images: list[tuple[str, int]] = []
     for number, line in enumerate(Path(list_file).read_text().splitlines(), start=1):
@@ -96,7 +97,7 @@ def read_image_list(list_file: str | Path, *, root: str | Path) -> ImageSource:
         except (IndexError, ValueError):
             label = NO_LABEL - 1
         if label < NO_LABEL:
-            raise ValueError(
+            raise CmaeError(
                 f"{list_file}, line {number}: {line!r} is not `path<TAB>label` with an integer label >= 0 "
                 "(or -1 for none)"
             )
@@ -105,7 +106,7 @@ def read_image_list(list_file: str | Path, *, root: str | Path) -> ImageSource:
     sizes = [size for chunk in run_threads(_sizes, chunks) for size in chunk]
     missing = [path for (path, _), size in zip(images, sizes, strict=True) if size is None]
     if missing or not images:
-        raise ValueError(
+        raise CmaeError(
             f"{list_file}: {len(missing)} of {len(images)} files are missing"
             + (f", for example {missing[0]}; relative paths start at {root}" if missing else "")
         )

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from cmae.errors import CmaeError
 from cmae.pipeline.formats.atomic import atomic_write
 from cmae.pipeline.formats.dataset_folder import DATASET_FILE
 from cmae.pipeline.formats.shard_index import StaleIndexError, load_index
@@ -18,7 +19,7 @@ def claim_folder(out: Path, settings: dict[str, Any]) -> None:
     What a killed run left half written is removed.
 
     Raises:
-        ValueError: It holds shards of another tool, source or setting.
+        CmaeError: It holds shards of another tool, source or setting.
     """
     out.mkdir(parents=True, exist_ok=True)
     summary = out / DATASET_FILE
@@ -32,12 +33,12 @@ def claim_folder(out: Path, settings: dict[str, Any]) -> None:
                 else f"{name}: {before.get(name)} -> {settings[name]}"
                 for name in changed
             )
-            raise ValueError(
+            raise CmaeError(
                 f"{out} holds shards of another source or settings ({what}): use the same again "
                 "to continue, remove the folder, or write to another one"
             )
     elif foreign := sorted(out.glob("*.tar")):
-        raise ValueError(
+        raise CmaeError(
             f"{out} holds {len(foreign)} tar file(s) such as {foreign[0].name} and no {DATASET_FILE}: "
             "write to a folder of its own"
         )
@@ -68,11 +69,11 @@ def check_space(out: Path, needed: int) -> None:
     """Refuse to begin what the disk cannot hold.
 
     Raises:
-        ValueError: Fewer than `needed` bytes are free.
+        CmaeError: Fewer than `needed` bytes are free.
     """
     free = shutil.disk_usage(out).free
     if needed > free:
-        raise ValueError(
+        raise CmaeError(
             f"the shards still to be written need {needed / 2**30:.1f} GiB and {out} has "
             f"{free / 2**30:.1f} GiB free: make room, or write to another disk"
         )

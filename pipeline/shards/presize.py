@@ -11,6 +11,7 @@ import io
 
 from PIL import Image
 
+from cmae.errors import CmaeError
 from cmae.pipeline.formats.jpeg import BadImageError, JpegInfo, JpegKind
 from cmae.pipeline.formats.presized import JFIF_BYTES
 
@@ -21,14 +22,14 @@ def check_downscale(max_size: int | None, quality: int) -> None:
     """Refuse settings that no image can be written with.
 
     Raises:
-        ValueError: Out of range.
+        CmaeError: Out of range.
     """
     if max_size is not None and max_size < 16:
-        raise ValueError(
+        raise CmaeError(
             f"max_size={max_size} must be at least 16 pixels, or null to copy the files as they are"
         )
     if not 1 <= quality <= 100:
-        raise ValueError(f"quality={quality} must be a JPEG quality in 1..100; 95 is the default")
+        raise CmaeError(f"quality={quality} must be a JPEG quality in 1..100; 95 is the default")
 
 
 def needs_downscale(info: JpegInfo, max_size: int | None) -> bool:

@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
+from cmae.errors import CmaeError
 from cmae.pipeline.formats.atomic import atomic_write
 from cmae.pipeline.formats.dataset_folder import CLASSES_FILE, load_classes
 from cmae.pipeline.formats.jpeg import MAX_PIXELS, BadImageError, Decode
@@ -120,7 +121,7 @@ def repair_shards(
         progress: Called with 1 after each shard of each of the two passes.
 
     Raises:
-        ValueError: The folder holds something else; two shards have the same name; nothing usable is left.
+        CmaeError: The folder holds something else; two shards have the same name; nothing usable is left.
         OSError: A file that cannot be read or written.
     """
     paths = [Path(shard).resolve() for shard in shards]
@@ -344,11 +345,11 @@ def _check_names(out: Path, paths: Sequence[Path]) -> None:
     """Refuse shards whose repaired copies would replace each other, or the shards themselves."""
     twice = [name for name, count in Counter(path.name for path in paths).items() if count > 1]
     if twice:
-        raise ValueError(
+        raise CmaeError(
             f"{len(twice)} shard name(s) occur twice, such as {twice[0]}: repair each folder by itself"
         )
     if any(path.parent == out for path in paths):
-        raise ValueError(
+        raise CmaeError(
             f"{out} is the folder of the shards: write the repaired ones to another one"
         )
 
@@ -363,7 +364,7 @@ def _settings(paths: Sequence[Path], policy: RepairPolicy) -> dict[str, Any]:
 def _common_classes(paths: Sequence[Path]) -> list[str] | None:
     lists = [load_classes(folder) for folder in sorted({path.parent for path in paths})]
     if any(one != lists[0] for one in lists):
-        raise ValueError(
+        raise CmaeError(
             f"the shards lie in folders with different {CLASSES_FILE}: repair each folder by itself"
         )
     return lists[0]
@@ -389,7 +390,7 @@ def _finish(
         num_damages=actions["damage"],
     )
     if not report.num_samples:
-        raise ValueError(
+        raise CmaeError(
             f"no record of the {len(paths)} shards can be used; {out / REPAIRED_FILE} says why"
         )
     facts = {

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import PIL
 
+from cmae.errors import CmaeError
 from cmae.pipeline.formats.atomic import atomic_write
 from cmae.pipeline.formats.dataset_folder import CLASSES_FILE, SKIPPED_FILE
 from cmae.pipeline.formats.jpeg import BadImageError, JpegInfo, inspect_decodable
@@ -114,13 +115,13 @@ def write_shards(
         progress: Called with the number of images done since the last call, from any thread.
 
     Raises:
-        ValueError: The folder holds other shards, or ones from another source or other settings; a setting
+        CmaeError: The folder holds other shards, or ones from another source or other settings; a setting
             is out of range; `strict` and a bad file; a file that changed since the scan; no image left; not
             enough free space (checked before writing).
         OSError: A file or folder that cannot be read or written.
     """
     if samples_per_shard < 1 or (max_shard_bytes is not None and max_shard_bytes < 1):
-        raise ValueError(
+        raise CmaeError(
             f"samples_per_shard={samples_per_shard} and max_shard_bytes={max_shard_bytes} must be at least 1"
         )
     check_downscale(max_size, quality)
@@ -181,7 +182,7 @@ class _ShardWriter:
                     marks.append(downscale_mark(data))
                 except BadImageError as error:
                     if self._strict:
-                        raise ValueError(f"{image.path}: {error} (strict=True)") from error
+                        raise CmaeError(f"{image.path}: {error} (strict=True)") from error
                     skipped.append(
                         {"shard": shard.number, "path": image.path, "reason": str(error)}
                     )
@@ -213,7 +214,7 @@ class _ShardWriter:
 def _read_source(image: SourceImage) -> bytes:
     data = Path(image.path).read_bytes()
     if len(data) != image.num_bytes:
-        raise ValueError(
+        raise CmaeError(
             f"{image.path} had {image.num_bytes} bytes when it was listed and has {len(data)} now: "
             "run again when the source no longer changes"
         )
@@ -253,7 +254,7 @@ def _finish(
         downscaled=sum_counts(load_index(shard.path).downscaled for shard in shards),
     )
     if not report.num_samples:
-        raise ValueError(
+        raise CmaeError(
             f"none of the {num_skipped} files is a JPEG that can be decoded; {out / SKIPPED_FILE} says why"
         )
     facts = {

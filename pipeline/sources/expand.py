@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cmae.errors import CmaeError
 from cmae.pipeline.remote.client import Remote, RemoteConfig
 from cmae.pipeline.remote.schemes import is_local, is_remote, redact, split_scheme
 from cmae.pipeline.remote.stores import open_filesystem
@@ -41,18 +42,18 @@ def expand_shards(
         storage_options: Options given to fsspec's file system, for stores.
 
     Raises:
-        ValueError: A pattern matches nothing, a named file is missing, or a shard is listed twice.
+        CmaeError: A pattern matches nothing, a named file is missing, or a shard is listed twice.
         RemoteError: A store cannot be listed.
     """
     patterns = [pattern] if isinstance(pattern, str | Path) else list(pattern)
     if not patterns:
-        raise ValueError("shards is an empty list: name at least one tar file, folder or pattern")
+        raise CmaeError("shards is an empty list: name at least one tar file, folder or pattern")
     shards: list[str] = []
     for one in map(str, patterns):
         shards += _expand_one(one, storage_options or {})
     repeated = [shard for shard, count in Counter(shards).items() if count > 1]
     if repeated:
-        raise ValueError(
+        raise CmaeError(
             f"shards lists {len(repeated)} file(s) twice, for example {min(repeated)}: every sample would be "
             "read twice an epoch; remove the overlap between the patterns"
         )
@@ -73,7 +74,7 @@ def _expand_one(pattern: str, storage_options: Mapping[str, Any]) -> list[str]:
         if not found:
             missing.append(url)
     if missing:
-        raise ValueError(_nothing_found(pattern, missing, num_found=len(shards)))
+        raise CmaeError(_nothing_found(pattern, missing, num_found=len(shards)))
     return shards
 
 
@@ -92,7 +93,7 @@ def _expand_url(url: str, storage_options: Mapping[str, Any]) -> list[str]:
     )
     shards = sorted(filesystem.unstrip_protocol(name) for name in found if _TAR_NAME.search(name))
     if not shards:
-        raise ValueError(
+        raise CmaeError(
             f"shards={redact(url)!r} matches no tar file there: {redact(wanted)} is empty. Correct the URL, "
             "or name the shards with braces such as train-{000000..000099}.tar"
         )

@@ -159,7 +159,7 @@ class IndexedSource:
 
     def _requests(self, state: LoaderState) -> Iterator[_Request]:
         """This rank's micro-batches in turn."""
-        epoch, epoch_offset = state.epoch, state.next_sample
+        epoch, epoch_offset = state.epoch, state.offset
         stride = self._world_size * self._batch_size
         place = {"rank": self._rank, "world_size": self._world_size, "batch_size": self._batch_size}
         self._pool.submit(self._plan.order, epoch + 1)  # made before it is needed

@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 import webdataset as wds
 
+from cmae.errors import CmaeError
 from cmae.pipeline.bad_samples import BadSample
 from cmae.pipeline.batch import LoaderState
 from cmae.pipeline.errors import DataError
@@ -50,7 +51,7 @@ class StreamSource:
         remote: Connection to shards behind URLs; None = one with the defaults.
 
     Raises:
-        ValueError: There are fewer shards than ranks.
+        CmaeError: There are fewer shards than ranks.
     """
 
     num_samples: int | None = None
@@ -69,7 +70,7 @@ class StreamSource:
         remote: Remote | None = None,
     ) -> None:
         if len(urls) < world_size:
-            raise ValueError(
+            raise CmaeError(
                 f"shards lists {len(urls)} for world_size={world_size} ranks: a stream deals whole shards. "
                 "Write more shards, or an index with `cmae shards index`"
             )
@@ -96,7 +97,7 @@ class StreamSource:
 
     def batches(self, state: LoaderState) -> Iterator[RawBatch]:
         """Batches from the beginning of the shard that `state` names, without end."""
-        epoch, done = state.epoch, state.next_sample
+        epoch, done = state.epoch, state.offset
         while True:
             num_batches = 0
             for raw in self._epoch(epoch, done):
@@ -135,7 +136,8 @@ class StreamSource:
         batch: list[Record] = []
         self.stage.switch(State.BUSY)
         for round_, number in enumerate(mine):
-            state = LoaderState(self._seed, epoch, done + round_ * self._world_size, self.digest)
+            offset = done + round_ * self._world_size
+            state = LoaderState(self._seed, epoch, offset, self.digest, unit="shard")
             for record in self._shuffled(self._shard(number, epoch), epoch):
                 batch.append(record)
                 if len(batch) < self._batch_size:

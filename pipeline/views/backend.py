@@ -9,11 +9,11 @@ from typing import Any, Protocol
 import numpy as np
 import nvidia.nvimgcodec as nvimgcodec
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import UInt8
 from torch import Tensor
 
 from cmae.pipeline.formats.jpeg import build_cpu_decoder
-from cmae.pipeline.stage_stats import KindTable, Stage
+from cmae.pipeline.stage_stats import Stage
 from cmae.pipeline.views.params import ViewParams
 
 
@@ -23,21 +23,11 @@ class ViewBackend(Protocol):
     stage: Stage
     """Counts of the threads that make the views."""
 
-    @property
-    def kinds(self) -> KindTable | None:
-        """Counts by JPEG kind, where they can be had."""
-
     def depth(self, batch_size: int) -> int:
         """Batches to have submitted at once, so that no worker is ever without work."""
 
-    def submit(
-        self,
-        encoded: list[UInt8[np.ndarray, " n"]],
-        params: ViewParams,
-        *,
-        cells: Int64[np.ndarray, " B"] | None = None,
-    ) -> Any:
-        """Start a batch and return its handle; `cells` of `kinds` are where its images count."""
+    def submit(self, encoded: list[UInt8[np.ndarray, " n"]], params: ViewParams) -> Any:
+        """Start a batch and return its handle."""
 
     def collect(self, job: Any) -> Views:
         """Wait for a batch."""

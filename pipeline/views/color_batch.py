@@ -1,7 +1,7 @@
 """Colour operations of the target view: jitter in each sample's own order, grayscale, blur.
 
-On a GPU the chain runs on the whole batch. What decides there is the number of launches, and that the host
-never waits: which samples an operation touches is known on the host, samples are sorted so that each
+On a GPU the chain runs on the whole batch. What decides there is the number of launches, and that the CPU
+never waits: which samples an operation touches is known there, samples are sorted so that each
 operation works on a slice, and all parameters go up in one copy. On a CPU images go one by one
 (cmae.pipeline.views.color_image).
 
@@ -43,9 +43,9 @@ def apply_color(
     if images.is_cuda:
         return color_chain(images, params, mode=mode)
     out = torch.empty_like(images, memory_format=torch.contiguous_format)
-    host = ImageColor(images.shape[1])
+    color = ImageColor(images.shape[1])
     for row, (image, made) in enumerate(zip(images.numpy(), out.numpy(), strict=True)):
-        host.apply(image, params, row=row, mode=mode, out=made)
+        color.apply(image, params, row=row, mode=mode, out=made)
     return out
 
 
@@ -164,7 +164,7 @@ def _gray(x: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 1 H W"]:
 
 
 def _hue(x: Float[Tensor, "B 3 H W"], shifts: Float[Tensor, "B 3 1 1"]) -> None:
-    """In place; the formula and its order of operations are those of `HostColor._hue`."""
+    """In place; the formula and its order of operations are those of `ImageColor._hue`."""
     red, green, blue = x.split(1, dim=1)
     high = torch.maximum(torch.maximum(green, blue), red)
     low = torch.minimum(torch.minimum(green, blue), red)

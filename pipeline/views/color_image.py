@@ -32,19 +32,27 @@ _BLUR_BLOCK = 8  # outputs of one small matrix product; 8 to 16 cost the same
 
 
 class ImageColor:
-    """Working memory for images of one size; belongs to one thread."""
+    """Working memory for images of one size; belongs to one thread.
+
+    Args:
+        img_size: Height and width of the images in pixels.
+    """
 
     def __init__(self, img_size: int) -> None:
         shape = (img_size, img_size)
         self._planes = np.empty((3, *shape), dtype=np.uint8)
-        self._x = np.empty((3, *shape), dtype=np.float32)
-        self._x_torch = torch.from_numpy(
-            self._x
-        )  # the same memory: torch clamps both ends in one pass
-        self._a, self._b, self._c, self._d = np.empty((4, *shape), dtype=np.float32)
+        self._floats = np.empty((3, *shape), dtype=np.float32)
+        # The same memory: torch clamps both ends in one pass.
+        self._floats_torch = torch.from_numpy(self._floats)
+        self._chroma, self._hue_value, self._three_chroma, self._base = np.empty(
+            (4, *shape), dtype=np.float32
+        )
+        # Never needed at the same time as the hue, whose planes are in the cache.
+        self._gray_value, self._weighted = self._chroma, self._hue_value
         self._signed = np.empty((3, *shape), dtype=np.int16)
-        self._i, self._j, self._k, self._low = np.empty((4, *shape), dtype=np.int16)
-        self._high = np.empty(shape, dtype=np.int16)
+        self._high, self._low, self._high_less_low, self._hue_size, self._hue_sign = np.empty(
+            (5, *shape), dtype=np.int16
+        )
 
     def apply(
         self,
@@ -87,39 +95,39 @@ class ImageColor:
                 (self._brightness, self._contrast, self._saturation)[number](factor)
 
     def _brightness(self, factor: float) -> None:
-        np.copyto(self._x, self._planes)
-        np.multiply(self._x, np.float32(factor), out=self._x)
+        np.copyto(self._floats, self._planes)
+        np.multiply(self._floats, np.float32(factor), out=self._floats)
         self._store(may_leave_range=factor > 1)
 
     def _contrast(self, factor: float) -> None:
         gray = self._gray()
         mean = np.float32(gray.sum() / gray.size)
-        np.multiply(self._x, np.float32(factor), out=self._x)
-        np.add(self._x, np.float32(1 - factor) * mean, out=self._x)
+        np.multiply(self._floats, np.float32(factor), out=self._floats)
+        np.add(self._floats, np.float32(1 - factor) * mean, out=self._floats)
         self._store(may_leave_range=factor > 1)
 
     def _saturation(self, factor: float) -> None:
         gray = self._gray()
         np.multiply(gray, np.float32(1 - factor), out=gray)
-        np.multiply(self._x, np.float32(factor), out=self._x)
-        np.add(self._x, gray, out=self._x)
+        np.multiply(self._floats, np.float32(factor), out=self._floats)
+        np.add(self._floats, gray, out=self._floats)
         self._store(may_leave_range=factor > 1)
 
     def _gray(self) -> Plane:
-        """The image's grey values, rounded down; leaves the image itself as floats in `_x`."""
-        np.copyto(self._x, self._planes)
-        gray, part = self._a, self._b
-        np.multiply(self._x[0], np.float32(LUMA[0]), out=gray)
+        """The image's grey values, rounded down; leaves the image itself in `_floats`."""
+        np.copyto(self._floats, self._planes)
+        gray, weighted = self._gray_value, self._weighted
+        np.multiply(self._floats[0], np.float32(LUMA[0]), out=gray)
         for channel in (1, 2):
-            np.multiply(self._x[channel], np.float32(LUMA[channel]), out=part)
-            np.add(gray, part, out=gray)
+            np.multiply(self._floats[channel], np.float32(LUMA[channel]), out=weighted)
+            np.add(gray, weighted, out=gray)
         return np.floor(gray, out=gray)
 
     def _store(self, *, may_leave_range: bool) -> None:
-        """Back to uint8: clamp, then cut the fraction off, as the cast does."""
+        """Back to uint8: clamp, then drop the fraction, as the cast does."""
         if may_leave_range:
-            self._x_torch.clamp_(0, 255)
-        np.copyto(self._planes, self._x, casting="unsafe")
+            self._floats_torch.clamp_(0, 255)
+        np.copyto(self._planes, self._floats, casting="unsafe")
 
     def _hue(self, turn: float) -> None:
         """Turn the hue in HSV space without branches, and without dividing by the chroma.
@@ -135,7 +143,8 @@ class ImageColor:
         np.maximum(np.maximum(green, blue, out=high), red, out=high)
         np.minimum(np.minimum(green, blue, out=low), red, out=low)
         self._chroma_and_hue()
-        chroma, hue, three_chroma, base = self._a, self._b, self._c, self._d
+        chroma, hue = self._chroma, self._hue_value
+        three_chroma, base = self._three_chroma, self._base
         np.multiply(chroma, 3, out=three_chroma)
         np.copyto(base, high)
         np.multiply(base, _HUE_SCALE, out=base)
@@ -144,22 +153,22 @@ class ImageColor:
         for channel, centre in enumerate(HUE_CENTRES):
             # Within half a circle of 0, so that H + shift * c stays within a whole one.
             shift = (6 * turn - centre + 3) % 6 - 3
-            x = self._x[channel]
-            np.multiply(chroma, np.float32(shift), out=x)
-            np.add(x, hue, out=x)
-            np.abs(x, out=x)
-            np.subtract(x, three_chroma, out=x)
-            np.abs(x, out=x)
-            np.add(x, base, out=x)
-        np.copyto(self._signed, self._x, casting="unsafe")
+            turned = self._floats[channel]
+            np.multiply(chroma, np.float32(shift), out=turned)
+            np.add(turned, hue, out=turned)
+            np.abs(turned, out=turned)
+            np.subtract(turned, three_chroma, out=turned)
+            np.abs(turned, out=turned)
+            np.add(turned, base, out=turned)
+        np.copyto(self._signed, self._floats, casting="unsafe")
         np.maximum(self._signed, low, out=self._signed)
         np.minimum(self._signed, high, out=self._signed)
         np.copyto(self._planes, self._signed, casting="unsafe")
 
     def _chroma_and_hue(self) -> None:
-        """Chroma and H of `_hue` to `_a` and `_b`, scaled; M and m are in `_high` and `_low`."""
+        """Chroma and H of `_hue` to `_chroma` and `_hue_value`, scaled; M and m are in `_high` and `_low`."""
         red, green, blue = self._signed
-        size, sign, chroma = self._i, self._j, self._k
+        size, sign, chroma = self._hue_size, self._hue_sign, self._high_less_low
         np.subtract(self._high, self._low, out=chroma)
         np.add(green, blue, out=size)
         np.subtract(size, red, out=size)
@@ -169,16 +178,16 @@ class ImageColor:
         np.right_shift(sign, 15, out=sign)  # -1 where blue leads, else 0
         np.bitwise_xor(size, sign, out=size)  # with the next line: -size where sign is -1
         np.subtract(size, sign, out=size)
-        for source, target in ((chroma, self._a), (size, self._b)):
+        for source, target in ((chroma, self._chroma), (size, self._hue_value)):
             np.copyto(target, source)
             np.multiply(target, _HUE_SCALE, out=target)
 
     def _twist(self, factors: Float32[np.ndarray, " 4"]) -> None:
         matrix, offset = map(torch.from_numpy, twist_matrices(factors[None]))
-        np.copyto(self._x, self._planes)
-        twisted = torch.addmm(offset[:, None], matrix[0], self._x_torch.flatten(1))
+        np.copyto(self._floats, self._planes)
+        twisted = torch.addmm(offset[:, None], matrix[0], self._floats_torch.flatten(1))
         twisted.clamp_(0, 255).round_()
-        np.copyto(self._planes, twisted.view_as(self._x_torch).numpy(), casting="unsafe")
+        np.copyto(self._planes, twisted.view_as(self._floats_torch).numpy(), casting="unsafe")
 
     def _blur(
         self, planes: UInt8[np.ndarray, "C S S"], sigma: float, *, out: UInt8[np.ndarray, "S S 3"]
@@ -189,8 +198,8 @@ class ImageColor:
         """
         size, channels = planes.shape[1], planes.shape[0]
         weights = _BlurWeights(sigma, size)
-        np.copyto(self._x[:channels], planes)
-        x = self._x_torch[:channels].view(channels * size, size)
+        np.copyto(self._floats[:channels], planes)
+        x = self._floats_torch[:channels].view(channels * size, size)
         x = weights.blur_last_axis(x).view(size * channels, size)
         blurred = weights.blur_last_axis(x).view(size, size, channels).numpy()
         np.rint(blurred, out=blurred)
@@ -243,9 +252,8 @@ def _band(taps: Plane, count: int) -> Plane:
     width = count + len(taps) - 1
     rows = np.zeros((count, width + 1), dtype=np.float32)
     rows[:, : len(taps)] = taps
-    return rows.ravel()[: count * width].reshape(
-        count, width
-    )  # one column less: each row moves by one
+    # One column less: each row moves by one.
+    return rows.ravel()[: count * width].reshape(count, width)
 
 
 def _border(taps: Plane, count: int) -> Plane:

@@ -1,4 +1,4 @@
-"""Numbers behind the colour operations, worked out on the host for both of their implementations."""
+"""Numbers behind the colour operations, worked out on the CPU for both of their implementations."""
 
 from __future__ import annotations
 

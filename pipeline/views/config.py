@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-ViewStep = Literal["decode", "resize", "cut", "color"]
+from cmae.errors import require
+
+ViewStep = Literal["decode", "resize", "crop", "color"]
 """Operations on an image in their order; a flip belongs to the resize."""
 
 
@@ -13,14 +15,14 @@ ViewStep = Literal["decode", "resize", "cut", "color"]
 class ViewConfig:
     """How one JPEG becomes an online and a target view (method of the paper, section 3.1).
 
-    A random window of the image is resized to a square master, flipped or not; each view is an
-    img_size crop of the master at its own offset, and the target view gets colour operations.
+    A random window of the image is resized to a square source crop, flipped or not; each view is an
+    img_size crop of that at its own offset, and the target view gets colour operations.
     """
 
     img_size: int = 224
     """Height and width of a view in pixels."""
     source_crop_size: int = 256
-    """Height and width in pixels of the image from which both views are cut."""
+    """Height and width in pixels of the source crop, from which both views are cropped."""
     num_views: int = 2
     """2 = online and target; 1 = online only (MAE: set source_crop_size to img_size for one plain
     RandomResizedCrop)."""
@@ -35,11 +37,11 @@ class ViewConfig:
     hflip_prob: float = 0.5
     """Probability of a horizontal flip, shared by both views."""
     online_shift: int = 0
-    """Largest offset of the online crop in the master in pixels, inclusive; 0 = always the corner."""
+    """Largest offset of the online crop in the source crop in pixels, inclusive; 0 = always the corner."""
     target_shift: int = 31
-    """Largest offset of the target crop in the master in pixels, inclusive; drawn for each axis."""
+    """Largest offset of the target crop in the source crop in pixels, inclusive; drawn for each axis."""
     target_crop: Literal["shift", "random_resized"] = "shift"
-    """'shift' cuts the target from the master; 'random_resized' from the image, with a window and a
+    """'shift' crops the target from the source crop; 'random_resized' from the image, with a window and a
     flip of its own (one more decode)."""
     color: Literal["exact", "fast", "none"] = "exact"
     """Colour operations of the target: 'exact' = torchvision's; 'fast' = one 3x3 matrix for the whole
@@ -98,10 +100,7 @@ class ViewConfig:
             )
 
     def _require(self, condition: bool, name: str, allowed: str) -> None:
-        if not condition:
-            raise ValueError(
-                f"views.{name}={getattr(self, name)!r} is not allowed: it must be {allowed}"
-            )
+        require(condition, f"views.{name}", getattr(self, name), allowed)
 
     @property
     def has_target(self) -> bool:
@@ -110,7 +109,7 @@ class ViewConfig:
 
     @property
     def has_own_target_crop(self) -> bool:
-        """Whether the target is a window of the image, not of the master."""
+        """Whether the target is a window of the image, not of the source crop."""
         return self.has_target and self.target_crop == "random_resized"
 
     @property

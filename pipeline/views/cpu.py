@@ -1,4 +1,4 @@
-"""Views on CPU cores: nvImageCodec decodes the window, torch's uint8 antialiased resize makes the master.
+"""Views on CPU cores: nvImageCodec decodes the window, torch's antialiased uint8 resize does the rest.
 
 Twice the rate of DALI's CPU graph from the same parameters (docs/design/0003-colour-chain.md); the decoded
 pixels are Pillow's to the bit. Every sample is made by one thread from bytes to finished views.
@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int32, Int64, UInt8
+from jaxtyping import Int32, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
 from cmae.pipeline.buffer_pool import BufferPool
-from cmae.pipeline.stage_stats import KindTable, Stage, State
+from cmae.pipeline.stage_stats import Stage, State
 from cmae.pipeline.views.backend import UNDECODABLE, Views, WindowDecoder
 from cmae.pipeline.views.color_image import ImageColor
 from cmae.pipeline.views.config import ViewConfig, ViewStep
@@ -39,9 +39,9 @@ class CpuViews:
     """Makes batches of views in a pool of threads.
 
     Args:
-        views: what the views are.
-        num_threads: of the pool.
-        last_step: leave what comes after this operation out, and the pixels undefined. For measurements.
+        views: Configuration of the views.
+        num_threads: Threads of the pool.
+        last_step: Last operation on an image; before "color" the pixels are undefined. For measurements.
     """
 
     def __init__(
@@ -52,11 +52,10 @@ class CpuViews:
         self._num_threads = num_threads
         self._local = threading.local()
         self._pool = ThreadPoolExecutor(
-            num_threads, thread_name_prefix="cmae-views", initializer=self._start_worker
+            num_threads, thread_name_prefix="cmae-decode_augment", initializer=self._start_worker
         )
         self._buffers = BufferPool()
-        self.stage = Stage("views", threads=num_threads)
-        self.kinds = KindTable()
+        self.stage = Stage("decode_augment", threads=num_threads)
         self._is_cancelled = False
 
     def depth(self, batch_size: int) -> int:
@@ -66,14 +65,8 @@ class CpuViews:
         """
         return 1 + math.ceil(4 * self._num_threads / batch_size)
 
-    def submit(
-        self,
-        encoded: Sequence[UInt8[np.ndarray, " n"]],
-        params: ViewParams,
-        *,
-        cells: Int64[np.ndarray, " B"] | None = None,
-    ) -> _Job:
-        """Start a batch; `cells` of `kinds` are where its images count.
+    def submit(self, encoded: Sequence[UInt8[np.ndarray, " n"]], params: ViewParams) -> _Job:
+        """Start a batch.
 
         What was handed out before and is still referenced is never written again.
         """
@@ -85,7 +78,6 @@ class CpuViews:
             self._pool.submit(
                 self._run,
                 range(i, min(i + stride, batch_size)),
-                cells,
                 encoded,
                 params,
                 online,
@@ -122,9 +114,7 @@ class CpuViews:
         torch.set_num_threads(1)
         self._local.worker = _Worker(self._views, last_step=self._last_step)
 
-    def _run(
-        self, samples: range, cells: Int64[np.ndarray, " B"] | None, *work: Any
-    ) -> dict[int, str]:
+    def _run(self, samples: range, *work: Any) -> dict[int, str]:
         """Make the views of some samples of a batch, and count them."""
         self.stage.switch(State.BUSY)
         times = [time.perf_counter()]
@@ -132,8 +122,6 @@ class CpuViews:
         seconds = np.diff(times)
         num_bytes = self._views.num_views * 3 * self._views.img_size**2 * len(samples)
         self.stage.add(items=len(samples), num_bytes=num_bytes, latencies_s=seconds)
-        if cells is not None:
-            self.kinds.add(cells[samples.start : samples.stop], seconds)
         self.stage.switch(State.IDLE)
         return bad
 
@@ -178,23 +166,23 @@ class _Worker:
     ) -> bool:
         """Write both views of one sample; False when it cannot be decoded."""
         views = self._views
-        master = self._window(encoded, params.crop[row], views.source_crop_size, params.flip[row])
-        own = master
+        source = self._window(encoded, params.crop[row], views.source_crop_size, params.flip[row])
+        own = source
         if views.has_own_target_crop:
             flip = params.target_flip[row]
             own = self._window(encoded, params.target_crop[row], views.img_size, flip)
-        if master is None or own is None:
+        if source is None or own is None:
             return False
         if self._last_step in ("decode", "resize"):
             return True
-        online[...] = _cut(master, params.online_offset[row], views.img_size)
+        online[...] = _crop(source, params.online_offset[row], views.img_size)
         if target is None:
             return True
-        cut = _cut(own, params.target_offset[row], views.img_size)
+        crop = _crop(own, params.target_offset[row], views.img_size)
         if self._color is None:
-            target[...] = cut
+            target[...] = crop
         else:
-            self._color.apply(cut, params, row=row, mode=views.color, out=target)
+            self._color.apply(crop, params, row=row, mode=views.color, out=target)
         return True
 
     def _window(
@@ -212,8 +200,8 @@ class _Worker:
         return pixels
 
 
-def _cut(
-    master: UInt8[np.ndarray, "m m 3"], offset: Int32[np.ndarray, " 2"], size: int
+def _crop(
+    source: UInt8[np.ndarray, "c c 3"], offset: Int32[np.ndarray, " 2"], size: int
 ) -> UInt8[np.ndarray, "s s 3"]:
     top, left = offset
-    return master[top : top + size, left : left + size]
+    return source[top : top + size, left : left + size]

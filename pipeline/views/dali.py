@@ -1,7 +1,7 @@
 """Views by NVIDIA DALI: one graph definition for the GPU ('mixed' decode) and, for its tests, the CPU.
 
-The graph holds the geometry: window decode, one bicubic resize to the master, flip, two cuts. Colour runs
-after it on the whole batch (color_batch.py); docs/design/0003-colour-chain.md has the reason.
+The graph holds the geometry: window decode, one bicubic resize to the source crop, flip, two crops. Colour
+runs after it on the whole batch (color_batch.py); docs/design/0003-colour-chain.md has the reason.
 The CPU graph exists so that the GPU's graph can be checked anywhere; cmae.pipeline.views.cpu is the faster
 way on a CPU.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import UInt8
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline, pipeline_def
 from nvidia.dali.tensors import TensorCPU, TensorListCPU
@@ -43,7 +43,7 @@ def build_view_graph(
     """The DALI pipeline with inputs 'encoded' (bytes) and 'params' (`ViewParams.matrix()` rows).
 
     Outputs one or two uint8 HWC batches: online and, with two views, the target before its colours. With
-    `last_step` decode or resize, what the cuts would be made from.
+    `last_step` decode or resize, what the views would be cropped from.
     Only the default dynamic executor keeps outputs that are still referenced and survives a failed batch.
     """
     is_gpu = device.type == "cuda"
@@ -89,20 +89,20 @@ def _views(
         )
         return fn.flip(image, horizontal=_integers(params[flip]))
 
-    def cut(master: Any, first: int) -> Any:
+    def crop(source: Any, first: int) -> Any:
         start = _integers(params[first : first + 2])
-        return fn.slice(master, start=start, shape=[views.img_size] * 2, axes=[0, 1])
+        return fn.slice(source, start=start, shape=[views.img_size] * 2, axes=[0, 1])
 
     columns = ViewParams.columns()
-    master = window(columns["crop"], columns["flip"], views.source_crop_size)
+    source = window(columns["crop"], columns["flip"], views.source_crop_size)
     own: tuple[Any, ...] = ()
     if views.has_own_target_crop:
         own = (window(columns["target_crop"], columns["target_flip"], views.img_size),)
     if last_step in ("decode", "resize"):
-        return (master, *own)
-    online = cut(master, columns["online_offset"])
+        return (source, *own)
+    online = crop(source, columns["online_offset"])
     if views.has_target and not own:
-        return online, cut(master, columns["target_offset"])
+        return online, crop(source, columns["target_offset"])
     return (online, *own)
 
 
@@ -112,7 +112,8 @@ def _integers(node: Any) -> Any:
 
 @dataclass
 class _Job:
-    encoded: list[UInt8[np.ndarray, " n"]]  # kept until the batch is out: DALI reads them in place
+    encoded: list[UInt8[np.ndarray, " n"]]
+    """Kept until the batch is out: DALI reads them in place."""
     params: ViewParams
     outputs: Any = None
     error: RuntimeError | None = None
@@ -123,14 +124,13 @@ class DaliViews:
     """Runs the graph a few batches ahead; batches come out in the order in which they went in.
 
     Args:
-        views: what the views are.
-        device: of the views.
-        batch_size: largest batch.
+        views: Configuration of the views.
+        device: Device of the views.
+        batch_size: Largest batch.
         num_threads: CPU threads of DALI.
-        hw_decoder_load: share of the JPEGs for the GPU's decoder unit.
-        depth: batches that DALI works on at the same time.
-        last_step: leave what comes after this operation out; without the cuts there are no views either. For
-            measurements.
+        hw_decoder_load: Share of the JPEGs for the GPU's decoder unit.
+        depth: Batches that DALI works on at the same time.
+        last_step: Last operation on an image; before the crops there are no views. For measurements.
     """
 
     def __init__(
@@ -160,21 +160,14 @@ class DaliViews:
         self._depth = depth
         # DALI's own threads cannot be watched. Busy is what waiting for it and colour take: less than its
         # run time while it is ahead, all of it when it is what the loader waits for.
-        self.stage = Stage("views", threads=1)
-        self.kinds = None  # which of a batch's images took the time is not known either
+        self.stage = Stage("decode_augment", threads=1)
         self._warm_up(depth)
 
     def depth(self, batch_size: int) -> int:
         """As many batches as DALI was built to prepare ahead, of any size."""
         return self._depth
 
-    def submit(
-        self,
-        encoded: list[UInt8[np.ndarray, " n"]],
-        params: ViewParams,
-        *,
-        cells: Int64[np.ndarray, " B"] | None = None,
-    ) -> _Job:
+    def submit(self, encoded: list[UInt8[np.ndarray, " n"]], params: ViewParams) -> _Job:
         """Start a batch."""
         job = _Job(encoded, params)
         self._feed(job)

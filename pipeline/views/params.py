@@ -21,7 +21,7 @@ CROP_TRIES = 10
 _FIELD_WIDTHS = {"crop": 4, "online_offset": 2, "target_offset": 2, "target_crop": 4, "factors": 4}
 
 
-class _Lane(IntEnum):
+class _Draw(IntEnum):
     """Which random number is for what. Frozen: a new number changes every run."""
 
     CROP = 0  # CROP_TRIES areas, CROP_TRIES aspect ratios, top, left
@@ -44,12 +44,12 @@ class ViewParams:
     """Parameters of B samples' views, one array each. Windows are (top, left, height, width) in pixels."""
 
     crop: Int32[np.ndarray, "B 4"]
-    """Window of the stored image that becomes the master."""
+    """Window of the stored image that becomes the source crop."""
     flip: Bool[np.ndarray, " B"]
     online_offset: Int32[np.ndarray, "B 2"]
-    """(y, x) of the online view in the flipped master."""
+    """(y, x) of the online view in the flipped source crop."""
     target_offset: Int32[np.ndarray, "B 2"]
-    """(y, x) of the target view in the flipped master; (0, 0) for target_crop='random_resized'."""
+    """(y, x) of the target view in the flipped source crop; (0, 0) for target_crop='random_resized'."""
     target_crop: Int32[np.ndarray, "B 4"]
     """Window of the stored image for target_crop='random_resized', else equal to `crop`."""
     target_flip: Bool[np.ndarray, " B"]
@@ -96,30 +96,30 @@ def draw_view_params(
 
     Heights and widths are those of the stored images, EXIF orientation ignored.
     """
-    u = uniforms(seed, epoch, sample_id=sample_id, num_draws=_Lane.COUNT)
-    crop = _random_resized_crop(views, u[:, _Lane.CROP : _Lane.TARGET_CROP], height, width)
-    flip = u[:, _Lane.FLIP] < views.hflip_prob
+    u = uniforms(seed, epoch, sample_id=sample_id, num_draws=_Draw.COUNT)
+    crop = _random_resized_crop(views, u[:, _Draw.CROP : _Draw.TARGET_CROP], height, width)
+    flip = u[:, _Draw.FLIP] < views.hflip_prob
     target_crop, target_flip, target_shift = crop, flip, views.target_shift
     if views.has_own_target_crop:
         target_crop = _random_resized_crop(
-            views, u[:, _Lane.TARGET_CROP : _Lane.FLIP], height, width
+            views, u[:, _Draw.TARGET_CROP : _Draw.FLIP], height, width
         )
-        target_flip = u[:, _Lane.TARGET_FLIP] < views.hflip_prob
+        target_flip = u[:, _Draw.TARGET_FLIP] < views.hflip_prob
         target_shift = 0
-    jitter = u[:, _Lane.JITTER] < views.jitter_prob
-    blur = u[:, _Lane.BLUR] < views.blur_prob
-    sigma = _between(u[:, _Lane.SIGMA], views.blur_sigma_min, views.blur_sigma_max)
+    jitter = u[:, _Draw.JITTER] < views.jitter_prob
+    blur = u[:, _Draw.BLUR] < views.blur_prob
+    sigma = _between(u[:, _Draw.SIGMA], views.blur_sigma_min, views.blur_sigma_max)
     return ViewParams(
         crop=crop,
         flip=flip,
-        online_offset=_offsets(u[:, _Lane.ONLINE_OFFSET : _Lane.TARGET_OFFSET], views.online_shift),
-        target_offset=_offsets(u[:, _Lane.TARGET_OFFSET : _Lane.JITTER], target_shift),
+        online_offset=_offsets(u[:, _Draw.ONLINE_OFFSET : _Draw.TARGET_OFFSET], views.online_shift),
+        target_offset=_offsets(u[:, _Draw.TARGET_OFFSET : _Draw.JITTER], target_shift),
         target_crop=target_crop,
         target_flip=target_flip,
         jitter=jitter,
-        factors=_jitter_factors(views, u[:, _Lane.FACTORS : _Lane.ORDER], jitter),
-        order=(u[:, _Lane.ORDER] * len(JITTER_ORDERS)).astype(np.uint8),
-        grayscale=u[:, _Lane.GRAYSCALE] < views.grayscale_prob,
+        factors=_jitter_factors(views, u[:, _Draw.FACTORS : _Draw.ORDER], jitter),
+        order=(u[:, _Draw.ORDER] * len(JITTER_ORDERS)).astype(np.uint8),
+        grayscale=u[:, _Draw.GRAYSCALE] < views.grayscale_prob,
         blur_sigma=np.where(blur, sigma, 0).astype(np.float32),
     )
 

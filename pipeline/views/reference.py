@@ -25,17 +25,17 @@ def reference_views(
     EXIF orientation is ignored; grey and CMYK files become RGB.
     """
     image = Image.open(io.BytesIO(jpeg)).convert("RGB")
-    master = _window(
+    source = _window(
         image, params.crop[row], size=views.source_crop_size, flip=bool(params.flip[row])
     )
-    online = _cut(master, params.online_offset[row], size=views.img_size)
+    online = _crop(source, params.online_offset[row], size=views.img_size)
     if not views.has_target:
         return np.asarray(online), None
     if views.has_own_target_crop:
         flip = bool(params.target_flip[row])
         target = _window(image, params.target_crop[row], size=views.img_size, flip=flip)
     else:
-        target = _cut(master, params.target_offset[row], size=views.img_size)
+        target = _crop(source, params.target_offset[row], size=views.img_size)
     pixels = np.asarray(target)
     if views.has_color:
         pixels = reference_color(pixels, params, row=row)
@@ -59,13 +59,13 @@ def reference_color(
 
 
 def _window(image: Image.Image, crop: np.ndarray, *, size: int, flip: bool) -> Image.Image:
-    """Cut first, then resize: pixels outside the window have no say in it."""
+    """Crop first, then resize: pixels outside the window have no say in it."""
     top, left, height, width = map(int, crop)
     window = image.crop((left, top, left + width, top + height))
     resized = window.resize((size, size), Image.Resampling.BICUBIC)
     return resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else resized
 
 
-def _cut(master: Image.Image, offset: np.ndarray, *, size: int) -> Image.Image:
+def _crop(source: Image.Image, offset: np.ndarray, *, size: int) -> Image.Image:
     top, left = map(int, offset)
-    return master.crop((left, top, left + size, top + size))
+    return source.crop((left, top, left + size, top + size))

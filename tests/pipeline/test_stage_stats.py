@@ -7,14 +7,14 @@ from itertools import islice, pairwise
 
 import numpy as np
 import pytest
+from support.loaders import loader_of
 from support.pipeline_data import toy_mask, write_photo_shards
 
-from cmae.pipeline import LoaderSnapshot, ViewConfig, build_loader
+from cmae.pipeline import LoaderSnapshot, ViewConfig
 from cmae.pipeline import stage_stats as counters
 from cmae.pipeline.formats.dataset_index import build_indices
-from cmae.pipeline.formats.jpeg import JpegKind
-from cmae.pipeline.sources.indexed import IndexedSource
-from cmae.pipeline.stage_stats import Histogram, KindTable, QueueDepth, Stage, State
+from cmae.pipeline.sources.local_files import OpenFiles
+from cmae.pipeline.stage_stats import Histogram, QueueDepth, Stage, State
 
 VIEWS = ViewConfig(img_size=32, source_crop_size=40, target_shift=8)
 BATCH = 8
@@ -30,7 +30,7 @@ def shards(tmp_path_factory):
 
 def open_loader(shards, **options):
     settings = {"batch_size": BATCH, "global_batch_size": BATCH, "num_threads": 2}
-    return build_loader(shards, VIEWS, draw_mask=toy_mask, **(settings | options))
+    return loader_of(shards, VIEWS, draw_mask=toy_mask, **(settings | options))
 
 
 class FakeTime:
@@ -83,7 +83,7 @@ def test_histograms_merge_and_subtract():
 
 
 def test_a_threads_time_is_divided_among_its_states(clock):
-    stage = Stage("finish", threads=1, first_state=State.STARVED)
+    stage = Stage("prefetch", threads=1, first_state=State.STARVED)
     clock.now += 3
     stage.switch(State.BUSY)
     clock.now += 4
@@ -99,8 +99,8 @@ def test_a_threads_time_is_divided_among_its_states(clock):
 
 
 def test_idle_threads_are_blocked_while_the_stage_downstream_is(clock):
-    prefetcher = Stage("finish", threads=1, first_state=State.BUSY)
-    pool = Stage("views", threads=2, downstream=prefetcher)
+    prefetcher = Stage("prefetch", threads=1, first_state=State.BUSY)
+    pool = Stage("decode_augment", threads=2, downstream=prefetcher)
     pool.switch(State.BUSY)
     clock.now += 1
     pool.switch(State.IDLE)
@@ -129,28 +129,6 @@ def test_queue_depth_is_averaged_over_time(clock):
     assert depth.read() == (10, (2 * 1 + 1 * 2 + 1 * 1) / 10)
 
 
-def test_kinds_and_sizes_are_counted_in_their_own_cells():
-    table = KindTable()
-    kind = np.array([JpegKind.BASELINE, JpegKind.BASELINE, JpegKind.CMYK, 255], dtype=np.uint8)
-    height = np.array([200, 2000, 500, 1], dtype=np.int32)
-    width = np.array([300, 3000, 500, 1], dtype=np.int32)
-    table.add(table.cells(kind, height, width), np.array([1.0, 2.0, 4.0, 8.0]))
-    seen = table.snapshot()
-    assert list(seen) == ["BASELINE", "CMYK", "BAD"]
-    assert seen["BASELINE"].items_by_megapixels == (1, 0, 0, 0, 0, 1)
-    assert seen["BASELINE"].busy_s_by_megapixels == (1, 0, 0, 0, 0, 2)
-    assert (seen["BASELINE"].items, seen["BASELINE"].busy_s) == (2, 3)
-    assert seen["CMYK"].items_by_megapixels == (
-        0,
-        1,
-        0,
-        0,
-        0,
-        0,
-    )  # an edge belongs to the class below
-    assert seen["BAD"].busy_s == 8
-
-
 def wait_until_full(loader) -> None:
     """Until nothing is under way: no stage has done anything for a while."""
     deadline, done = time.monotonic() + 30, None
@@ -167,7 +145,7 @@ def wait_until_full(loader) -> None:
 
 
 def assert_times_add_up(window: LoaderSnapshot) -> None:
-    for name in ("read", "views", "finish"):
+    for name in ("read", "decode_augment", "prefetch"):
         stage = window.stages[name]
         total = stage.busy_s + stage.starved_s + stage.blocked_s
         assert total == pytest.approx(stage.threads * window.time_s, rel=0.03), name
@@ -175,40 +153,30 @@ def assert_times_add_up(window: LoaderSnapshot) -> None:
         assert stage.cpu_s >= 0
 
 
-@pytest.mark.parametrize("backend", ["host", "dali"])
+@pytest.mark.parametrize("backend", ["cpu", "dali"])
 def test_a_window_counts_what_happened_in_it(shards, backend):
-    with open_loader(shards, backend=backend) as loader:
+    with open_loader(shards, view_backend=backend) as loader:
         next(loader)
         before = loader.snapshot()
         for _ in range(5):
             next(loader)
         time.sleep(0.2)  # long enough for the queue to fill
         window = loader.snapshot() - before
-    assert list(window.stages) == ["read", "views", "finish", "ready"]
+    assert list(window.stages) == ["read", "decode_augment", "prefetch", "queue"]
     assert window.batches == 5
-    assert window.samples == 5 * BATCH == window.stages["ready"].items
-    assert window.wait_s == window.stages["ready"].starved_s > 0
+    assert window.samples == 5 * BATCH == window.stages["queue"].items
+    assert window.wait_s == window.stages["queue"].starved_s > 0
     assert 0 < window.queue_depth_mean <= 2
     assert_times_add_up(window)
     pixels = 2 * 3 * 32 * 32
-    assert window.stages["views"].bytes == pixels * window.stages["views"].items
-    assert window.stages["ready"].bytes == window.samples * (pixels + 10 * 4 + 8 + 8)
+    assert window.stages["decode_augment"].bytes == pixels * window.stages["decode_augment"].items
+    assert window.stages["queue"].bytes == window.samples * (pixels + 10 * 4 + 8 + 8)
     assert window.stages["read"].bytes > 1000 * window.stages["read"].items
     # Two batches in the queue and one that waits for room may have been made before, or be made ahead.
-    assert abs(window.stages["finish"].items - 5 * BATCH) <= 3 * BATCH
-    assert 0 < window.stages["read"].percentile_ms(50) < window.stages["finish"].percentile_ms(100)
-
-
-def test_what_was_read_and_made_is_counted_by_kind(shards):
-    with open_loader(shards) as loader:
-        list(islice(loader, 4))
-        wait_until_full(loader)
-        seen = loader.snapshot()
-    assert list(seen.views_by_kind) == ["BASELINE"]
-    kind = seen.views_by_kind["BASELINE"]
-    assert kind.items == seen.stages["views"].items == seen.stages["views"].histogram.total
-    assert kind.items_by_megapixels == (kind.items, 0, 0, 0, 0, 0)
-    assert 0 < kind.busy_s < seen.stages["views"].busy_s
+    assert abs(window.stages["prefetch"].items - 5 * BATCH) <= 3 * BATCH
+    assert (
+        0 < window.stages["read"].percentile_ms(50) < window.stages["prefetch"].percentile_ms(100)
+    )
 
 
 def test_a_slow_training_thread_blocks_the_stages(shards):
@@ -219,28 +187,29 @@ def test_a_slow_training_thread_blocks_the_stages(shards):
         time.sleep(0.3)
         window = loader.snapshot() - before
         next(loader)
-    for name in ("read", "views", "finish"):
+    for name in ("read", "decode_augment", "prefetch"):
         stage = window.stages[name]
         assert stage.blocked_s > 0.95 * stage.threads * window.time_s, name
-    assert window.stages["ready"].blocked_s == window.stages["finish"].blocked_s
+    assert window.stages["queue"].blocked_s == window.stages["prefetch"].blocked_s
     assert window.wait_s == 0
     assert window.queue_depth_mean == pytest.approx(2)
 
 
 def test_a_slow_disk_starves_the_stages(shards, monkeypatch):
-    record = IndexedSource._record
+    read_batch = OpenFiles.read_batch
 
-    def slow(self, row, data):
-        time.sleep(0.04)
-        return record(self, row, data)
+    def slow(self, places, buffer):
+        for found in read_batch(self, places, buffer):
+            time.sleep(0.04)
+            yield found
 
-    monkeypatch.setattr(IndexedSource, "_record", slow)
+    monkeypatch.setattr(OpenFiles, "read_batch", slow)
     with open_loader(shards) as loader:
         next(loader)
         before = loader.snapshot()
         list(islice(loader, 8))
         window = loader.snapshot() - before
-    read, views, finish = (window.stages[name] for name in ("read", "views", "finish"))
+    read, views, finish = (window.stages[name] for name in ("read", "decode_augment", "prefetch"))
     assert read.busy_s > 0.6 * read.threads * window.time_s
     assert read.cpu_s < 0.5 * read.busy_s
     assert read.percentile_ms(50) > 38

@@ -46,7 +46,7 @@ def stage(
         "items": 28800,
         "bytes": 28800 * (112_000 if name == "read" else 301_056),
         "cpu_s": 0.9 * seconds["busy_s"],
-        "histogram": histogram(median_ms, 0.5 if name == "views" else 0.3, 5000, seed),
+        "histogram": histogram(median_ms, 0.5 if name == "decode_augment" else 0.3, 5000, seed),
         **seconds,
     }
 
@@ -54,9 +54,9 @@ def stage(
 def loader(time_s: float = 30.0) -> dict[str, Any]:
     stages = [
         stage("read", threads=4, shares=(0.06, 0.0, 0.94), median_ms=0.25, seed=1),
-        stage("views", threads=8, shares=(0.97, 0.01, 0.02), median_ms=7.6, seed=2),
-        stage("finish", threads=1, shares=(0.04, 0.95, 0.01), median_ms=9.5, seed=3),
-        stage("ready", threads=1, shares=(0.0, 0.62, 0.0), median_ms=165.0, seed=4),
+        stage("decode_augment", threads=8, shares=(0.97, 0.01, 0.02), median_ms=7.6, seed=2),
+        stage("prefetch", threads=1, shares=(0.04, 0.95, 0.01), median_ms=9.5, seed=3),
+        stage("queue", threads=1, shares=(0.0, 0.62, 0.0), median_ms=165.0, seed=4),
     ]
     return {
         "time_s": time_s,
@@ -66,7 +66,6 @@ def loader(time_s: float = 30.0) -> dict[str, Any]:
         "wait_s": 18.6,
         "queue_depth_mean": 0.06,
         "bad_samples": 0,
-        "views_by_kind": {},
     }
 
 
@@ -95,8 +94,7 @@ def decode_bound() -> Profile:
             "versions": {"torch": "2.14.1", "triton": "3.8.0"},
         },
         config={
-            "speed": {"num_threads": 8, "prefetch": 2},
-            "data": {"shards": "/data/train-*.tar"},
+            "data": {"shards": "/data/train-*.tar", "num_threads": 8, "prefetch": 2},
         },
         global_batch_size=BATCH,
         world_size=1,
@@ -122,7 +120,7 @@ def decode_bound() -> Profile:
             Part("residual", estimate(-0.4, 5.5), "what the parts do not explain"),
         ),
         verdict=Verdict(
-            "Bound by JPEG decode on 8 cores: 8 more cores give 1.9x, speed.hw_decoder_load 0.6 gives "
+            "Bound by JPEG decode on 8 cores: 8 more cores give 1.9x, data.hw_decoder_load 0.6 gives "
             "2.4x, then the model binds.",
             binds="decode",
             headroom=1.93,
@@ -130,12 +128,12 @@ def decode_bound() -> Profile:
         actions=(
             Action(
                 "decode on the GPU's JPEG unit",
-                {"speed.hw_decoder_load": 0.6},
+                {"data.hw_decoder_load": 0.6},
                 2292.0,
                 "model",
                 estimate(2205.0, 40.0),
             ),
-            Action("decode on 8 more cores", {"speed.num_threads": 16}, 1815.0, "decode"),
+            Action("decode on 8 more cores", {"data.num_threads": 16}, 1815.0, "decode"),
             Action("no colour operations", {"data.views.color": "none"}, 1420.0, "decode"),
             Action("a faster disk", {}, 961.0, "decode"),
         ),
@@ -163,7 +161,7 @@ def decode_bound() -> Profile:
         operations=(
             Operation("decode", estimate(5.1, 0.2), estimate(0.64, 0.03), 1560.0),
             Operation("resize, flip", estimate(1.2, 0.1), estimate(0.15, 0.02), 1265.0),
-            Operation("cut", estimate(0.08, 0.05), estimate(0.01, 0.01), 1250.0),
+            Operation("crop", estimate(0.08, 0.05), estimate(0.01, 0.01), 1250.0),
             Operation("colour jitter", estimate(0.9, 0.1), estimate(0.12, 0.02), 1087.0),
         ),
         gpu={
@@ -196,7 +194,7 @@ def faster() -> Profile:
     return replace(
         before,
         created="2026-11-24T16:20:00Z",
-        config={**before.config, "speed": {"num_threads": 16, "prefetch": 2}},
+        config={"data": {**before.config["data"], "num_threads": 16}},
         step_ms=estimate(145.5, 3.0),
         parts=parts,
         verdict=Verdict("Bound by the model; the loader has 1.1x head-room.", "model", 1.1),

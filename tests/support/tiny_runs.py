@@ -9,7 +9,7 @@ import torch
 from cmae.model import ModelConfig, draw_mask
 from cmae.pipeline import Batch, LoaderState
 from cmae.train.config import OptimConfig
-from cmae.train.config_parser import build_config_parser, read_config
+from cmae.train.config_parser import parse_config
 from cmae.train.distributed import World
 from cmae.train.loop.pretrain import Outcome, pretrain
 
@@ -51,7 +51,7 @@ def make_batch(
         sample_id=index,
         label=torch.zeros(size, dtype=torch.int64),
         epoch=0,
-        state=LoaderState(seed=0, epoch=0, next_sample=0, digest=""),
+        state=LoaderState(seed=0, epoch=0, offset=0, digest=""),
     )
 
 
@@ -78,7 +78,7 @@ def arguments(shards: str, out: Path, **overrides: object) -> list[str]:
         "run.checkpoint_every": 2,
         "run.progress": "false",
         "speed.device": "cpu",
-        "speed.num_threads": 2,
+        "data.num_threads": 2,
         "data.shards": shards,
         "data.views.source_crop_size": 40,
         "data.views.target_shift": 8,
@@ -93,5 +93,4 @@ def arguments(shards: str, out: Path, **overrides: object) -> list[str]:
 
 
 def run(shards: str, out: Path, **overrides: object) -> Outcome:
-    parser = build_config_parser("cmae pretrain", "")
-    return pretrain(read_config(parser, arguments(shards, out, **overrides)))
+    return pretrain(parse_config(arguments(shards, out, **overrides)))

@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from cmae.errors import CmaeError
 from cmae.model import ModelConfig
 from cmae.train.commands.main import main
 from cmae.train.config import BatchSplit, Config
 from cmae.train.config_parser import (
-    build_config_parser,
-    read_config,
+    RECIPES,
+    Parser,
+    add_config,
+    load_recipe,
+    parse_config,
     recipe_names,
-    with_underscores,
 )
 from cmae.train.monitor.run_log import write_config
 
 
 def parse(*arguments: str) -> Config:
-    return read_config(build_config_parser("cmae pretrain", ""), arguments)
+    return parse_config(arguments)
 
 
 def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    try:
-        code = main(["pretrain", *arguments])
-    except SystemExit as stop:
-        code = stop.code
-    assert code in (1, 2)
+    assert main(["pretrain", *arguments]) in (1, 2)
     error = capsys.readouterr().err
     assert "Traceback" not in error
     return error
@@ -37,9 +38,7 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_every_recipe_parses_and_says_command_hardware_and_expectation(name: str) -> None:
     config = parse("--recipe", name)
     assert config.data.views.img_size == config.model.img_size
-    import cmae.train.config_parser as cli
-
-    head = (cli.RECIPES / f"{name}.yaml").read_text()
+    head = (RECIPES / f"{name}.yaml").read_text()
     assert all(word in head for word in ("command", "hardware", "expected"))
 
 
@@ -143,8 +142,8 @@ def test_values_out_of_range_name_key_value_and_range(capsys: pytest.CaptureFixt
 def test_errors_of_the_model_name_the_key_with_its_section(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert "model.mask_ratio=2.0" in failure(capsys, "--model.mask_ratio", "2")
-    assert "data.views.hue" in failure(capsys, "--data.views.hue", "3")
+    assert "model.mask_ratio is 2.0" in failure(capsys, "--model.mask_ratio", "2")
+    assert "data.views.hue is 3.0" in failure(capsys, "--data.views.hue", "3")
 
 
 def test_pictures_without_a_decoder_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,28 +173,95 @@ def test_a_batch_that_ranks_cannot_share_is_refused_with_one_that_they_can() -> 
     assert BatchSplit.of(4096, None, 32) == BatchSplit(128, 1)
 
 
-def test_an_unknown_command_names_the_nearest_one(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["pretrian"]) == 2
-    assert "did you mean 'pretrain'" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "word", ["--optim.weight-decay=0.2", "--optim.weight_decay=0.2", "--optim.weight-decay"]
+)
+def test_options_may_be_typed_with_hyphens(word: str) -> None:
+    value = [] if "=" in word else ["0.2"]
+    assert parse(word, *value).optim.weight_decay == 0.2
+    shards = "--data.shards=a-b/x-{0..3}.tar"
+    assert parse(word, *value, shards).data.shards == "a-b/x-{0..3}.tar"
 
 
-def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([]) == 0
-    text = capsys.readouterr().out
-    names = ("demo", "doctor", "shards", "pretrain", "reconstruct", "import", "export")
-    assert all(name in text for name in names)
+def test_later_recipes_and_options_override_earlier_ones(tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text("optim: {epochs: 3, weight_decay: 0.2}\nseed: 4\n")
+    (tmp_path / "two.yaml").write_text("optim: {epochs: 5}\n")
+    one, two = (("--recipe", str(tmp_path / f"{name}.yaml")) for name in ("one", "two"))
+    found = parse("--recipe", "cmae_vit_s", *one, *two)
+    assert (found.model.embed_dim, found.seed) == (384, 4)
+    assert (found.optim.epochs, found.optim.weight_decay) == (5, 0.2)
+    assert parse(*two, *one).optim.epochs == 3
+    assert parse(*two, "--optim.epochs", "7").optim.epochs == 7
+
+
+def test_a_recipe_loads_in_one_line(tmp_path: Path) -> None:
+    from cmae.train import Config, load_recipe
+
+    assert load_recipe("cmae_vit_b") == parse("--recipe", "cmae_vit_b")
+    (tmp_path / "mine.yaml").write_text("seed: 4\nmodel: {pixel_mean: [1, 2, 3]}\n")
+    found = load_recipe(
+        "cmae_vit_s",
+        tmp_path / "mine.yaml",
+        overrides={"data.shards": ["a", "b"], "run.out": tmp_path, "optim.total_steps": None},
+    )
+    assert isinstance(found, Config)
+    assert (found.seed, found.model.embed_dim, found.model.pixel_mean) == (4, 384, (1, 2, 3))
+    assert (found.data.shards, found.run.out) == (["a", "b"], tmp_path)
+    assert load_recipe() == Config()
+    with pytest.raises(CmaeError, match=r"'optim.epochs'") as caught:
+        load_recipe(overrides={"optim.epoch": 3})
+    assert caught.value.exit_code == 2
 
 
 @pytest.mark.parametrize(
-    ("typed", "known"),
+    ("text", "message"),
     [
-        ("--max-size", "--max_size"),
-        ("--run.stop-at-step=3", "--run.stop_at_step=3"),
-        ("--data.shards=a-b/x-{0..3}.tar", "--data.shards=a-b/x-{0..3}.tar"),
-        ("a-b.tar", "a-b.tar"),
-        ("-h", "-h"),
-        ("--", "--"),
+        ("optim: {epochs: many}", r"optim\.epochs is 'many'"),
+        ("optim: 3", r"optim is a section, and holds 3"),
+        ("seed: {a: 1}", r"seed is \{'a': 1\}"),
+        ("- a", r"holds a list"),
+        ("a: [", r"is not YAML"),
+        ("optim: {min_lr: 0.5}", r"optim\.min_lr=0\.5 is not possible.*ends at 0"),
     ],
 )
-def test_options_may_be_typed_with_hyphens(typed: str, known: str) -> None:
-    assert with_underscores(typed) == known
+def test_errors_of_a_recipe_name_file_and_key(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    with pytest.raises(CmaeError, match=rf"{path}.*{message}"):
+        parse("--recipe", str(path))
+
+
+def test_a_config_error_knows_its_parts() -> None:
+    with pytest.raises(CmaeError) as caught:
+        parse("--model.mask_ratio", "2")
+    error = caught.value
+    assert (error.key, error.found, error.allowed) == ("model.mask_ratio", 2.0, "> 0 and < 1")
+
+
+@pytest.mark.parametrize("name", ["config", "config_parser", "old_keys"])
+def test_the_configuration_loads_neither_torch_nor_dali(name: str) -> None:
+    code = f"import sys, cmae.train.{name}; print(*sys.modules)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert not {"torch", "nvidia.dali", "webdataset", "numpy"} & set(run.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("batch_size", "speed.micro_batch_size"),
+        ("global_batch_size", "optim.global_batch_size"),
+        ("seed", "seed"),
+    ],
+)
+def test_what_the_loader_takes_from_the_run_is_refused_by_name_and_hidden(
+    tmp_path: Path, name: str, source: str
+) -> None:
+    (tmp_path / "r.yaml").write_text(f"data: {{{name}: 4}}\n")
+    with pytest.raises(CmaeError, match=rf"data\.{name} is 4; .* follows {source}"):
+        load_recipe(tmp_path / "r.yaml")
+    parser = Parser(prog="x")
+    add_config(parser)
+    assert f"--data.{name} " not in parser.format_help()
+    assert name not in Config().to_dict()["data"]

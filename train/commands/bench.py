@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from cmae.errors import CmaeError
 from cmae.model import ModelConfig, count_multiply_adds
 from cmae.model.analysis.operations import PARTS, Operation, Precision, operations
 from cmae.model.analysis.roofline import count_memory, ema_bytes, optimizer_bytes
@@ -113,13 +114,13 @@ def bench_model(
         as_json: Whether to print JSON instead of a table.
 
     Raises:
-        ValueError: The GPU is not known, or the batch is empty.
+        CmaeError: The GPU is not known, or the batch is empty.
     """
     if gpu != "measured" and gpu not in GPUS:
-        raise ValueError(f"--gpu is {gpu!r}; it must be 'measured' or one of {', '.join(GPUS)}")
+        raise CmaeError(f"--gpu is {gpu!r}; it must be 'measured' or one of {', '.join(GPUS)}")
     size = batch_size or config.speed.micro_batch_size or 128
     if size < 1:
-        raise ValueError(f"--batch_size is {size}; it must be >= 1")
+        raise CmaeError(f"--batch_size is {size}; it must be >= 1")
     chosen = measure_device(config.optim.precision) if gpu == "measured" else GPUS[gpu]
     estimate = estimate_step(config, chosen, batch_size=size)
     measured = find_measured(results, config.model, chosen.name, size)

@@ -28,7 +28,7 @@ from rich.table import Table
 from cmae.model import CMAE, build_model, draw_mask, load_model
 from cmae.model.export.stored import list_checkpoints
 from cmae.train.commands.demo_data import PHOTOGRAPHS, TILE_MEAN, TILE_STD, write_demo_shards
-from cmae.train.config_parser import build_config_parser, read_config
+from cmae.train.config_parser import load_recipe
 from cmae.train.evaluation.knn import EvalImages, extract_features, knn_accuracy, load_eval_images
 from cmae.train.loop.pretrain import pretrain
 from cmae.train.monitor.images import draw_reconstructions
@@ -44,8 +44,8 @@ def demo(out: Path = Path("runs/demo"), seed: int = 0) -> int:
     Run it again after an interruption and it continues; delete the folder to start afresh.
 
     Args:
-        out: folder for tiles, shards, checkpoints, metrics and pictures.
-        seed: of the weights, the order of the data, the views and the masks.
+        out: Folder for tiles, shards, checkpoints, metrics and images.
+        seed: Seed of the weights, the order of the data, the views and the masks.
     """
     console = Console(highlight=False)
     with _stage(
@@ -55,15 +55,17 @@ def demo(out: Path = Path("runs/demo"), seed: int = 0) -> int:
         console.print(
             f"   {counts.train} training and {counts.val} validation tiles from disjoint regions"
         )
-    arguments = [
-        *("--recipe", "demo", "--data.shards", str(out / "shards" / "train")),
-        *("--run.out", str(out), "--seed", str(seed)),
-    ]
+    settings = {
+        "data.shards": str(out / "shards" / "train"),
+        "run.out": str(out),
+        "seed": str(seed),
+    }
     if torch.cuda.is_available():
-        arguments += ["--optim.precision", "fp16"]
+        settings["optim.precision"] = "fp16"
+    options = [word for key, value in settings.items() for word in (f"--{key}", value)]
     with _stage(console, "2. Pretrain without labels, on the code path of every run:"):
-        console.print(f"   cmae pretrain {shlex.join(arguments)}", soft_wrap=True)
-        config = read_config(build_config_parser("cmae demo", ""), arguments)
+        console.print(f"   cmae pretrain --recipe demo {shlex.join(options)}", soft_wrap=True)
+        config = load_recipe("demo", overrides=settings)
         outcome = pretrain(config)
     if outcome.exit_code:
         return outcome.exit_code
@@ -121,13 +123,13 @@ def _print_table(console: Console, accuracies: dict[str, float]) -> None:
 
 
 def conclude(console: Console, accuracies: dict[str, float], out: Path) -> int:
-    """Say what lies where and whether the run learnt anything; the exit code."""
+    """Print what lies where and whether the run learnt anything; the exit code."""
     for name, what in {
         "reconstruction.png": "original, masked input, reconstruction of validation tiles",
         "first_batch.png": "what the network was shown in its first step",
         "loss.png": "losses, learning rate, speed",
         "metrics.jsonl": "the same as numbers; also: tensorboard --logdir " + str(out),
-        "checkpoints": "weights, optimiser, position in the data",
+        "checkpoints": "weights, optimiser, place in the data",
     }.items():
         console.print(f"{out / name!s:<32} {what}", soft_wrap=True)
     pretrained, *baselines = accuracies.values()

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from cmae.errors import CmaeError
 from cmae.pipeline.shards.image_folder import scan_image_folder
 from cmae.pipeline.shards.write import write_shards
 
@@ -67,12 +68,12 @@ def load_photograph(name: str) -> UInt8[np.ndarray, "H W 3"]:
     """A photograph of scikit-image in RGB, its shorter side scaled to `SHORT_SIDE_PX`.
 
     Raises:
-        ValueError: scikit-image is not installed.
+        CmaeError: scikit-image is not installed.
     """
     try:
         import skimage.data
     except ImportError as error:
-        raise ValueError(
+        raise CmaeError(
             "the demo's photographs come with scikit-image, which is not installed; "
             "`pip install scikit-image`, or `pip install 'cmae[demo]'`"
         ) from error
@@ -118,7 +119,7 @@ def write_demo_shards(
         seed: of that choice.
 
     Raises:
-        ValueError: scikit-image is not installed, or `out` holds shards of other tiles.
+        CmaeError: scikit-image is not installed, or `out` holds shards of other tiles.
     """
     for number, name in enumerate(PHOTOGRAPHS):
         photograph = load_photograph(name)

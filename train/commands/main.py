@@ -1,258 +1,112 @@
-"""The command `cmae`. Each subcommand is imported only when it is called, so that help comes at once."""
+"""The command `cmae`: one parser, whose subcommands add their arguments when they are called."""
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields
-from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from jsonargparse import auto_cli, set_parsing_settings
+import cmae
+from cmae.errors import CmaeError
+from cmae.train.commands.registry import COMMANDS, Command
 
-from cmae.train.config_parser import (
-    Parser,
-    build_config,
-    build_config_parser,
-    build_sections,
-    find_recipes,
-    read_config,
-    to_config,
-    with_underscores,
-)
+_EPILOG = """\
+start with `cmae demo`, or `cmae doctor` on a new machine
 
-Command = Callable[[Sequence[str]], int]
+exit codes
+    0  done
+    1  an error that the message explains, or a check that found something wrong
+    2  a command line that cannot be understood
+   75  stopped by SIGTERM or SIGUSR1, with a checkpoint: start it again
+  130  stopped by Ctrl-C
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand; the console script's entry."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_overview())
-        return 0
-    name, rest = arguments[0], [with_underscores(word) for word in arguments[1:]]
-    if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        print(f"cmae: error: there is no command {name!r}{hint}", file=sys.stderr)
-        print(f"commands: {', '.join(COMMANDS)}", file=sys.stderr)
-        return 2
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    """Run one command; the console script's entry.
+
+    A `CmaeError` becomes one message; every other exception is a defect and keeps its traceback.
+
+    Args:
+        argv: Words after `cmae`; None takes those of this process.
+
+    Returns:
+        The exit code; `cmae --help` lists them.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = build_parser()
+    prog = " ".join(["cmae", *[word for word in words[:1] if word in COMMANDS]])
     try:
-        return COMMANDS[name][1](rest)
-    except (ValueError, OSError, RuntimeError) as error:
-        # An OSError names its file; the others say all only when this project raised them itself.
-        if isinstance(error, OSError) or _is_ours(error):
-            if not _is_said_by_another_rank(error):
-                print(f"cmae {name}: error: {error}", file=sys.stderr)
-            return 1
-        raise
+        run: Callable[[], int] = parser.parse_args(words).run
+        return run()
+    except CmaeError as error:
+        if not error.is_on_every_rank or os.environ.get("RANK", "0") == "0":
+            print(f"{prog}: error: {error}", file=sys.stderr)
+        return error.exit_code
     except KeyboardInterrupt:
-        print(f"cmae {name}: interrupted", file=sys.stderr)
+        print(f"{prog}: interrupted", file=sys.stderr)
         return 130
 
 
-def _overview() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {summary}" for name, (summary, _) in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: cmae COMMAND [--help] ...",
-            "",
-            "Pretrain Contrastive Masked Autoencoders from sharded images.",
-            "",
-            *lines,
-            "",
-            "start with `cmae demo`, or `cmae doctor` on a new machine",
-        ]
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = _LateParser(
+        prog="cmae",
+        description="Pretrain Contrastive Masked Autoencoders from sharded images.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"cmae {cmae.__version__}")
+    _add_commands(parser, COMMANDS)
+    return parser
 
 
-def _is_ours(error: BaseException) -> bool:
-    """Whether this project raised the error itself: then its message says all, without a traceback."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("cmae.")
+def _add_commands(parser: _LateParser, commands: dict[str, Command]) -> None:
+    parser.set_defaults(run=lambda: print(parser.format_help()) or 0)
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for name, command in commands.items():
+        subparser = subparsers.add_parser(name, help=command.summary, command=command)
+        if command.commands:
+            subparser.description = command.description or command.summary
+            _add_commands(subparser, command.commands)
 
 
-def _is_said_by_another_rank(error: BaseException) -> bool:
-    """Whether every rank of the run got this very error; then the first one's line is enough."""
-    return getattr(error, "is_on_every_rank", False) and os.environ.get("RANK", "0") != "0"
+class _LateParser(argparse.ArgumentParser):
+    """A parser that gets its arguments when its command is called: `cmae --help` loads nothing else."""
 
+    def __init__(self, *, command: Command | None = None, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
+        self._command = command
 
-def _pretrain(arguments: Sequence[str]) -> int:
-    parser = build_config_parser(
-        "cmae pretrain",
-        "Pretrain on WebDataset shards. Example: cmae pretrain --recipe cmae_vit_b "
-        "--data.shards '/data/imagenet/train-*.tar' --run.out runs/vit_b. "
-        "The same command continues the run after any interruption.",
-    )
-    config = read_config(parser, arguments)
-    from cmae.train.loop.pretrain import pretrain
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse the command's words, if there is a command; its namespace holds what runs it."""
+        command = self._command
+        if command is None or command.build is None:
+            return super().parse_known_args(args, namespace)
+        from cmae.train.config_parser import Parser
 
-    return pretrain(config).exit_code
+        parser = Parser(prog=self.prog, description=command.description or command.summary)
+        run = command.build(parser)
+        parsed = parser.parse_args(args)
+        return argparse.Namespace(run=lambda: run(parsed)), []
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Name the nearest command where there is none of this name."""
+        if action.choices is not None and value not in action.choices:
+            close = difflib.get_close_matches(value, action.choices, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            names = ", ".join(action.choices)
+            self.error(f"there is no command {value!r}{hint}; the commands are {names}")
 
-def _tune(arguments: Sequence[str]) -> int:
-    parser = build_config_parser(
-        "cmae tune",
-        "Find the loader's threads, readers, queue depth and decoder split for this machine and these "
-        "shards, in under three minutes. Takes what `cmae pretrain` takes; settings given here are not "
-        "searched. Example: cmae tune --recipe cmae_vit_b --data.shards '/data/imagenet/train-*.tar'",
-    )
-    from cmae.train.tuning.run import TuneOptions, tune
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print.
 
-    parser.add_class_arguments(TuneOptions)
-    parsed = parser.parse_args(find_recipes(arguments))
-    options = {field.name: parsed[field.name] for field in fields(TuneOptions)}
-    return tune(build_config(parser, parsed), TuneOptions(**options))
+        Raises:
+            UsageError: Always.
+        """
+        from cmae.train.config_parser import UsageError
 
-
-def _profile(arguments: Sequence[str]) -> int:
-    from cmae.train.commands.profile import profile_tools
-    from cmae.train.profiling.config import ProfileConfig
-
-    code = profile_tools(arguments)
-    if code is not None:
-        return code
-    parser = build_config_parser(
-        "cmae profile",
-        "Measure where the time of a training step goes, and what would make it shorter. Takes the recipe "
-        "and settings of `cmae pretrain`. Example: cmae profile --recipe cmae_vit_b "
-        "--data.shards '/data/imagenet/train-*.tar'. Profiles that are there already are drawn by "
-        "`cmae profile show` and `cmae profile diff`.",
-    )
-    parser.add_class_arguments(ProfileConfig, "profile")
-    sections = build_sections(parser, parser.parse_args(find_recipes(arguments)))
-    from cmae.train.profiling.command import run
-
-    return run(to_config(sections), sections["profile"])
-
-
-def _call(function: Callable[..., int], prog: str, arguments: Sequence[str]) -> int:
-    code: int = auto_cli(
-        function, args=list(arguments), prog=prog, parser_class=Parser, as_positional=True
-    )
-    return code
-
-
-def _shards(arguments: Sequence[str]) -> int:
-    from cmae.train.commands import shards as shards_cli
-
-    commands: dict[str, Any] = {
-        "write": shards_cli.write,
-        "index": shards_cli.index,
-        "verify": shards_cli.verify,
-        "repair": shards_cli.repair,
-        "inspect": shards_cli.inspect,
-    }
-    code: int = auto_cli(
-        commands,
-        args=shards_cli.join_shards(arguments),
-        prog="cmae shards",
-        parser_class=Parser,
-    )
-    return code
-
-
-def _bench(arguments: Sequence[str]) -> int:
-    rest = [argument for argument in arguments if argument != "--model"]
-    if len(rest) == len(arguments) and not {"-h", "--help"} & set(rest):
-        raise ValueError("`cmae bench` has one kind of answer so far: add --model")
-    parser = build_config_parser(
-        "cmae bench --model",
-        "Count what a recipe's training step computes, moves and keeps, and what a GPU makes of it at best. "
-        "Example: cmae bench --model --recipe cmae_vit_b --gpu h200 --batch_size 256",
-    )
-    parser.add_argument("--gpu", default="h100", help="a GPU by name, or 'measured': this one")
-    parser.add_argument("--batch_size", type=int, help="images in one pass on one GPU")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument(
-        "--results",
-        type=Path,
-        default=Path("benchmarks/results"),
-        help="folder with files of benchmarks/bench_step.py",
-    )
-    config = read_config(parser, rest)
-    chosen = parser.parse_args(find_recipes(rest))
-    from cmae.train.commands.bench import bench_model
-
-    return bench_model(
-        config,
-        chosen.gpu,
-        batch_size=chosen.batch_size,
-        results=chosen.results,
-        as_json=chosen.json,
-    )
-
-
-def _reconstruct(arguments: Sequence[str]) -> int:
-    parser = Parser(
-        prog="cmae reconstruct",
-        description="Draw original, masked input and reconstruction of image files.",
-    )
-    parser.add_argument("checkpoint", type=Path, help="of a run, or made by `cmae import`")
-    parser.add_argument("images", type=Path, nargs="+", help="files; the centre square is used")
-    parser.add_argument("--out", type=Path, default=Path("reconstruction.png"), help="PNG to write")
-    parser.add_argument("--seed", type=int, default=0, help="of the mask")
-    parsed = parser.parse_args(list(arguments))
-    from cmae.train.commands.reconstruct import reconstruct
-
-    return reconstruct(parsed.checkpoint, parsed.images, parsed.out, parsed.seed)
-
-
-def _demo(arguments: Sequence[str]) -> int:
-    from cmae.train.commands.demo import demo
-
-    return _call(demo, "cmae demo", arguments)
-
-
-def _import(arguments: Sequence[str]) -> int:
-    from cmae.train.commands.weights import import_weights
-
-    return _call(import_weights, "cmae import", arguments)
-
-
-def _export(arguments: Sequence[str]) -> int:
-    from cmae.train.commands.weights import export_weights
-
-    return _call(export_weights, "cmae export", arguments)
-
-
-def _doctor(arguments: Sequence[str]) -> int:
-    from cmae.train.commands.doctor import doctor
-
-    return _call(doctor, "cmae doctor", arguments)
-
-
-def _top(arguments: Sequence[str]) -> int:
-    parser = Parser(
-        prog="cmae top",
-        description="Watch a running job: rates, where each rank waits, its loader's stages, stragglers. "
-        "Works from any machine that sees the run's folder. Exit code 1: the run failed or is dead.",
-    )
-    parser.add_argument("run", type=Path, help="folder of the run (run.out)")
-    parser.add_argument("--once", action="store_true", help="print one frame and exit, for logs")
-    parser.add_argument("--every_s", type=float, default=2.0, help="seconds between two frames")
-    parsed = parser.parse_args(list(arguments))
-    from cmae.train.commands.top import top
-
-    return top(parsed.run, once=parsed.once, every_s=parsed.every_s)
-
-
-COMMANDS: dict[str, tuple[str, Command]] = {
-    "demo": ("pretrain a micro CMAE on real photographs, in minutes, on any machine", _demo),
-    "doctor": ("check this machine and say what to fix", _doctor),
-    "shards": ("write, index, verify, repair and inspect WebDataset shards", _shards),
-    "pretrain": ("pretrain from shards; continues by itself", _pretrain),
-    "bench": ("--model: what a recipe's step costs on a GPU, at best", _bench),
-    "tune": ("find the loader's fastest settings for this machine and shards", _tune),
-    "top": ("watch a running job: ranks, loader stages, stragglers", _top),
-    "profile": ("measure where a step's time goes, and what would help", _profile),
-    "reconstruct": ("picture of original, masked and reconstruction", _reconstruct),
-    "import": ("weights of the authors' code or of MAE -> checkpoint", _import),
-    "export": ("checkpoint -> encoder weights for timm", _export),
-}
+        raise UsageError(f"{message}; see `{self.prog} --help`")

@@ -5,7 +5,6 @@ What does the work is imported where it is done: `--help` loads none of it.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from cmae.errors import CmaeError
 from cmae.pipeline.formats.jpeg import Decode
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def write(
         )
         return _INTERRUPTED
     except OSError as error:
-        raise ValueError(f"cannot write shards of {images} to {out}: {error}") from error
+        raise CmaeError(f"cannot write shards of {images} to {out}: {error}") from error
     seconds = time.perf_counter() - start
     classes = f", {len(source.classes)} classes" if source.classes else ""
     print(
@@ -300,15 +300,6 @@ def inspect(
     return 0
 
 
-def join_shards(arguments: Sequence[str]) -> list[str]:
-    """Make one list of the paths that a shell expanded from an unquoted glob: `index a.tar b.tar` works."""
-    command, paths = list(arguments[:1]), []
-    rest = list(arguments[1:])
-    while command not in (["write"], ["repair"]) and rest and not rest[0].startswith("-"):
-        paths.append(rest.pop(0))
-    return command + ([json.dumps(paths)] if len(paths) > 1 else paths) + rest
-
-
 def _read_source(images: Path, list_file: Path | None) -> ImageSource:
     from rich.console import Console
 
@@ -360,12 +351,12 @@ def _remote_cache(
     if not strange:
         return None
     if len(strange) < len(paths) or not all(map(is_remote, strange)):
-        raise ValueError(
+        raise CmaeError(
             f"shards={redact(strange[0])!r} is a pipe, or stands among local files: copy the shards to a "
             "disk first, or give local and remote ones apart"
         )
     if cache_dir is None:
-        raise ValueError(
+        raise CmaeError(
             f"shards={redact(strange[0])!r} is not a local file: name a folder on a disk with --cache_dir, "
             "where the shards are copied, or copy the shards to a disk first"
         )

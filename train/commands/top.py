@@ -26,7 +26,7 @@ _SILENT_S = 15.0
 _UNEVEN = 0.05
 """Share of the step by which a rank's waiting must exceed the others' for it to be called a straggler."""
 _MAX_RANKS = 32
-_BINDS = {"read": NAMES["storage"], "views": NAMES["decode"], "finish": NAMES["feed"]}
+_BINDS = {"read": NAMES["storage"], "decode_augment": NAMES["decode"], "prefetch": NAMES["feed"]}
 """What `cmae profile` calls each stage of the loader when it limits the run."""
 _COLOURS = {"running": "green", "stuck": "yellow", "finished": "green", "stopped": "yellow"}
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
+from cmae.errors import CmaeError
 from cmae.model import CMAE, from_authors, from_mae, load_model, to_timm
 from cmae.train.loop.checkpoint import write_atomically
 from cmae.train.loop.weights import save_model
@@ -41,7 +42,7 @@ def import_weights(
             else from_authors(loaded, channel_order=channel_order)
         )
     except ValueError as error:
-        raise ValueError(f"{source}, read with layout={layout!r}: {error}") from error
+        raise CmaeError(f"{source}, read with layout={layout!r}: {error}") from error
     save_model(model, out)
     _report(f"{out}: {_describe(model)} from {source}")
     return 0
@@ -75,16 +76,16 @@ def export_weights(
 
 def _read_foreign(source: Path, *, trust: bool) -> dict[str, Any]:
     if not source.is_file():
-        raise ValueError(f"{source} is not a file; name what torch.save wrote")
+        raise CmaeError(f"{source} is not a file; name what torch.save wrote")
     try:
         loaded: dict[str, Any] = torch.load(source, map_location="cpu", weights_only=not trust)
     except Exception as error:  # torch's reader raises anything on a file that is something else
         hint = "" if trust else "; if it holds more than tensors and you trust it, add --trust true"
-        raise ValueError(
+        raise CmaeError(
             f"{source} cannot be read ({type(error).__name__}: {error}){hint}"
         ) from error
     if not isinstance(loaded, dict):
-        raise ValueError(f"{source} holds a {type(loaded).__name__}; expected a state dict")
+        raise CmaeError(f"{source} holds a {type(loaded).__name__}; expected a state dict")
     return loaded
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Float, Float32, Int64, UInt8
 from PIL import Image
 from torch import Tensor
 
+from cmae.errors import CmaeError
 from cmae.model import CMAE
 from cmae.pipeline import expand_shards
 from cmae.pipeline.formats.tar import NO_LABEL, TarRecord, iter_records
@@ -43,16 +44,16 @@ def load_eval_images(
         max_samples: Largest number of images; None: all.
 
     Raises:
-        ValueError: No image, an image without label, or `keep` is not in (0, 1].
+        CmaeError: No image, an image without label, or `keep` is not in (0, 1].
     """
     if not 0 < keep <= 1:
-        raise ValueError(f"keep is {keep}; it must be in (0, 1]")
+        raise CmaeError(f"keep is {keep}; it must be in (0, 1]")
     images, labels = [], []
     for record in islice(_records(expand_shards(shards)), max_samples):
         images.append(_centre_square(record.image, img_size, keep))
         labels.append(record.label)
     if not labels:
-        raise ValueError(f"shards={shards!r}: there is no image in them")
+        raise CmaeError(f"shards={shards!r}: there is no image in them")
     return EvalImages(torch.stack(images), torch.tensor(labels))
 
 
@@ -92,10 +93,10 @@ def knn_accuracy(
     Source: Wu et al., arXiv 1805.01978, section 3.4; the protocol of DINO.
 
     Raises:
-        ValueError: `k` exceeds the number of training samples.
+        CmaeError: `k` exceeds the number of training samples.
     """
     if not 1 <= k <= len(train_features):
-        raise ValueError(f"k is {k}; it must be in 1..{len(train_features)} (training samples)")
+        raise CmaeError(f"k is {k}; it must be in 1..{len(train_features)} (training samples)")
     bank = F.normalize(train_features.float(), dim=1)
     correct = 0
     for features, labels in zip(
@@ -113,7 +114,7 @@ def _records(shards: Sequence[str]) -> Iterator[TarRecord]:
         with closing(wds.gopen(shard)) as stream:
             for record in iter_records(stream, name=shard):
                 if record.label == NO_LABEL:
-                    raise ValueError(
+                    raise CmaeError(
                         f"{shard}: {record.key} has no label; evaluation needs a `.cls` file beside "
                         "every image, as `cmae shards write` makes them from class folders"
                     )

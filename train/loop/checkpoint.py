@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from cmae.model.export.stored import FORMAT, CheckpointError, current_fields, list_checkpoints
+from cmae.pipeline import LoaderState
 from cmae.pipeline.formats.atomic import atomic_write
+from cmae.pipeline.loader.config import FOR_THE_MACHINE
 
 _DROPPED_OPTIM = {"target_fp8": False, "warmup_start": 1e-4, "min_lr": 0.0}
 """Settings that older checkpoints hold, with the values that hold for every run now."""
@@ -143,13 +145,13 @@ def check_same_order(path: Path, stored: dict[str, Any], current: dict[str, Any]
     Raises:
         CheckpointError: A setting of the order differs, and the epoch has begun.
     """
-    place, data = stored["loader"], stored["config"]["data"]
+    place, data = LoaderState.from_dict(stored["loader"]), stored["config"]["data"]
     names = [name for name in _names_of_order(data) + _names_of_order(current) if name in data]
     then, now = ({name: one[name] for name in names} for one in (data, current))
     lines = _differences(then, now, "data")
-    if lines and place["next_sample"]:
+    if lines and place.offset:
         raise CheckpointError(
-            f"{path} lies inside epoch {place['epoch']}, {place['next_sample']} samples from its beginning, "
+            f"{path} lies inside epoch {place.epoch}, {place.offset} {place.unit}s from its beginning, "
             "and the order of the samples was changed:\n  "
             + "\n  ".join(lines)
             + "\nset these keys as in the checkpoint; they may change between two epochs, or in a new run"
@@ -174,7 +176,9 @@ def changed_settings(stored: dict[str, Any], current: dict[str, Any]) -> list[st
     }
     stored = {**stored, "optim": optim}
     names = ("seed", "data", "optim")
-    return [line for name in names for line in _differences(stored[name], current[name], name)]
+    machine = {f"data.{name}:" for name in FOR_THE_MACHINE}
+    lines = [line for name in names for line in _differences(stored[name], current[name], name)]
+    return [line for line in lines if line.split(" ")[0] not in machine]
 
 
 def _differences(stored: Any, current: Any, key: str) -> list[str]:

@@ -1,23 +1,19 @@
-"""The loader's settings for this machine: explicit ones, those that `cmae tune` stored, or the defaults.
-
-`cmae tune` keeps its findings in `$XDG_CACHE_HOME/cmae/tune.json` (or `~/.cache/cmae/tune.json`). An entry
-holds the circumstances it was measured in, and is used in exactly these.
-"""
+"""The loader's settings for this machine: those of the configuration, else the defaults."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
-from cmae.train.config import Config
+from cmae.pipeline import LoaderConfig
 from cmae.train.distributed import threads_per_rank
 
 
 @dataclass(frozen=True)
 class LoaderSettings:
-    """What can be tuned. None of it changes what a batch holds."""
+    """What `cmae tune` searches. None of it changes what a batch holds."""
 
     num_threads: int
     """CPU threads that decode."""
@@ -41,7 +37,7 @@ class LoaderSettings:
 
 def default_settings() -> LoaderSettings:
     """A thread for each core of this rank, and the loader's defaults."""
-    return LoaderSettings(threads_per_rank(), prefetch=2, num_readers=4, hw_decoder_load=0.65)
+    return loader_settings(LoaderConfig())
 
 
 def tunable(device: torch.device) -> tuple[str, ...]:
@@ -50,27 +46,10 @@ def tunable(device: torch.device) -> tuple[str, ...]:
     return (*names, "hw_decoder_load") if device.type == "cuda" else names
 
 
-def loader_settings(config: Config, device: torch.device) -> tuple[LoaderSettings, str]:
-    """Settings of a run, and one line that says what came from `cmae tune` ('' if nothing did).
-
-    Explicit settings win over tuned ones, tuned ones over the defaults.
-    """
-    from cmae.train.tuning.tuned import describe_circumstances, find_tuned, tune_path
-
-    speed, default = config.speed, default_settings()
-    open_names = [name for name in tunable(device) if getattr(speed, name) is None]
-    entry, note = None, ""
-    if speed.tuned == "auto" and open_names and config.data.shards:
-        entry, note = find_tuned(tune_path(), describe_circumstances(config, device))
-    base = default if entry is None else entry.settings
-    chosen = {
-        name: getattr(base, name) if getattr(speed, name) is None else getattr(speed, name)
-        for name in asdict(default)
-    }
-    settings = LoaderSettings(**chosen)
-    if entry is not None:
-        note = f"tuned settings of {entry.date}: {settings.describe(open_names)}"
-    return settings, note
+def loader_settings(data: LoaderConfig) -> LoaderSettings:
+    """Settings of a run; the threads are this rank's share of the cores where they are not given."""
+    chosen = {field.name: getattr(data, field.name) for field in fields(LoaderSettings)}
+    return LoaderSettings(**{**chosen, "num_threads": data.num_threads or threads_per_rank()})
 
 
 def _count(number: int, noun: str) -> str:

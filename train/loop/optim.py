@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from cmae.errors import CmaeError
 from cmae.train.config import OptimConfig
 
 NEVER_DECAYED = ("pos_embed",)
@@ -40,7 +41,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     """AdamW over the model's trained parameters.
 
     Raises:
-        ValueError: `optim.impl` is 'apex' and NVIDIA's apex is not installed.
+        CmaeError: `optim.impl` is 'apex' and NVIDIA's apex is not installed.
     """
     groups = parameter_groups(model.named_parameters(), config)
     if config.impl == "apex":
@@ -58,7 +59,7 @@ def _build_fused_adam(
             groups, lr=0.0, betas=config.betas, adam_w_mode=True
         )
     except (ImportError, RuntimeError) as error:  # RuntimeError: built without its CUDA extensions
-        raise ValueError(
+        raise CmaeError(
             f"optim.impl is 'apex', but NVIDIA's apex does not work here ({error}). The package called "
             "`apex` on PyPI is another project: `pip uninstall apex`, then build NVIDIA's from source "
             "with its CUDA extensions or use NVIDIA's PyTorch container; or set optim.impl=torch_fused"

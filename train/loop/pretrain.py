@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 import torch
 
+from cmae.errors import CmaeError
 from cmae.kernels import use_backend
 from cmae.model import build_model, draw_mask
 from cmae.model.export.stored import CheckpointError, load_checkpoint
-from cmae.pipeline import FillProgress, Loader, LoaderState, RemoteConfig, build_loader
+from cmae.pipeline import FillProgress, Loader, LoaderState, build_loader
 from cmae.pipeline.bad_samples import BadLimit
 from cmae.pipeline.loader.loader import Wrap
 from cmae.train.config import BatchSplit, Config
@@ -34,11 +35,12 @@ from cmae.train.loop.step_batches import StepBatches
 from cmae.train.loop.weights import load_initial_weights
 from cmae.train.monitor.metrics import ColdStart
 from cmae.train.monitor.run_log import RunLog
+from cmae.train.old_keys import update_keys
 
 LEDGER_FILE = "bad_samples.jsonl"
 
 
-class TrainingError(RuntimeError):
+class TrainingError(CmaeError, RuntimeError):
     """The run cannot go on; what it had reached is in its last checkpoint.
 
     Every rank raises it at the same step, so one of them has to print it.
@@ -68,26 +70,19 @@ def pretrain(config: Config) -> Outcome:
     """Train until the schedule ends, `run.stop_at_step`, or a signal; continue where the last run stopped.
 
     Raises:
-        ValueError: settings that do not fit each other, the data or the machine.
-        TrainingError: the loss is no longer finite, or too much of the data is bad.
+        CmaeError: Settings that do not fit each other, the data or the machine.
+        TrainingError: The loss is no longer finite, or too much of the data is bad.
     """
     with ExitStack() as stack:
-        world = stack.enter_context(join_world(config.speed.device))
-        check_step(config.optim, config.speed, world)
-        stack.enter_context(use_backend(config.speed.kernels))
-        if config.speed.torch_threads is not None:
-            torch.set_num_threads(config.speed.torch_threads)
+        world = stack.enter_context(join_run(config))
         split = BatchSplit.of(
             config.optim.global_batch_size, config.speed.micro_batch_size, world.world_size
         )
         found = _agree_on_checkpoint(config, world)
         resumed = _load_complete(found, config) if found else None
-        settings, tuned_note = loader_settings(config, world.device)
         cold_start = ColdStart(speak=world.is_main)
         loader = stack.enter_context(
-            open_loader(
-                config, split, world, settings=settings, resumed=resumed, progress=cold_start
-            )
+            open_loader(config, split, world, resumed=resumed, progress=cold_start)
         )
         _check_same_data(loader, world)
         total_steps = _total_steps(config, loader)
@@ -98,8 +93,6 @@ def pretrain(config: Config) -> Outcome:
         changes = changed_settings(resumed["config"], config.to_dict()) if resumed else []
         run_log.opening(found, changes)
         cold_start.show = run_log.fill
-        if tuned_note:
-            run_log.say(tuned_note)
         model = build_model(config.model, seed=config.seed)
         if config.init_from is not None and not resumed:
             run_log.say(load_initial_weights(model, config.init_from))
@@ -113,6 +106,23 @@ def pretrain(config: Config) -> Outcome:
         del resumed  # a second copy of all weights
         run = _Run(config, world, split, loader, step_batches, train_step, run_log)
         return _loop(run, step, total_steps=total_steps)
+
+
+@contextmanager
+def join_run(config: Config) -> Iterator[World]:
+    """Join the run's ranks, with its kernels and torch's threads set.
+
+    Args:
+        config: Configuration of the run.
+
+    Raises:
+        CmaeError: Settings that do not fit each other or the machine.
+    """
+    with join_world(config.speed.device) as world, use_backend(config.speed.kernels):
+        check_step(config.optim, config.speed, world)
+        if config.speed.torch_threads is not None:
+            torch.set_num_threads(config.speed.torch_threads)
+        yield world
 
 
 @dataclass(frozen=True)
@@ -204,6 +214,7 @@ def _agree_on_checkpoint(config: Config, world: World) -> Path | None:
 
 def _load_complete(path: Path, config: Config) -> dict[str, Any]:
     state = load_checkpoint(path)
+    state["config"] = update_keys(state["config"]).settings
     if "optimizer" not in state:
         raise CheckpointError(
             f"{path} holds weights alone, with no optimiser and no place in the data to resume; start a "
@@ -227,53 +238,39 @@ def open_loader(
     """This rank's loader, at the beginning or where a checkpoint left it.
 
     Args:
-        config: of the run.
-        split: of the global batch.
-        world: this process among all.
-        settings: threads and queues; None = those of the config, tuned ones where it leaves them open.
-        resumed: a complete checkpoint.
-        progress: hears of remote shards that are being copied.
-        wrap: as in `build_loader`.
+        config: Configuration of the run.
+        split: Shares of the global batch.
+        world: This process among all.
+        settings: Threads and queues; None takes those of the configuration.
+        resumed: Complete checkpoint to go on from.
+        progress: Called as remote shards are copied.
+        wrap: Layer around source and view backend, see `build_loader`.
 
     Raises:
-        ValueError: no shards, or settings that do not fit them.
+        CmaeError: No shards, or settings that do not fit them.
     """
     check_shards(config)
-    settings = settings or loader_settings(config, world.device)[0]
-    data = config.data
-    return build_loader(
-        data.shards,
-        config.loader_views,
+    settings = settings or loader_settings(config.data)
+    data = replace(
+        config.data,
+        views=config.loader_views,
         batch_size=split.micro_batch_size,
         global_batch_size=config.optim.global_batch_size,
+        seed=config.seed,
+        **asdict(settings),
+    )
+    return build_loader(
+        data,
         rank=world.rank,
         world_size=world.world_size,
-        seed=config.seed,
         device=world.device,
+        state=LoaderState.from_dict(resumed["loader"]) if resumed else None,
         draw_mask=lambda sample_id, epoch: draw_mask(
             config.model, sample_id, seed=config.seed, epoch=epoch
         ),
-        num_threads=settings.num_threads,
-        prefetch=settings.prefetch,
-        num_readers=settings.num_readers,
-        hw_decoder_load=settings.hw_decoder_load,
-        state=LoaderState.from_dict(resumed["loader"]) if resumed else None,
-        shuffle=data.shuffle,
-        shuffle_block=data.shuffle_block,
-        shuffle_window=data.shuffle_window,
-        source=data.source,
-        backend=config.speed.view_backend,
         ledger=config.run.out / LEDGER_FILE,
-        max_bad_fraction=None,  # the gate judges the counts of all ranks
-        last_batch=data.last_batch,
-        remote=RemoteConfig(
-            mode=data.remote,
-            cache_dir=data.cache_dir,
-            cache_quota_gib=data.cache_quota_gib,
-            deadline_s=data.remote_deadline_s,
-            storage_options=data.storage_options,
-            progress=progress,
-        ),
+        limit_bad=False,  # StepBatches looks at the counts of all ranks
+        progress=progress,
         wrap=wrap,
     )
 
@@ -301,10 +298,10 @@ def check_shards(config: Config) -> None:
     """Refuse a configuration without data.
 
     Raises:
-        ValueError: no shards are named.
+        CmaeError: No shards are named.
     """
     if not config.data.shards:
-        raise ValueError(
+        raise CmaeError(
             "data.shards is empty; name WebDataset tars, for instance "
             "--data.shards '/data/imagenet/train-*.tar' (`cmae shards write` makes them)"
         )
@@ -314,12 +311,12 @@ def _check_same_data(loader: Loader, world: World) -> None:
     """Every rank must have opened the same samples in the same way, or some are lost and others repeated.
 
     Raises:
-        ValueError: on every rank; names those that differ.
+        CmaeError: On every rank; names those that differ.
     """
     opened = gather_values((loader.state.digest, loader.steps_per_epoch), world)
     others = [rank for rank, one in enumerate(opened) if one != opened[0]]
     if others:
-        raise ValueError(
+        raise CmaeError(
             f"ranks {others} have opened other data than rank 0: {opened[others[0]]} instead of {opened[0]} "
             "(digest, steps an epoch). Give every node the same shards with the same indices; an index that "
             "`cmae shards index --cache_dir` made lies on one node only: run it on each, or upload the index"
@@ -330,7 +327,7 @@ def _total_steps(config: Config, loader: Loader) -> int:
     if config.optim.total_steps is not None:
         return config.optim.total_steps
     if loader.steps_per_epoch is None:
-        raise ValueError(
+        raise CmaeError(
             "optim.total_steps is null and the stream's size is not known; set optim.total_steps, or "
             "write sidecar indexes with `cmae shards index`"
         )

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from cmae.errors import CmaeError
 from cmae.model import CMAE, ModelConfig
 from cmae.model.blocks import pin_sdpa
 from cmae.model.decoder import Decoder
@@ -70,7 +71,7 @@ def pin_attention(
         agree: Function from this rank's choice to that of all ranks.
 
     Raises:
-        ValueError: This device cannot run the chosen kernel on one of the shapes.
+        CmaeError: This device cannot run the chosen kernel on one of the shapes.
     """
     if choice == "torch" or (choice == "auto" and device.type == "cpu"):
         return
@@ -155,7 +156,7 @@ def _check_runs(
     try:
         _run(shape, choice, _inputs(shape, dtype, device))
     except RuntimeError as error:
-        raise ValueError(
+        raise CmaeError(
             f"speed.sdpa is {choice!r}, which cannot compute attention of {shape} in {dtype} on "
             f"{device}; set speed.sdpa to 'auto' or 'torch'"
         ) from error

@@ -15,6 +15,7 @@ from torch import _dynamo as dynamo
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
+from cmae.errors import CmaeError
 from cmae.model import CMAE, Losses, set_all_reduce
 from cmae.model.blocks import Block
 from cmae.model.heads import SyncedBatchNorm1d
@@ -53,7 +54,7 @@ class TrainStep:
         log: Function that gets a line for each choice that was made by measurement.
 
     Raises:
-        ValueError: Settings do not fit each other or the device.
+        CmaeError: Settings do not fit each other or the device.
     """
 
     def __init__(
@@ -161,7 +162,7 @@ class TrainStep:
         The bank of keys is that of the whole global batch, however it is split into micro-batches.
 
         Raises:
-            ValueError: Several micro-batches with speed.compile model_graphs.
+            CmaeError: Several micro-batches with speed.compile model_graphs.
         """
         self._prepare(batches)
         bank = self.start_keys(batches)
@@ -182,7 +183,7 @@ class TrainStep:
         bank = RowGatherer(self.world)
         for batch in batches:
             assert batch.target is not None  # Config asks for two views
-            bank.add(self.target_keys(batch.target, batch.ids_keep))
+            bank.add(self.target_keys(batch.target, batch.masks[0]))
         return bank
 
     def target_keys(self, target: Tensor, ids_keep: Tensor) -> Tensor:
@@ -194,7 +195,7 @@ class TrainStep:
         """What must precede the first pass, or every one."""
         if self.speed.compile == "model_graphs":
             if len(batches) > 1:
-                raise ValueError(
+                raise CmaeError(
                     f"speed.compile is 'model_graphs' and a step has {len(batches)} micro-batches; the "
                     "gradients of one lie in memory that the next overwrites: set it to 'model', or "
                     "speed.micro_batch_size to null"
@@ -223,8 +224,7 @@ class TrainStep:
             keys, offset = bank.wait().roll(-offset, dims=0), 0
         return self.online_losses(
             batch.online,
-            batch.ids_keep,
-            batch.ids_mask,
+            *batch.masks,
             keys=keys,
             label_offset=offset,
             divisor=divisor,
@@ -286,21 +286,21 @@ def check_step(optim: OptimConfig, speed: SpeedConfig, world: World) -> None:
     """Refuse settings that the step cannot obey on this machine, before anything is built.
 
     Raises:
-        ValueError: A setting does not fit; names the key and the repair.
+        CmaeError: A setting does not fit; names the key and the repair.
     """
     device = world.device
     if optim.precision == "fp16" and device.type == "cpu":
-        raise ValueError(
+        raise CmaeError(
             "optim.precision is 'fp16' and the device is a CPU, which has no fast fp16; "
             "set optim.precision to 'bf16' or 'fp32'"
         )
     if speed.target_copy and optim.precision == "fp32":
-        raise ValueError(
+        raise CmaeError(
             "speed.target_copy is true, but with optim.precision fp32 there is nothing to cast; set it to "
             "false, or optim.precision to fp16 or bf16"
         )
     if speed.compile == "model_graphs" and device.type != "cuda":
-        raise ValueError(
+        raise CmaeError(
             f"speed.compile is 'model_graphs', but this run is on {device.type}, which has no CUDA graphs; "
             "set it to 'model' or 'blocks'"
         )

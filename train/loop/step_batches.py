@@ -1,4 +1,4 @@
-"""Where all ranks meet before a step: each has its batches, and all go on, or all stop at the same step."""
+"""The batches of a step, fetched together: every rank has its own and goes on, or all stop at one step."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ class StepBatches:
     whether it could fetch its batches. A rank that decided alone would leave the others waiting for it.
 
     Args:
-        loader: of this rank; it must not judge its bad samples itself (`max_bad_fraction=None`).
-        limit: on the bad samples of all ranks.
-        ledger: file that lists them, for the message.
-        global_batch_size: samples in a step.
-        stop_signal: gives the signal that asked this rank to stop, 0 for none.
-        deadline_s: longest time to wait for a step's batches where other ranks wait meanwhile; each batch may
+        loader: Loader of this rank; it must leave the limit on bad samples to others (`limit_bad=False`).
+        world: This process among all.
+        limit: Limit on the bad samples of all ranks.
+        ledger: File that lists them, for the message.
+        global_batch_size: Samples in a step.
+        stop_signal: Returns the signal that asked this rank to stop, 0 for none.
+        deadline_s: Longest time to wait for a step's batches where other ranks wait meanwhile; each batch may
             come in time, and all of them too late for the collective.
-        counts: from the checkpoint that the run continues; see `state_dict`.
+        counts: Counts in the checkpoint that the run continues; see `state_dict`.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class StepBatches:
         self._stop_signal = stop_signal
         self._deadline_s = deadline_s if world.world_size > 1 else math.inf
         self._bad_before = counts["bad"] if counts else 0
-        self._position: LoaderState = loader.state
+        self._state: LoaderState = loader.state
         self.samples = counts["samples"] if counts else 0
         """Handed out since step 0, on all ranks."""
         self.bad_samples = self._bad_before
@@ -80,13 +81,13 @@ class StepBatches:
         if self.signal or self.failure:
             return None  # as if nothing had been fetched: the checkpoint is that of the step before
         self.bad_samples, self.samples = counts["bad"], counts["samples"]
-        self._position = self._loader.state
+        self._state = self._loader.state
         return batches
 
     def state_dict(self) -> dict[str, Any]:
         """Place in the data and counts after the last batches given out: two entries of a checkpoint."""
         counts = {"samples": self.samples, "bad": self.bad_samples}
-        return {"loader": self._position.to_dict(), "data_health": counts}
+        return {"loader": self._state.to_dict(), "data_health": counts}
 
     def _fetch(self, count: int) -> tuple[list[Batch], str]:
         try:
@@ -111,7 +112,7 @@ class StepBatches:
                     f"{len(batches)} of the {count} micro-batches of a step took {waited_s:.1f} s, more than "
                     f"data.remote_deadline_s={self._deadline_s:g}: the storage is too slow for so large a "
                     "share of optim.global_batch_size. Copy the shards to a local disk (data.cache_dir), "
-                    "raise speed.num_readers, or look with `cmae profile`"
+                    "raise data.num_readers, or look with `cmae profile`"
                 )
             batches.append(next(self._loader))
         return batches

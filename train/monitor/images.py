@@ -13,6 +13,7 @@ from jaxtyping import Bool, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
+from cmae.errors import CmaeError
 from cmae.model import CMAE
 from cmae.model.export.images import to_pixels
 from cmae.pipeline import Batch
@@ -36,7 +37,7 @@ INK, PAPER = (40, 40, 40), (255, 255, 255)
 
 def reconstruction_grid(model: CMAE, batch: Batch, path: Path, *, num_images: int = 16) -> None:
     """Draw the reconstructions of a batch's first images; see `draw_reconstructions`."""
-    draw_reconstructions(model, batch.online[:num_images], batch.ids_keep[:num_images], path)
+    draw_reconstructions(model, batch.online[:num_images], batch.masks[0][:num_images], path)
 
 
 @torch.no_grad()
@@ -52,7 +53,7 @@ def draw_reconstructions(
     the mean and the scale of the true one, which the network is not asked for.
 
     Raises:
-        ValueError: the model has no pixel decoder, or images and ids do not fit it.
+        CmaeError: the model has no pixel decoder, or images and ids do not fit it.
     """
     was_training = model.training
     model.eval()
@@ -72,8 +73,9 @@ def draw_reconstructions(
 def first_batch_grid(batch: Batch, path: Path, *, num_images: int = 8) -> None:
     """Draw the online view, the target view and the masked online view of the first images of a batch."""
     online = batch.online[:num_images].cpu()
-    num_patches = batch.ids_keep.shape[1] + batch.ids_mask.shape[1]
-    hidden = _hidden_pixels(online, batch.ids_keep[:num_images].cpu(), num_patches)
+    ids_keep, ids_mask = batch.masks
+    num_patches = ids_keep.shape[1] + ids_mask.shape[1]
+    hidden = _hidden_pixels(online, ids_keep[:num_images].cpu(), num_patches)
     columns = {"online view": online, "online, masked": _paint_gray(online, hidden)}
     if batch.target is not None:
         columns["target view"] = batch.target[:num_images].cpu()
@@ -125,10 +127,10 @@ def load_square(path: Path, size: int) -> UInt8[Tensor, "S S 3"]:
     """An image file, turned as its EXIF says, cropped to a square around its middle and resized.
 
     Raises:
-        ValueError: there is no such file.
+        CmaeError: there is no such file.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: there is no such file")
+        raise CmaeError(f"{path}: there is no such file")
     with Image.open(path) as opened:
         image = ImageOps.fit(ImageOps.exif_transpose(opened).convert("RGB"), (size, size))
     return torch.from_numpy(np.array(image))

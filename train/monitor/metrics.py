@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
+from cmae.errors import CmaeError
 from cmae.model import Losses
 from cmae.pipeline import FillProgress
 from cmae.train.distributed import World, mean_over_ranks
@@ -127,7 +128,7 @@ def _start_wandb(project: str, out: Path, config: dict[str, Any] | None) -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise ValueError(
+        raise CmaeError(
             f"run.wandb_project is {project!r}, but the package wandb is not installed; "
             "`pip install wandb`, or leave the key out"
         ) from error

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from cmae.errors import CmaeError
 from cmae.train.monitor.metrics import read_metrics
 
 
@@ -45,11 +46,11 @@ def loss_plot(metrics: Path, path: Path) -> None:
         path: PNG to write.
 
     Raises:
-        ValueError: there is no record yet.
+        CmaeError: there is no record yet.
     """
     records = read_metrics(metrics)
     if not records:
-        raise ValueError(f"{metrics} holds no record; a run writes one every run.log_every steps")
+        raise CmaeError(f"{metrics} holds no record; a run writes one every run.log_every steps")
     panels = [panel for panel in _PANELS if any(_is_live(records, key) for key in panel.keys)]
     num_rows = -(-len(panels) // 3)
     figure = Figure(figsize=(12, 3.1 * num_rows), layout="constrained")

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+from cmae.errors import CmaeError
 from cmae.pipeline.stage_stats import LoaderSnapshot
 from cmae.train.distributed import World
 
@@ -83,11 +84,11 @@ def read_status(out: Path) -> list[RunStatus]:
     """The status of every rank of a run, by rank.
 
     Raises:
-        ValueError: no rank has written one, or another version has.
+        CmaeError: no rank has written one, or another version has.
     """
     paths = sorted(status_folder(out).glob("rank-*.json"))
     if not paths:
-        raise ValueError(
+        raise CmaeError(
             f"{out} holds no live/rank-*.json; name the folder (run.out) of a run that has been started"
         )
     return [_load(path) for path in paths]
@@ -96,7 +97,7 @@ def read_status(out: Path) -> list[RunStatus]:
 def _load(path: Path) -> RunStatus:
     values: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if values.get("format") != _FORMAT:
-        raise ValueError(
+        raise CmaeError(
             f"{path} has format {values.get('format')}, this version reads {_FORMAT}; "
             "use the version that runs the job"
         )

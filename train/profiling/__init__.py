@@ -1,5 +1,5 @@
-"""Where the time of a training step goes: phases, a closed account, a verdict, predictions and reports."""
+"""Where the time of a training step goes: phases, a breakdown, a diagnosis, predictions and reports."""
 
-from cmae.train.profiling.any_loader import profile_loader
+import lazy_loader
 
-__all__ = ["profile_loader"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -14,18 +14,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cmae.kernels.backend import use_backend
 from cmae.model import build_model, draw_mask
 from cmae.pipeline import Batch, LoaderState, synthetic_batches
 from cmae.pipeline.loader.loader import Wrap
 from cmae.pipeline.sources.records import Source
-from cmae.pipeline.stage_stats import MEGAPIXEL_EDGES
 from cmae.pipeline.views.backend import ViewBackend
 from cmae.train.config import BatchSplit, Config
-from cmae.train.distributed import World, from_main, join_world
+from cmae.train.distributed import World, from_main
 from cmae.train.loop.loader_settings import loader_settings
-from cmae.train.loop.pretrain import open_loader
-from cmae.train.loop.step import TrainStep, check_step
+from cmae.train.loop.pretrain import join_run, open_loader
+from cmae.train.loop.step import TrainStep
 from cmae.train.machine import describe_machine, usable_cores
 from cmae.train.monitor.gpu import GpuSampler
 from cmae.train.profiling.analysis.bootstrap import estimate
@@ -83,11 +81,7 @@ def profile(config: Config, options: ProfileConfig, *, say: Say = print) -> Prof
     """
     config = replace(config, run=replace(config.run, out=options.out))
     with ExitStack() as stack:
-        world = stack.enter_context(join_world(config.speed.device))
-        check_step(config.optim, config.speed, world)
-        stack.enter_context(use_backend(config.speed.kernels))
-        if config.speed.torch_threads is not None:
-            torch.set_num_threads(config.speed.torch_threads)
+        world = stack.enter_context(join_run(config))
         model = build_model(config.model, seed=config.seed)
         train_step = TrainStep(model.to(world.device), config.optim, config.speed, world)
         # Without a learning rate the step costs what it costs, and the weights stay where they are.
@@ -125,7 +119,7 @@ def open_subject(
         switches.append((SwitchedSource(source), SwitchedBackend(view_backend)))
         return switches[0]
 
-    settings, _ = loader_settings(config, world.device)
+    settings = loader_settings(config.data)
     with open_loader(config, split, world, settings=settings, wrap=switched) as loader:
         source, view_backend = switches[0]
         yield Subject(
@@ -135,7 +129,7 @@ def open_subject(
             step=step,
             synthetic=_synthetic(config, split, world),
             world=world,
-            start=LoaderState(config.seed, epoch=0, next_sample=0, digest=source.digest),
+            start=LoaderState(config.seed, epoch=0, offset=0, digest=source.digest),
             settings=settings,
             local=local,
             wrap=wrap,
@@ -202,7 +196,7 @@ def measure(
             config.loader_views,
             recorded,
             device=world.device,
-            backend=config.speed.view_backend,
+            backend=config.data.view_backend,
             settings=subject.settings,
         )
         trials = run_trials(config, world, recorded, costs=facts.costs, say=say)
@@ -238,7 +232,6 @@ def measure(
         actions=actions,
         curves=(*draw_curves(facts), *_storage_curves(probes, facts)),
         gpu=rounds.gpu,
-        tails=_tails(rounds.readings["loader_memory"]),
         operations=operations,
         ranks=_ranks(rounds),
         notes=(*rounds.notes, *_notes(rounds, facts, verdict, config)),
@@ -432,7 +425,7 @@ def _facts(subject: Subject, rounds: Rounds, parts: Sequence[Part], cold_share: 
     readings = rounds.readings
     costs = _costs(subject, readings, cold_share)
     every = [one for each in readings.values() for one in each]
-    views = [one.loader.stages["views"] for one in readings["loader_memory"] if one.loader]
+    views = [one.loader.stages["decode_augment"] for one in readings["loader_memory"] if one.loader]
     busy = sum(view.busy_s for view in views)
     delay = sum(one.run_delay_s for one in readings["loader_memory"])
     return Facts(
@@ -506,7 +499,10 @@ def _costs(subject: Subject, readings: Readings, cold_share: float) -> Costs:
     # on the CPU both take cores, and that is one.
     on_cores = _cpu(readings["replay"]) * _rate(readings["replay"]) > 0.5
     step = readings["replay" if on_cores else "interference"]
-    views, threads = _stage(readings["loader_memory"], "views"), subject.settings.num_threads
+    views, threads = (
+        _stage(readings["loader_memory"], "decode_augment"),
+        subject.settings.num_threads,
+    )
     read_warm = _stage(alone, "read")
     read_cold = _stage(readings["cold"], "read") if "cold" in readings else read_warm
     costs = Costs(
@@ -514,7 +510,7 @@ def _costs(subject: Subject, readings: Readings, cold_share: float) -> Costs:
         step_cpu_s=_cpu(readings["replay"]),
         loader_cpu_s=_cpu(alone),
         decode_s=views.busy_s * threads / views.threads,  # DALI is one thread to its counters
-        feed_s=_stage(readings["loader_memory"], "finish").busy_s,
+        feed_s=_stage(readings["loader_memory"], "prefetch").busy_s,
         read_warm_s=read_warm.busy_s,
         read_cold_s=read_cold.busy_s,
         num_bytes=read_warm.bytes,
@@ -570,21 +566,6 @@ def _ranks(rounds: Rounds) -> tuple[dict[str, Any], ...]:
         {"rank": rank, "step_ms": step_ms, "wait_ms": wait_ms}
         for rank, (step_ms, wait_ms) in enumerate(zip(steps_ms, rounds.waits_ms, strict=True))
     )
-
-
-def _tails(readings: Sequence[Reading]) -> tuple[dict[str, Any], ...]:
-    """Decode time by JPEG kind and size."""
-    snapshots = [one.loader for one in readings if one.loader is not None]
-    edges = (0.0, *MEGAPIXEL_EDGES, math.inf)
-    rows = []
-    for kind, counts in merge_snapshots(snapshots).views_by_kind.items():
-        cells = zip(counts.items_by_megapixels, counts.busy_s_by_megapixels, strict=True)
-        for number, (items, busy_s) in enumerate(cells):
-            if items:
-                up_to = edges[number + 1] if math.isfinite(edges[number + 1]) else None
-                row = {"kind": kind.lower(), "megapixels": edges[number], "megapixels_up_to": up_to}
-                rows.append(row | {"items": items, "ms": 1000 * busy_s / items})
-    return tuple(rows)
 
 
 def _unused_levers(config: Config, *, is_gpu: bool) -> list[str]:

@@ -1,4 +1,4 @@
-"""`cmae tune`: measure the real loader on this machine and these shards, explain the choice, store it."""
+"""`cmae tune`: measure the real loader on this machine and these shards, write a recipe."""
 
 from __future__ import annotations
 
@@ -7,76 +7,79 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from datetime import date
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from cmae.pipeline import Loader
+from cmae.errors import CmaeError
+from cmae.pipeline import Loader, LoaderConfig
+from cmae.pipeline.remote.schemes import redact_options
 from cmae.train.config import BatchSplit, Config
 from cmae.train.distributed import World, join_world
-from cmae.train.loop.loader_settings import LoaderSettings, default_settings, tunable
+from cmae.train.loop.loader_settings import (
+    LoaderSettings,
+    default_settings,
+    loader_settings,
+    tunable,
+)
 from cmae.train.loop.pretrain import check_shards, open_loader
+from cmae.train.machine import describe_machine
+from cmae.train.tuning.config import TuneConfig
+from cmae.train.tuning.recipe import Circumstances, check_writable, write_tuned
 from cmae.train.tuning.search import Measure, Phase, Result, Search, Window
-from cmae.train.tuning.tuned import TunedEntry, describe_circumstances, store_tuned, tune_path
 
 _WINDOWS = {"cpu": 41, "cuda": 57}
 """About as many as a search takes; the time for each follows from the budget."""
 _OPENING_SHARE = 0.5
-"""Of a window's time: a new loader, its first batches."""
+"""Share of a window's time for a new loader and its first batches."""
+_INTERRUPTED = 130
 
 
-@dataclass(frozen=True)
-class TuneOptions:
-    """What `cmae tune` is asked for beside a run's configuration."""
+def tune(config: Config, options: TuneConfig, *, console: Console | None = None) -> int:
+    """Search, print what was tried and why the winner won, and write it as a recipe.
 
-    budget_s: float = 150.0
-    """Seconds for the whole search."""
-    step_images_per_s: float | None = None
-    """What one rank's training step takes; a loader that is 10 % faster is fast enough. null: not known."""
-    local_ranks: int = 1
-    """Ranks that will share this node: the search gets its part of the cores, as each of them will."""
+    The recipe is written anew after every phase, so that Ctrl-C loses only the one that goes on.
 
-    def __post_init__(self) -> None:
-        """Refuse values outside their range."""
-        if self.budget_s < 1:
-            raise ValueError(f"budget_s is {self.budget_s}; it must be at least 1 second")
-        if self.step_images_per_s is not None and self.step_images_per_s <= 0:
-            raise ValueError(
-                f"step_images_per_s is {self.step_images_per_s}; it must be > 0, or null for not known"
-            )
-        cores = len(os.sched_getaffinity(0))
-        if not 1 <= self.local_ranks <= cores:
-            raise ValueError(
-                f"local_ranks is {self.local_ranks}; it must be 1..{cores}: each rank needs a core"
-            )
+    Args:
+        config: Configuration of the run; settings of the loader that it gives are not searched.
+        options: What is asked for.
+        console: Place to print; None takes stdout.
 
-
-def tune(config: Config, options: TuneOptions, *, console: Console | None = None) -> int:
-    """Search, print what was tried and why the winner won, and store it; exit code 0.
+    Returns:
+        The exit code: 0, or 130 after Ctrl-C.
 
     Raises:
-        ValueError: no shards, or settings that do not fit them.
-        OSError: the settings cannot be stored.
+        CmaeError: No shards, settings that do not fit them, or no place for the recipe.
     """
     console = console or Console()
     check_shards(config)
+    check_writable(options.out)
+    phases: list[Phase] = []
     with _share_of_cores(options.local_ranks), join_world(config.speed.device) as world:
-        circumstances = describe_circumstances(config, world.device)
-        result = search(config, options, world, say=console.print)
-    for phase in result.phases:
-        console.print(_phase_table(phase, options.step_images_per_s))
-    entry = TunedEntry(
-        circumstances, result.settings, date.today().isoformat(), _measurements(result)
-    )
-    names = tunable(world.device)
-    console.print(_verdict(result, options, names), highlight=False)
-    store_tuned(tune_path(), entry)
+        around = Circumstances(
+            describe_machine(world.device),
+            str(redact_options(config.data.shards)),
+            options.local_ranks,
+            tunable(world.device),
+        )
+
+        def keep(phase: Phase) -> None:
+            phases.append(phase)
+            write_tuned(options.out, around, phases, is_done=phase.is_last)
+            console.print(_phase_table(phase, options.step_images_per_s))
+
+        try:
+            result = search(config, options, world, log=console.print, on_phase=keep)
+        except KeyboardInterrupt:
+            found = f"{options.out} holds what was found" if phases else "nothing was found yet"
+            console.print(f"interrupted: {found}", highlight=False, soft_wrap=True)
+            return _INTERRUPTED
+    console.print(_verdict(result, options, around.names), highlight=False)
     console.print(
-        f"stored in {tune_path()}; runs on this machine and these shards take it where a setting is null",
+        f"wrote {options.out}; name it after the recipe: --recipe RECIPE --recipe {options.out}",
         highlight=False,
         soft_wrap=True,
     )
@@ -85,16 +88,29 @@ def tune(config: Config, options: TuneOptions, *, console: Console | None = None
 
 def search(
     config: Config,
-    options: TuneOptions,
+    options: TuneConfig,
     world: World,
     *,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
+    on_phase: Callable[[Phase], None],
 ) -> Result:
-    """Measure until the budget is spent. `speed`'s explicit settings are not searched."""
-    default = default_settings()
-    fixed = {name: getattr(config.speed, name) for name in tunable(world.device)}
-    fixed = {name: value for name, value in fixed.items() if value is not None}
-    default = replace(default, **fixed)
+    """Measure until the budget is spent.
+
+    Args:
+        config: Configuration of the run; settings of the loader that it gives are not searched.
+        options: What is asked for.
+        world: This process among all.
+        log: Called with lines about the progress.
+        on_phase: Called with each phase as it ends.
+
+    Raises:
+        CmaeError: There is nothing to search.
+    """
+    default = loader_settings(config.data)
+    usual = LoaderConfig()
+    fixed = [
+        name for name in tunable(world.device) if getattr(config.data, name) != getattr(usual, name)
+    ]
     with tempfile.TemporaryDirectory() as out:  # for the ledger of bad samples
         config = replace(config, run=replace(config.run, out=Path(out)))
         window_s = options.budget_s / _WINDOWS[world.device.type] * (1 - _OPENING_SHARE)
@@ -102,11 +118,11 @@ def search(
         grid = build_grid(default, world.device, has_readers=has_readers)
         grid = {name: values for name, values in grid.items() if name not in fixed}
         if not grid:
-            given = ", ".join(f"speed.{name}" for name in fixed)
-            raise ValueError(
+            given = ", ".join(f"data.{name}" for name in fixed)
+            raise CmaeError(
                 f"{given} are all given: leave one of them out, there is nothing to search"
             )
-        say(
+        log(
             f"searching {', '.join(grid)} for about {options.budget_s:.0f} s, "
             f"{window_s:.1f} s a window"
         )
@@ -115,6 +131,7 @@ def search(
             budget_s=options.budget_s,
             clock=time.monotonic,
             target_images_per_s=options.step_images_per_s,
+            on_phase=on_phase,
         ).run(default, grid)
 
 
@@ -134,7 +151,7 @@ def build_grid(
 
 
 def _loader_measure(
-    config: Config, options: TuneOptions, world: World, *, window_s: float
+    config: Config, options: TuneConfig, world: World, *, window_s: float
 ) -> tuple[Measure, bool]:
     """The measure of the real loader, and whether that reads by index."""
     split = BatchSplit.of(
@@ -213,7 +230,7 @@ def _whole(settings: LoaderSettings) -> str:
     return settings.describe(("num_threads", "prefetch", "num_readers"))
 
 
-def _verdict(result: Result, options: TuneOptions, names: tuple[str, ...]) -> str:
+def _verdict(result: Result, options: TuneConfig, names: tuple[str, ...]) -> str:
     rate, target = result.chosen.images_per_s, options.step_images_per_s
     lines = [f"[bold]{result.settings.describe(names)}[/]: {rate:.0f} images/s for each rank"]
     if target is not None:
@@ -225,12 +242,3 @@ def _verdict(result: Result, options: TuneOptions, names: tuple[str, ...]) -> st
             "the time was up before every window was measured: a larger --budget_s is surer"
         )
     return "\n".join(lines)
-
-
-def _measurements(result: Result) -> dict[str, float]:
-    return {
-        "images_per_s": result.chosen.images_per_s,
-        "cpu_s_per_1000": result.chosen.cpu_s_per_1000,
-        "default_images_per_s": result.default.images_per_s,
-        "default_cpu_s_per_1000": result.default.cpu_s_per_1000,
-    }

@@ -71,6 +71,8 @@ class Phase(NamedTuple):
     trials: list[Trial]
     chosen: LoaderSettings
     why: str
+    is_last: bool = False
+    """It has compared the winner with the defaults."""
 
 
 class Result(NamedTuple):
@@ -89,10 +91,11 @@ class Search:
     """One search.
 
     Args:
-        measure: gives one window.
-        budget_s: seconds for everything; no window starts after them.
-        clock: seconds, monotonic.
-        target_images_per_s: what the training step needs; None = as fast as can be.
+        measure: Function that gives one window.
+        budget_s: Seconds for everything; no window starts after them.
+        clock: Monotonic clock, seconds.
+        target_images_per_s: Rate that the training step needs; None asks for as fast as can be.
+        on_phase: Called with each phase as it ends, so that nothing is lost when the search is stopped.
     """
 
     def __init__(
@@ -102,8 +105,10 @@ class Search:
         budget_s: float,
         clock: Callable[[], float],
         target_images_per_s: float | None = None,
+        on_phase: Callable[[Phase], None] = lambda phase: None,
     ) -> None:
         self._measure = measure
+        self._on_phase = on_phase
         self._clock = clock
         self._start = clock()
         self._budget_s = budget_s
@@ -124,9 +129,11 @@ class Search:
                 name, values, current, deadline=self._start + share * self._budget_s
             )
             phases.append(phase)
+            self._on_phase(phase)
             current = phase.chosen
         final, chosen, first = self._compare(current, default)
         phases.append(final)
+        self._on_phase(final)
         return Result(final.chosen, phases, chosen, first, self._out_of_time)
 
     def _search(
@@ -196,7 +203,8 @@ class Search:
         first = Trial(default)
         if winner == default:
             first.windows.append(self._measure(default, None))
-            return Phase(name, [first], default, "nothing is ahead of the defaults"), first, first
+            why = "nothing is ahead of the defaults"
+            return Phase(name, [first], default, why, is_last=True), first, first
         best = Trial(winner)
         end = self._start + self._budget_s
         for number in range(_FINAL_PAIRS):
@@ -206,9 +214,10 @@ class Search:
             for trial in pair:
                 trial.windows.append(self._measure(trial.settings, None))
         if self._is_ahead(best, first, surely=True):
-            return Phase(name, [first, best], winner, self._why(best, first)), best, first
+            why = self._why(best, first)
+            return Phase(name, [first, best], winner, why, is_last=True), best, first
         why = "the defaults stay: measured again, the winner is not ahead by more than 3 %"
-        return Phase(name, [first, best], default, why), first, first
+        return Phase(name, [first, best], default, why, is_last=True), first, first
 
     def _worth(self, trial: Trial) -> tuple[float, float]:
         """More images up to what is needed, then less CPU."""

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from support.loaders import loader_of
 from support.pipeline_data import jpeg, photo, toy_mask, write_photo_shards, write_tar
 
-from cmae.pipeline import ViewConfig, build_loader
+from cmae.pipeline import ViewConfig
 from cmae.pipeline.formats.dataset_index import build_indices
 
 VIEWS = ViewConfig(img_size=16, source_crop_size=16, target_shift=0)
@@ -24,13 +25,14 @@ PROGRAM = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 sys.path.insert(0, {tests!r})
+from support.loaders import loader_of
 from support.pipeline_data import toy_mask
-from cmae.pipeline import ViewConfig, build_loader
+from cmae.pipeline import ViewConfig
 views = ViewConfig(img_size=32, source_crop_size=40, target_shift=8)
 try:
-    with build_loader(
+    with loader_of(
         {shards!r}, views, batch_size={batch_size}, global_batch_size={batch_size},
-        draw_mask=toy_mask, num_threads=1, backend={backend!r}, source={source!r}
+        draw_mask=toy_mask, num_threads=1, view_backend={view_backend!r}, source={source!r}
     ) as loader:
         {prepare}
         print("ready", flush=True)
@@ -65,7 +67,7 @@ def seconds_to_end(shards: object, *, wait: str, prepare: str = "pass", **option
 
     What follows, the end of an interpreter with torch in it, takes a second of its own on a busy machine.
     """
-    settings = {"batch_size": 8, "backend": "host", "source": "auto", **options}
+    settings = {"batch_size": 8, "view_backend": "cpu", "source": "auto", **options}
     program = PROGRAM.format(
         tests=str(Path(__file__).parents[2]), shards=shards, prepare=prepare, wait=wait, **settings
     )
@@ -110,9 +112,9 @@ def test_while_a_large_batch_is_decoded(large):
     assert seconds_to_end(large, wait="next(loader)", batch_size=64) < 2
 
 
-@pytest.mark.parametrize("backend", ["host", "dali"])
+@pytest.mark.parametrize("backend", ["cpu", "dali"])
 def test_while_the_queue_is_full_and_the_program_is_elsewhere(small, backend):
-    assert seconds_to_end(small, wait=SLEEP, prepare="next(loader)", backend=backend) < 2
+    assert seconds_to_end(small, wait=SLEEP, prepare="next(loader)", view_backend=backend) < 2
 
 
 # --- nothing is left behind --------------------------------------------------------------------------------
@@ -120,10 +122,10 @@ def test_while_the_queue_is_full_and_the_program_is_elsewhere(small, backend):
 
 def open_loader(shards: list[str], backend: str, **options: object):
     settings = {"batch_size": 4, "global_batch_size": 4, "num_threads": 2, "draw_mask": toy_mask}
-    return build_loader(shards, VIEWS, backend=backend, **(settings | options))
+    return loader_of(shards, VIEWS, view_backend=backend, **(settings | options))
 
 
-@pytest.mark.parametrize("backend", ["host", "dali"])
+@pytest.mark.parametrize("backend", ["cpu", "dali"])
 def test_memory_files_and_threads_stay_flat(small, backend):
     process = psutil.Process()
 
@@ -147,7 +149,7 @@ def test_memory_files_and_threads_stay_flat(small, backend):
     # and 400 kept batches of encoded files 3 MB; DALI's pools move by some MB
 
 
-@pytest.mark.parametrize("backends", [("host", "host"), ("host", "dali"), ("dali", "dali")])
+@pytest.mark.parametrize("backends", [("cpu", "cpu"), ("cpu", "dali"), ("dali", "dali")])
 def test_two_loaders_at_once_and_one_after_the_other_give_the_same(small, backends):
     alone = []
     for backend in backends:

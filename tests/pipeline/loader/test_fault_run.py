@@ -11,9 +11,10 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from support.fault_data import bit_flip, noise, truncated
+from support.loaders import loader_of
 from support.pipeline_data import toy_mask, write_tar
 
-from cmae.pipeline import ViewConfig, build_loader
+from cmae.pipeline import ViewConfig
 from cmae.pipeline.bad_samples import BEFORE_FIRST_EPOCH, read_ledger
 from cmae.pipeline.formats.dataset_index import build_indices
 
@@ -79,7 +80,7 @@ def run_epoch(
     """How often each sample came on two ranks, the label that it came with, and the number of bad samples."""
     batch_size = global_batch_size // 2
     loaders = [
-        build_loader(
+        loader_of(
             planted.paths,
             VIEWS,
             batch_size=batch_size,
@@ -118,13 +119,13 @@ def numbers(faults: set[tuple[int, int]]) -> set[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["host", "dali"])
+@pytest.mark.parametrize("backend", ["cpu", "dali"])
 def test_no_good_sample_is_lost_and_every_fault_is_listed_once(
     planted: Planted, tmp_path: Path, backend: str
 ) -> None:
     ledger = tmp_path / "bad.jsonl"
     seen, labels, bad = run_epoch(
-        planted, ledger, global_batch_size=70, source="indexed", backend=backend
+        planted, ledger, global_batch_size=70, source="indexed", view_backend=backend
     )
     replaced = planted.cut_after | planted.flipped
     expected = set(range(NUM)) - numbers(planted.cut_before)
@@ -145,13 +146,13 @@ def test_no_good_sample_is_lost_and_every_fault_is_listed_once(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["host", "dali"])
+@pytest.mark.parametrize("backend", ["cpu", "dali"])
 def test_in_a_stream_the_flipped_bits_pass_and_the_truncated_files_do_not(
     planted: Planted, tmp_path: Path, backend: str
 ) -> None:
     ledger = tmp_path / "bad.jsonl"
     seen, labels, _ = run_epoch(
-        planted, ledger, global_batch_size=20, source="stream", backend=backend
+        planted, ledger, global_batch_size=20, source="stream", view_backend=backend
     )
     assert set(seen.values()) == {1}
     # A flipped bit shows only where it makes a code that the decoder does not know.

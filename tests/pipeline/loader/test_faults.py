@@ -20,9 +20,10 @@ from support.fault_data import (
     without_huffman_table,
     zeroed_block,
 )
+from support.loaders import loader_of
 from support.pipeline_data import jpeg, toy_mask, write_tar
 
-from cmae.pipeline import Loader, ViewConfig, build_loader
+from cmae.pipeline import Loader, ViewConfig
 from cmae.pipeline.bad_samples import BEFORE_FIRST_EPOCH, BadLimit, BadSample, Health, read_ledger
 from cmae.pipeline.formats.dataset_index import build_indices
 from cmae.pipeline.formats.shard_index import StaleIndexError, index_path
@@ -30,7 +31,7 @@ from cmae.pipeline.shards.verify import verify_shards
 
 VIEWS = ViewConfig(img_size=32, source_crop_size=40, target_shift=8)
 NUM = 24
-BACKENDS = pytest.mark.parametrize("backend", ["host", "dali"])
+BACKENDS = pytest.mark.parametrize("backend", ["cpu", "dali"])
 
 
 def write(path: Path, faults: dict[int, bytes], *, first: int = 0) -> Path:
@@ -45,7 +46,7 @@ def index(*paths: Path) -> None:
 
 def open_loader(shards: Path | list[Path], **options) -> Loader:
     settings = {"batch_size": 8, "global_batch_size": 8, "num_threads": 2, "max_bad_fraction": 0.5}
-    return build_loader(shards, VIEWS, draw_mask=toy_mask, **(settings | options))
+    return loader_of(shards, VIEWS, draw_mask=toy_mask, **(settings | options))
 
 
 def read_epoch(loader: Loader, steps: int = NUM // 8) -> dict[int, torch.Tensor]:
@@ -76,7 +77,7 @@ def test_in_a_stream_every_unusable_file_is_passed_over_and_listed_with_its_reas
     good = NUM - len(faults)
     loader = open_loader(
         path,
-        backend=backend,
+        view_backend=backend,
         ledger=tmp_path / "bad.jsonl",
         batch_size=good,
         global_batch_size=good,
@@ -123,7 +124,9 @@ def test_unusual_images_are_used_like_all_others(tmp_path, backend):
     faults = {i: make(noise(i)) for i, make in enumerate(HARMLESS.values())}
     path = write(tmp_path / "a.tar", faults)
     for source in ("stream", "indexed"):
-        loader = open_loader(path, backend=backend, ledger=tmp_path / "bad.jsonl", source=source)
+        loader = open_loader(
+            path, view_backend=backend, ledger=tmp_path / "bad.jsonl", source=source
+        )
         assert sorted(read_epoch(loader)) == list(range(NUM))
         index(path)
     assert not (tmp_path / "bad.jsonl").exists()
@@ -140,7 +143,7 @@ def test_grey_and_cmyk_images_keep_their_colours(tmp_path, backend):
     red = Image.new("RGB", (48, 48), (200, 40, 40))
     pictures = [jpeg(red), jpeg(red.convert("L")), jpeg(red.convert("CMYK"))]
     path = write_tar(tmp_path / "a.tar", [(f"{i}", data, i) for i, data in enumerate(pictures)])
-    loader = open_loader(path, backend=backend, batch_size=3, global_batch_size=3)
+    loader = open_loader(path, view_backend=backend, batch_size=3, global_batch_size=3)
     rgb, grey, cmyk = (
         view.float().mean((0, 1)) for _, view in sorted(read_epoch(loader, 1).items())
     )
@@ -169,7 +172,7 @@ def test_with_an_index_later_damage_is_found_by_its_crc(tmp_path, fault, backend
     path = write(tmp_path / "a.tar", {})
     index(path)
     damage_in_place(path, 11, fault)
-    loader = open_loader(path, backend=backend, ledger=tmp_path / "bad.jsonl")
+    loader = open_loader(path, view_backend=backend, ledger=tmp_path / "bad.jsonl")
     assert sorted(read_epoch(loader)) == list(range(NUM))  # the slot keeps its id
     (line,) = ledger_of(tmp_path)
     assert (line.record_number, line.key, line.epoch) == (11, "0011", 0)
@@ -181,7 +184,7 @@ def test_with_an_index_later_damage_is_found_by_its_crc(tmp_path, fault, backend
 @pytest.mark.parametrize("fault", [bit_flip, zeroed_block])
 def test_in_a_stream_they_decode_silently(tmp_path, fault, backend):
     path = write(tmp_path / "a.tar", {11: fault(noise(11))})
-    loader = open_loader(path, backend=backend, ledger=tmp_path / "bad.jsonl")
+    loader = open_loader(path, view_backend=backend, ledger=tmp_path / "bad.jsonl")
     assert sorted(read_epoch(loader)) == list(range(NUM))
     assert not (tmp_path / "bad.jsonl").exists()
 
@@ -198,7 +201,7 @@ def test_verify_sees_a_lost_block_without_a_crc_and_a_bit_flip_not(tmp_path):
 def test_what_only_the_decoder_refuses_is_replaced_and_listed(tmp_path, backend, source):
     path = write(tmp_path / "a.tar", {11: without_huffman_table(noise(11))})
     index(path)
-    loader = open_loader(path, backend=backend, source=source, ledger=tmp_path / "bad.jsonl")
+    loader = open_loader(path, view_backend=backend, source=source, ledger=tmp_path / "bad.jsonl")
     assert len(read_epoch(loader)) == NUM
     (line,) = ledger_of(tmp_path)
     assert (line.record_number, line.key) == (11, "0011")
@@ -295,7 +298,7 @@ def test_a_damaged_tar(tmp_path, harm, record_numbers, reason):
 def test_a_shard_deleted_during_the_run_is_bad_samples_and_no_more(tmp_path, backend):
     paths = [write(tmp_path / "s" / f"{i}.tar", {}, first=NUM * i) for i in range(4)]
     index(*paths)
-    loader = open_loader(paths, backend=backend, ledger=tmp_path / "bad.jsonl")
+    loader = open_loader(paths, view_backend=backend, ledger=tmp_path / "bad.jsonl")
     paths[1].unlink()
     seen = read_epoch(loader, 4 * NUM // 8)
     assert len(seen) == 4 * NUM

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.loaders import loader_of
 from support.pipeline_data import toy_mask, write_photo_shards
 from support.remote_servers import FaultyServer, serve, serve_s3
 
@@ -28,7 +29,6 @@ from cmae.pipeline import (
     RemoteConfig,
     RemoteError,
     ViewConfig,
-    build_loader,
     expand_shards,
 )
 from cmae.pipeline.formats.dataset_index import DatasetIndex, Place, build_indices
@@ -65,11 +65,8 @@ def expected(shards: Path) -> list[Batch]:
 
 def open_loader(shards, *, mode: str = "auto", cache_dir: Path | None = None, **options) -> Loader:
     settings = {"batch_size": 8, "global_batch_size": 16, "num_threads": 2, "seed": 5}
-    names = ("cache_quota_gib", "deadline_s", "storage_options", "progress")
-    given = {name: options.pop(name) for name in names if name in options}
-    remote = RemoteConfig(mode=mode, cache_dir=cache_dir, **({"deadline_s": 20.0} | given))
-    settings |= options
-    return build_loader(shards, VIEWS, draw_mask=toy_mask, remote=remote, **settings)
+    remote = {"remote": mode, "cache_dir": cache_dir, "remote_deadline_s": 20.0}
+    return loader_of(shards, VIEWS, draw_mask=toy_mask, **(settings | remote | options))
 
 
 def take(loader: Loader, count: int) -> list[Batch]:
@@ -211,7 +208,7 @@ def test_without_an_index_auto_streams_and_says_how_to_get_one(
     with serve(tmp_path / "s") as server:
         with caplog.at_level(logging.WARNING):
             (batch,) = take(open_loader(f"{server.url}/"), 1)
-        assert batch.state.next_sample in (0, 1)
+        assert batch.state.offset in (0, 1)
         assert re.search(r"(part-00\d)\.tar has no index \1\.index\.npz beside it", caplog.text)
         assert "cmae shards index" in caplog.text
         with pytest.raises(
@@ -318,7 +315,7 @@ def test_faults_in_the_middle_change_nothing(
 def test_a_store_that_dies_ends_the_run_with_the_named_error_in_time(
     server: FaultyServer, tmp_path: Path
 ) -> None:
-    with open_loader(urls(server), deadline_s=1.0) as loader:
+    with open_loader(urls(server), remote_deadline_s=1.0) as loader:
         next(loader)
         server.fail("part-002.tar", "503", times=10**6)
         begun = time.monotonic()
@@ -330,7 +327,7 @@ def test_a_store_that_dies_ends_the_run_with_the_named_error_in_time(
 def test_the_cache_outlives_the_store(
     server: FaultyServer, expected: list[Batch], tmp_path: Path
 ) -> None:
-    with open_loader(urls(server), cache_dir=tmp_path / "c", deadline_s=2.0) as loader:
+    with open_loader(urls(server), cache_dir=tmp_path / "c", remote_deadline_s=2.0) as loader:
         batches = [next(loader)]
         wait_for_copies(tmp_path / "c")
         time.sleep(0.1)
@@ -433,7 +430,7 @@ def test_close_does_not_wait_for_a_store_that_hangs(
 ) -> None:
     monkeypatch.setattr(stores, "STALL_S", 60.0)
     before = set(threading.enumerate())
-    loader = open_loader(urls(server), deadline_s=60.0)
+    loader = open_loader(urls(server), remote_deadline_s=60.0)
     next(loader)
     server.latency_s = 8.0
     time.sleep(0.3)

@@ -20,6 +20,6 @@ def test_synthetic_batches_look_like_the_loaders(num_views):
     assert first.sample_id.tolist() == list(range(6))
     assert second.sample_id.tolist() == list(range(6, 12))
     assert not torch.equal(first.ids_keep, second.ids_keep)
-    assert second.state.next_sample == 12
+    assert second.state.offset == 12
     again = next(synthetic_batches(views, batch_size=6, device="cpu", draw_mask=toy_mask, seed=0))
     assert torch.equal(again.online, first.online)

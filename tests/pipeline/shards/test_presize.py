@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from support.loaders import loader_of
 from support.pipeline_data import jpeg, photo, toy_mask
 from support.shard_data import contents, tars
 
-from cmae.pipeline import ViewConfig, build_loader
+from cmae.pipeline import ViewConfig
 from cmae.pipeline.formats.dataset_index import DatasetIndex
 from cmae.pipeline.formats.jpeg import BadImageError, inspect_jpeg
 from cmae.pipeline.formats.presized import downscale_mark
@@ -237,7 +238,7 @@ def test_the_loader_says_it(
     caplog.set_level(logging.ERROR)
     write(folder, tmp_path / "train")
     views = ViewConfig(img_size=32, source_crop_size=40, target_shift=8, color="none")
-    with build_loader(
+    with loader_of(
         str(tmp_path / "train"),
         views,
         batch_size=2,

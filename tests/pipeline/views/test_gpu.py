@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.loaders import loader_of
 from support.pipeline_data import jpeg, photo, toy_mask, write_tar
 
-from cmae.pipeline import ViewConfig, build_loader, draw_view_params
+from cmae.pipeline import ViewConfig, draw_view_params
 from cmae.pipeline.formats.shard_index import build_index, index_path, save_index
 from cmae.pipeline.views.reference import reference_views
 
@@ -54,7 +55,7 @@ def test_batches_after_an_undecodable_one_still_come(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "x.tar", [(f"s{i:02d}", data, i) for i, data in enumerate(good)])
     save_index(build_index(tar), index_path(tar))
     ledger = tmp_path / "bad.jsonl"
-    with build_loader(
+    with loader_of(
         tar,
         VIEWS,
         batch_size=4,

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 # Mean and 99.99 % quantile of the absolute error in units of 1/255, without colour. Both sides resample with
 # the same filter; they round or clip between the two passes at different points: it shows at hard edges.
-LIMITS = {"host": (0.1, 3), "dali": (0.5, 16)}
+LIMITS = {"cpu": (0.1, 3), "dali": (0.5, 16)}
 
 
 def synthetic() -> list[bytes]:
@@ -57,7 +57,7 @@ def make_both(backend: str, files: list[bytes], views: ViewConfig):
     )
     view_backend = (
         CpuViews(views, num_threads=2)
-        if backend == "host"
+        if backend == "cpu"
         else DaliViews(views, CPU, batch_size=len(files), num_threads=2)
     )
     made = view_backend.collect(view_backend.submit(encoded, params))
@@ -87,7 +87,7 @@ def check_geometry(backend: str, files: list[bytes], views: ViewConfig) -> None:
         assert np.quantile(error, 0.9999) <= quantile
 
 
-@pytest.mark.parametrize("backend", ["host", "dali"])
+@pytest.mark.parametrize("backend", ["cpu", "dali"])
 @pytest.mark.parametrize(
     "views",
     [
@@ -103,12 +103,12 @@ def test_views_are_the_references(backend, views):
     check_geometry(backend, synthetic(), views)
 
 
-@pytest.mark.parametrize("backend", ["host", "dali"])
+@pytest.mark.parametrize("backend", ["cpu", "dali"])
 def test_views_of_real_jpegs_are_the_references(backend, imagenet_sample):
     check_geometry(backend, real(imagenet_sample), ViewConfig(color="none"))
 
 
-@pytest.mark.parametrize("backend", ["host", "dali"])
+@pytest.mark.parametrize("backend", ["cpu", "dali"])
 def test_exact_colour_after_decode_and_resize_stays_within_one_level(backend, imagenet_sample):
     made, expected = make_both(backend, real(imagenet_sample), ViewConfig())
     error = errors(made.target, [target for _, target in expected])
@@ -120,7 +120,7 @@ def test_exact_colour_after_decode_and_resize_stays_within_one_level(backend, im
 def test_views_overlap_as_the_offsets_say():
     views = ViewConfig(color="none", online_shift=32, target_shift=32)
     files = synthetic()
-    made, _ = make_both("host", files, views)
+    made, _ = make_both("cpu", files, views)
     params = draw_view_params(
         views,
         seed=0,
@@ -178,7 +178,7 @@ def test_handed_out_dali_batches_are_never_written_again():
     view_backend.close()
 
 
-@pytest.mark.parametrize("backend", ["host", "dali"])
+@pytest.mark.parametrize("backend", ["cpu", "dali"])
 def test_a_file_that_does_not_decode_is_named_and_the_next_batch_is_fine(backend):
     views = ViewConfig(img_size=32, source_crop_size=40, target_shift=8)
     good = np.frombuffer(jpeg(photo(50, 60)), np.uint8)
@@ -194,7 +194,7 @@ def test_a_file_that_does_not_decode_is_named_and_the_next_batch_is_fine(backend
     )
     view_backend = (
         CpuViews(views, num_threads=2)
-        if backend == "host"
+        if backend == "cpu"
         else DaliViews(views, CPU, batch_size=4, num_threads=2)
     )
     jobs = [view_backend.submit(files, params) for files in ([good] * 4, [good, good, bad, good])]

@@ -189,15 +189,15 @@ def test_target_follows_the_master_unless_it_has_its_own_crop():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"target_shift": 33}, r"views\.target_shift=33 .* 0\.\.32"),
-        ({"online_shift": -1}, r"views\.online_shift=-1"),
-        ({"source_crop_size": 200}, r"views\.source_crop_size=200 .* at least img_size=224"),
-        ({"hflip_prob": 1.5}, r"views\.hflip_prob=1\.5 .* between 0 and 1"),
-        ({"min_area": 0.0}, r"views\.min_area=0\.0"),
-        ({"hue": 0.6}, r"views\.hue=0\.6"),
+        ({"target_shift": 33}, r"views\.target_shift is 33; .* 0\.\.32"),
+        ({"online_shift": -1}, r"views\.online_shift is -1"),
+        ({"source_crop_size": 200}, r"views\.source_crop_size is 200; .* at least img_size=224"),
+        ({"hflip_prob": 1.5}, r"views\.hflip_prob is 1\.5; .* between 0 and 1"),
+        ({"min_area": 0.0}, r"views\.min_area is 0\.0"),
+        ({"hue": 0.6}, r"views\.hue is 0\.6"),
         ({"blur_sigma_max": 9.0}, r"blur_sigma_max at most"),
-        ({"color": "strong"}, r"views\.color='strong'"),
-        ({"num_views": 3}, r"views\.num_views=3"),
+        ({"color": "strong"}, r"views\.color is 'strong'"),
+        ({"num_views": 3}, r"views\.num_views is 3"),
     ],
 )
 def test_config_errors_name_key_value_and_range(change, message):

@@ -121,21 +121,17 @@ def test_a_list_file_and_the_size_limit_reach_the_writer(images: Path, tmp_path:
     assert settings["max_shard_bytes"] == 2**20
 
 
-def test_paths_that_the_shell_expanded_become_one_argument() -> None:
-    assert shards_cli.join_shards(["index", "a.tar", "b.tar", "--workers", "2"]) == [
-        "index",
-        '["a.tar", "b.tar"]',
-        "--workers",
-        "2",
-    ]
-    for unchanged in (
-        ["verify", "a.tar"],
-        ["write", "a", "b"],
-        ["repair", "a", "b"],
-        ["index", "--help"],
-        [],
-    ):
-        assert shards_cli.join_shards(unchanged) == unchanged
+def test_paths_that_the_shell_expanded_are_taken_together(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "train"
+    shards_cli.write(images, out, samples_per_shard=6)
+    paths = sorted(map(str, out.glob("*.tar")))
+    assert len(paths) == 2
+    assert main(["shards", "verify", *paths, "--workers", "1"]) == 0
+    assert "12 samples, 2 shards" in capsys.readouterr().out
+    assert main(["shards", "repair", *paths, str(tmp_path / "clean")]) == 0
+    assert "12 samples in 2 shards" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

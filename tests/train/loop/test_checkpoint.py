@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cmae.model.export.stored import CheckpointError, list_checkpoints, load_checkpoint
+from cmae.pipeline import LoaderState
 from cmae.train.loop.checkpoint import (
     Checkpointer,
     changed_settings,
@@ -121,8 +122,11 @@ def test_another_architecture_is_refused_key_by_key(tmp_path: Path) -> None:
 def test_another_order_is_refused_inside_an_epoch_alone() -> None:
     data = {"shuffle": True, "shuffle_block": 1, "shuffle_window": 64, "last_batch": "drop"}
 
-    def check(next_sample: int, **changed: object) -> None:
-        stored = {"loader": {"epoch": 2, "next_sample": next_sample}, "config": {"data": data}}
+    def check(offset: int, **changed: object) -> None:
+        stored = {
+            "loader": LoaderState(0, epoch=2, offset=offset, digest="x").to_dict(),
+            "config": {"data": data},
+        }
         check_same_order(Path("x.pt"), stored, data | changed)
 
     with pytest.raises(

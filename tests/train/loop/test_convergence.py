@@ -11,11 +11,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.loaders import loader_of
 from support.tiny_runs import ALONE
 from torch import Tensor
 
 from cmae.model import Losses, ModelConfig, build_model, draw_mask
-from cmae.pipeline import Batch, ViewConfig, build_loader
+from cmae.pipeline import Batch, ViewConfig
 from cmae.train.config import OptimConfig, SpeedConfig
 from cmae.train.loop.step import TrainStep
 
@@ -45,7 +46,7 @@ COMPARED = [Losses._fields.index(name) for name in ("total", "reconstruction", "
 @pytest.fixture(scope="module")
 def batches(small_shards: str) -> list[Batch]:
     """The first batches of a run."""
-    with build_loader(
+    with loader_of(
         small_shards,
         ViewConfig(img_size=32, source_crop_size=40, target_shift=8),
         batch_size=16,
@@ -138,7 +139,7 @@ def test_compiled_graphs_differ_by_rounding(
 ) -> None:
     # Real graphs, decomposed and partitioned, run by eager operators; a GPU generates code as well.
     backend = "inductor" if torch.cuda.is_available() else "aot_eager_decomp_partition"
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, view_backend=backend))
     torch._dynamo.reset()
     found = curve(batches, SpeedConfig(compile=mode), FP32)
     torch._dynamo.reset()

@@ -177,7 +177,7 @@ def test_mae_weights_start_a_cmae_run_with_a_target_of_their_own(
 def test_a_signal_to_one_rank_stops_all_of_them_alike(small_shards: str, tmp_path: Path) -> None:
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
     launcher = (*torchrun, "--nproc-per-node", "2", "-m", "cmae.train")
-    overrides = {"optim.total_steps": 100000, "speed.num_threads": 1}
+    overrides = {"optim.total_steps": 100000, "data.num_threads": 1}
     process = start(small_shards, tmp_path, *launcher, **overrides)
     wait_for_checkpoint(process, tmp_path)
     ranks = [
@@ -199,7 +199,7 @@ def test_two_ranks_continue_a_run_of_one(
     run(small_shards, tmp_path, **{"run.stop_at_step": 4})
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
     launcher = (*torchrun, "--nproc-per-node", "2", "-m", "cmae.train")
-    process = start(small_shards, tmp_path, *launcher, **{"speed.num_threads": 1})
+    process = start(small_shards, tmp_path, *launcher, **{"data.num_threads": 1})
     _, error = process.communicate(timeout=300)
     assert process.returncode == 0, error
     found = load_checkpoint(list_checkpoints(tmp_path / "checkpoints")[-1])

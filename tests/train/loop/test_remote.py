@@ -15,7 +15,7 @@ from cmae.model.export.stored import list_checkpoints, load_checkpoint
 from cmae.pipeline import FillProgress
 from cmae.train.commands.main import main
 from cmae.train.config import Config
-from cmae.train.config_parser import build_config_parser, read_config
+from cmae.train.config_parser import parse_config
 from cmae.train.monitor import metrics as metrics_module
 from cmae.train.monitor.metrics import ColdStart, Display, read_metrics
 from cmae.train.monitor.run_log import write_config
@@ -24,7 +24,7 @@ SECRET = "8f3e-very-secret"
 
 
 def parse(*given: str) -> Config:
-    return read_config(build_config_parser("cmae pretrain", ""), given)
+    return parse_config(given)
 
 
 def totals(out: Path) -> list[float]:
@@ -184,7 +184,7 @@ def test_before_the_display_the_first_rank_prints_lines_and_the_others_nothing(
 
 
 def test_the_default_deadline_is_below_the_collectives_timeout() -> None:
-    from cmae.train.distributed import COLLECTIVE_TIMEOUT_S
+    from cmae.train.config import COLLECTIVE_TIMEOUT_S
 
     assert Config().data.remote_deadline_s <= COLLECTIVE_TIMEOUT_S / 2
     assert torch.distributed.is_available()

@@ -118,7 +118,7 @@ def launch(shards: str, out: Path, **overrides: object) -> subprocess.CompletedP
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", "-m", "cmae.train", "pretrain"]
     settings = {"optim.total_steps": 100000, "run.checkpoint_every": 100000, "run.log_every": 1000}
-    command += arguments(shards, out, **settings, **{"speed.num_threads": 1}, **overrides)
+    command += arguments(shards, out, **settings, **{"data.num_threads": 1}, **overrides)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
     return subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=300, check=False

@@ -56,7 +56,7 @@ def batch() -> Batch:
     )
     index = torch.arange(3)
     ids_keep, ids_mask = draw_mask(CONFIG, index, seed=0, epoch=0)
-    state = LoaderState(seed=0, epoch=0, next_sample=3, digest="")
+    state = LoaderState(seed=0, epoch=0, offset=3, digest="")
     return Batch(online, target, ids_keep, ids_mask, index, index, 0, state)
 
 

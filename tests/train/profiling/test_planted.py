@@ -76,7 +76,7 @@ def test_a_prediction_for_readers_comes_true(tmp_path: Path) -> None:
     options = replace(QUICK, steps=8)
     with planted.open_subject(config, world, fault.step, wrap=fault.wrap) as subject:
         found = planted.measure(subject, options, config)
-        doubled = [one for one in found.actions if one.overrides == {"speed.num_readers": 8}]
+        doubled = [one for one in found.actions if one.overrides == {"data.num_readers": 8}]
         measured = verify(
             subject,
             config,
@@ -284,7 +284,7 @@ def open_quick(shards: str) -> Iterator[object]:
 
 def test_overrides_reach_nested_settings_and_refuse_unknown_ones(small_shards: str) -> None:
     config = planted.build_config(small_shards, threads=1)
-    changed = override(config, {"speed.num_threads": 3, "data.views.color": "fast"})
-    assert (changed.speed.num_threads, changed.data.views.color) == (3, "fast")
+    changed = override(config, {"data.num_threads": 3, "data.views.color": "fast"})
+    assert (changed.data.num_threads, changed.data.views.color) == (3, "fast")
     with pytest.raises(ValueError, match=r"speed\.num_thread is no setting"):
         override(config, {"speed.num_thread": 3})

@@ -1,32 +1,28 @@
-"""`cmae tune`: the search under noise, the file of settings, and what a run takes from it."""
+"""`cmae tune`: the search under noise, the recipe of settings, and what a run takes from it."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from cmae.errors import CmaeError
+from cmae.pipeline import LoaderConfig
 from cmae.train.commands.main import main
-from cmae.train.config import Config, SpeedConfig
-from cmae.train.config_parser import build_config_parser, read_config
+from cmae.train.config_parser import load_recipe, parse_config
 from cmae.train.loop.loader_settings import LoaderSettings, default_settings, loader_settings
-from cmae.train.tuning.run import TuneOptions, build_grid
-from cmae.train.tuning.search import Result, Search, Window
-from cmae.train.tuning.tuned import (
-    TunedEntry,
-    describe_circumstances,
-    find_tuned,
-    store_tuned,
-    tune_path,
-)
+from cmae.train.tuning.config import TuneConfig
+from cmae.train.tuning.recipe import Circumstances, check_writable, write_tuned
+from cmae.train.tuning.run import build_grid
+from cmae.train.tuning.search import Phase, Result, Search, Trial, Window
 
-CPU = torch.device("cpu")
 DEFAULT = LoaderSettings(num_threads=8, prefetch=2, num_readers=4, hw_decoder_load=0.65)
 GRID = {
     "num_threads": [4, 6, 8, 10, 12],
@@ -169,119 +165,78 @@ def test_the_grid_holds_the_defaults_and_only_what_has_an_effect() -> None:
         assert all(getattr(default, name) in values for name, values in grid.items())
 
 
-# --- the file -------------------------------------------------------------------------------------
+def test_every_phase_is_handed_on_as_it_ends() -> None:
+    seen: list[Phase] = []
+
+    class Stopped(FakeLoader):
+        def __call__(self, settings: LoaderSettings, pace: float | None) -> Window:
+            if len(seen) == 2:
+                raise KeyboardInterrupt
+            return super().__call__(settings, pace)
+
+    fake = Stopped(hill, seed=0, noise=0, bursts=0)
+    search = Search(fake, budget_s=150, clock=lambda: fake.time, on_phase=seen.append)
+    with pytest.raises(KeyboardInterrupt):
+        search.run(DEFAULT, GRID)
+    assert [phase.name for phase in seen] == ["num_threads", "hw_decoder_load"]
+    assert seen[-1].chosen == replace(DEFAULT, num_threads=12, hw_decoder_load=0.2)
+    assert not any(phase.is_last for phase in seen)
 
 
-def entry(date: str = "2026-11-24", **changes: object) -> TunedEntry:
-    circumstances = {
-        "cpu": "A",
-        "cores": 8,
-        "gpu": None,
-        "shards": "0123",
-        "versions": {"torch": "2"},
-    }
-    return TunedEntry({**circumstances, **changes}, DEFAULT, date, {"images_per_s": 1.0})
+# --- the recipe -----------------------------------------------------------------------------------
 
-
-def test_what_is_stored_is_found_again_and_replaced(tmp_path: Path) -> None:
-    path = tmp_path / "cache" / "tune.json"
-    assert find_tuned(path, entry().circumstances) == (None, "")
-    store_tuned(path, entry())
-    store_tuned(path, entry(cpu="B"))
-    assert find_tuned(path, entry().circumstances) == (entry(), "")
-    store_tuned(path, entry(date="2026-12-01"))
-    assert find_tuned(path, entry().circumstances)[0] == entry(date="2026-12-01")
-    assert len(json.loads(path.read_text())["entries"]) == 2
-
-
-def test_other_machines_and_other_shards_are_passed_over_in_silence(tmp_path: Path) -> None:
-    path = tmp_path / "tune.json"
-    store_tuned(path, entry())
-    for change in ({"cpu": "B"}, {"cores": 4}, {"gpu": "H100"}, {"shards": "4567"}):
-        assert find_tuned(path, entry(**change).circumstances) == (None, "")
-
-
-def test_an_entry_of_another_version_is_ignored_and_named(tmp_path: Path) -> None:
-    path = tmp_path / "tune.json"
-    store_tuned(path, entry())
-    found, note = find_tuned(path, entry(versions={"torch": "3"}).circumstances)
-    assert found is None
-    assert "of 2026-11-24 are ignored: versions.torch was 2 and is 3; run `cmae tune`" in note
-
-
-@pytest.mark.parametrize(
-    "content", ["not json", '{"format": 99, "entries": []}', '{"format": 1, "entries": [{}]}', "[]"]
+AROUND = Circumstances(
+    {"device": "A CPU", "cores": 8.0, "versions": {"cmae": "1", "torch": "2"}},
+    "/data/train-*.tar",
+    local_ranks=2,
+    names=("num_threads", "prefetch", "num_readers"),
 )
-def test_an_unreadable_file_is_ignored_with_a_message_and_written_again(
-    tmp_path: Path, content: str
-) -> None:
-    path = tmp_path / "tune.json"
-    path.write_text(content)
-    found, note = find_tuned(path, entry().circumstances)
-    assert found is None
-    assert f"{path} is ignored" in note
-    store_tuned(path, entry())
-    assert find_tuned(path, entry().circumstances) == (entry(), "")
 
 
-def test_a_folder_that_cannot_be_written_is_an_error_with_the_repair(tmp_path: Path) -> None:
-    (tmp_path / "cache").write_text("a file")
-    path = tmp_path / "cache" / "cmae" / "tune.json"
-    assert find_tuned(path, entry().circumstances)[0] is None  # reading is no error
-    with pytest.raises(OSError, match=r"XDG_CACHE_HOME.*--speed\.num_threads 8"):
-        store_tuned(path, entry())
+def phases(is_last: bool) -> list[Phase]:
+    trial = Trial(replace(DEFAULT, num_threads=12), [Window(900.0, 5.0)])
+    return [Phase("num_threads", [trial], trial.settings, "+20 % images/s", is_last)]
 
 
-def test_the_cache_folder_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert tune_path() == tmp_path / "cmae" / "tune.json"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert tune_path() == tmp_path / ".cache" / "cmae" / "tune.json"
+def test_the_recipe_sets_what_was_found_and_says_where_it_was_measured(tmp_path: Path) -> None:
+    path = tmp_path / "tuned.yaml"
+    write_tuned(path, AROUND, phases(is_last=True), is_done=True)
+    data = load_recipe("cmae_vit_s", path).data
+    assert (data.num_threads, data.prefetch, data.num_readers) == (12, 2, 4)
+    assert data.hw_decoder_load == 0.65
+    text = path.read_text()
+    for fact in (
+        "A CPU, 8 cores, 2 rank(s)",
+        "cmae 1, torch 2",
+        "/data/train-*.tar",
+        "900 images/s",
+    ):
+        assert fact in text
+    assert f"date      {date.today().isoformat()}" in text
+    assert "stopped early" not in text
+
+
+def test_a_recipe_of_a_stopped_search_says_so(tmp_path: Path) -> None:
+    write_tuned(tmp_path / "tuned.yaml", AROUND, phases(is_last=False), is_done=False)
+    assert "stopped early: not compared with the defaults" in (tmp_path / "tuned.yaml").read_text()
+
+
+def test_a_recipe_that_cannot_be_written_is_refused_before_the_search(tmp_path: Path) -> None:
+    (tmp_path / "tuned.yaml").write_text("")
+    with pytest.raises(CmaeError, match="is there already; delete it"):
+        check_writable(tmp_path / "tuned.yaml")
+    with pytest.raises(CmaeError, match="is no folder that can be written to"):
+        check_writable(tmp_path / "nowhere" / "tuned.yaml")
+    check_writable(tmp_path / "other.yaml")
 
 
 # --- what a run takes -----------------------------------------------------------------------------
 
 
-@pytest.fixture
-def tuned_config(
-    small_shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Config]:
-    """Makes a configuration of the small shards, for which 5 threads, prefetch 3, 7 readers are stored."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    base = Config()
-    base = replace(base, data=replace(base.data, shards=small_shards))
-    settings = LoaderSettings(5, prefetch=3, num_readers=7, hw_decoder_load=0.2)
-    circumstances = describe_circumstances(base, CPU)
-    store_tuned(tune_path(), TunedEntry(circumstances, settings, "2026-11-24", {}))
-    return lambda **speed: replace(base, speed=SpeedConfig(**speed))
-
-
-def test_tuned_settings_fill_what_is_null_and_are_named(
-    tuned_config: Callable[..., Config],
-) -> None:
-    settings, note = loader_settings(tuned_config(), CPU)
-    assert (settings.num_threads, settings.prefetch, settings.num_readers) == (5, 3, 7)
-    assert note == "tuned settings of 2026-11-24: 5 threads, prefetch 3, 7 readers"
-
-
-def test_explicit_settings_win_and_off_means_off(tuned_config: Callable[..., Config]) -> None:
-    settings, note = loader_settings(tuned_config(num_threads=1), CPU)
-    assert (settings.num_threads, settings.prefetch) == (1, 3)
-    assert note == "tuned settings of 2026-11-24: prefetch 3, 7 readers"
-    assert loader_settings(tuned_config(tuned="off"), CPU) == (default_settings(), "")
-    explicit = tuned_config(num_threads=1, prefetch=4, num_readers=2)
-    assert loader_settings(explicit, CPU)[1] == ""
-
-
-def test_other_views_are_other_circumstances(tuned_config: Callable[..., Config]) -> None:
-    config = tuned_config()
-    config = replace(
-        config, data=replace(config.data, views=replace(config.data.views, color="none"))
-    )
-    settings, note = loader_settings(config, CPU)
-    assert settings == default_settings()
-    assert "views.color was exact and is none" in note
+def test_settings_of_the_configuration_win_over_the_defaults() -> None:
+    assert loader_settings(LoaderConfig()) == default_settings()
+    found = loader_settings(LoaderConfig(num_threads=1, hw_decoder_load=0.0))
+    assert found == replace(default_settings(), num_threads=1, hw_decoder_load=0.0)
 
 
 def run_arguments(shards: str) -> list[str]:
@@ -289,64 +244,81 @@ def run_arguments(shards: str) -> list[str]:
     return f"--recipe demo --speed.device cpu {batch} --data.shards {shards}".split()
 
 
-def test_the_command_tunes_and_the_next_run_uses_it(
+def test_the_command_tunes_and_a_run_takes_the_recipe(
     small_shards: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "120")
-    before = os.sched_getaffinity(0)
-    arguments = run_arguments(small_shards)
+    before, out = os.sched_getaffinity(0), tmp_path / "tuned.yaml"
+    arguments = [*run_arguments(small_shards), "--out", str(out)]
     assert main(["tune", *arguments, "--budget_s", "4", "--step_images_per_s", "50"]) == 0
     assert os.sched_getaffinity(0) == before
     printed = capsys.readouterr().out
     assert "CPU-s per 1000" in printed
     assert "the step's 50 images/s" in printed
-    (stored,) = json.loads(tune_path().read_text())["entries"]
-    threads = stored["settings"]["num_threads"]
+    assert small_shards in out.read_text()
 
-    config = read_config(build_config_parser("cmae pretrain", ""), arguments)
-    settings, note = loader_settings(config, CPU)
-    assert settings.num_threads == threads
-    run = [*arguments, "--run.out", str(tmp_path / "run"), "--optim.total_steps", "1"]
-    assert main(["pretrain", *run, "--run.progress", "false"]) == 0
-    assert note in capsys.readouterr().err.replace("\n", " ")
+    config = parse_config([*run_arguments(small_shards), "--recipe", str(out)])
+    assert config.data.num_threads is not None
+    assert config.speed.torch_threads == 1  # the other recipe's
+    assert main(["tune", *arguments]) == 1
+    assert "is there already" in capsys.readouterr().err
 
 
-def test_settings_given_to_the_command_are_not_searched(
+def test_ctrl_c_keeps_what_was_found(
     small_shards: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    arguments = run_arguments(small_shards)
-    fixed = "--speed.num_threads 1 --speed.prefetch 2 --budget_s 1"
-    assert main(["tune", *arguments, *fixed.split()]) == 0
+    def stopped(*args: Any, on_phase: Callable[[Phase], None], **options: Any) -> None:
+        for phase in found:
+            on_phase(phase)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cmae.train.tuning.run.search", stopped)
+    out = tmp_path / "tuned.yaml"
+    arguments = ["tune", *run_arguments(small_shards), "--out", str(out)]
+    found: list[Phase] = []
+    assert main(arguments) == 130
+    assert "nothing was found yet" in capsys.readouterr().out
+    assert not out.exists()
+    found = phases(is_last=False)
+    assert main(arguments) == 130
+    assert "holds what was found" in capsys.readouterr().out.replace("\n", " ")
+    assert load_recipe(out).data.num_threads == 12
+
+
+def test_settings_given_to_the_command_are_not_searched(
+    small_shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "tuned.yaml"
+    fixed = f"--data.num_threads 1 --data.prefetch 3 --budget_s 1 --out {out}"
+    assert main(["tune", *run_arguments(small_shards), *fixed.split()]) == 0
     assert "searching num_readers for" in capsys.readouterr().out
-    (stored,) = json.loads(tune_path().read_text())["entries"]
-    assert stored["settings"]["num_threads"] == 1
+    assert load_recipe(out).data.num_threads == 1
 
 
 def test_nothing_to_search_and_no_shards_are_errors_that_name_the_repair(
-    small_shards: str, capsys: pytest.CaptureFixture[str]
+    small_shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["tune", "--recipe", "demo"]) == 1
     assert "data.shards is empty" in capsys.readouterr().err
-    fixed = "--speed.num_threads 1 --speed.prefetch 2 --speed.num_readers 2"
-    assert main(["tune", *run_arguments(small_shards), *fixed.split()]) == 1
+    fixed = "--data.num_threads 1 --data.prefetch 3 --data.num_readers 2"
+    arguments = [*run_arguments(small_shards), "--out", str(tmp_path / "tuned.yaml")]
+    assert main(["tune", *arguments, *fixed.split()]) == 1
     assert "are all given: leave one of them out" in capsys.readouterr().err
 
 
 def test_options_out_of_range_name_the_repair() -> None:
     with pytest.raises(ValueError, match="budget_s is 0; it must be at least 1"):
-        TuneOptions(budget_s=0)
+        TuneConfig(budget_s=0)
     with pytest.raises(ValueError, match="local_ranks is 1000; it must be 1"):
-        TuneOptions(local_ranks=1000)
+        TuneConfig(local_ranks=1000)
     with pytest.raises(ValueError, match="step_images_per_s is -1"):
-        TuneOptions(step_images_per_s=-1)
+        TuneConfig(step_images_per_s=-1)
     for name, value in (("prefetch", 0), ("num_readers", 0), ("hw_decoder_load", 1.5)):
-        with pytest.raises(ValueError, match=f"speed.{name} is"):
-            SpeedConfig(**{name: value})
+        with pytest.raises(ValueError, match=f"{name} is"):
+            LoaderConfig(**{name: value})

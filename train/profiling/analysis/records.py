@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cmae.errors import CmaeError
 from cmae.pipeline import LoaderSnapshot
 
 FORMAT = 1
@@ -173,15 +174,15 @@ def load_profile(path: Path) -> Profile:
     """Read a profile back.
 
     Raises:
-        ValueError: no profile, or of another format.
+        CmaeError: no profile, or of another format.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         found = values["format"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no profile; `cmae profile` writes profile.json") from error
+        raise CmaeError(f"{path} is no profile; `cmae profile` writes profile.json") from error
     if found != FORMAT:
-        raise ValueError(f"{path} has format {found}, this version reads {FORMAT}: profile again")
+        raise CmaeError(f"{path} has format {found}, this version reads {FORMAT}: profile again")
     values["phases"] = tuple(_phase(phase) for phase in values["phases"])
     values["step_ms"] = Estimate(**values["step_ms"])
     values["parts"] = tuple(

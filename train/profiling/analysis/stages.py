@@ -9,9 +9,9 @@ from cmae.train.profiling.analysis.records import Phase, Profile
 
 WHAT = {
     "read": "bytes from storage",
-    "views": "decode, crop, colour",
-    "finish": "masks, copy to the device",
-    "ready": "queue in front of the training thread",
+    "decode_augment": "decode, crop, colour",
+    "prefetch": "masks, copy to the device",
+    "queue": "queue in front of the training thread",
 }
 """Each stage of the loader, for a reader who has not seen its code."""
 

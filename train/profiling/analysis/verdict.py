@@ -201,7 +201,7 @@ def _loader_changes(facts: Facts) -> list[_Change]:
         if costs.threads < threads <= physical:
             what = f"decode on {threads} threads instead of {int(costs.threads)}"
             after = replace(costs, threads=float(threads))
-            found.append(_Change(what, {"speed.num_threads": threads}, after, ("decode",)))
+            found.append(_Change(what, {"data.num_threads": threads}, after, ("decode",)))
     for factor in (2, 4):
         after = replace(costs, cores=costs.cores * factor, threads=costs.threads * factor)
         what = f"+{physical * (factor - 1)} CPU cores, with a decoding thread each"
@@ -224,7 +224,7 @@ def _storage_changes(costs: Costs) -> list[_Change]:
         found.append(_Change(what, {}, replace(costs, cold_share=0.0), ("storage",)))
     for factor in (2, 4):
         number = int(costs.readers) * factor
-        after, setting = replace(costs, readers=float(number)), {"speed.num_readers": number}
+        after, setting = replace(costs, readers=float(number)), {"data.num_readers": number}
         found.append(_Change(f"read {number} batches at a time", setting, after, ("storage",)))
     faster = replace(
         costs,

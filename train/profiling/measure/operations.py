@@ -17,8 +17,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from cmae.pipeline import ViewConfig, ViewParams, draw_view_params
-from cmae.pipeline.loader.factory import build_view_backend
+from cmae.pipeline import LoaderConfig, ViewConfig, ViewParams, draw_view_params
+from cmae.pipeline.loader.factory import open_views
 from cmae.pipeline.sources.records import RawBatch
 from cmae.pipeline.views.backend import ViewBackend
 from cmae.pipeline.views.config import ViewStep
@@ -53,7 +53,7 @@ class _Prefix:
 _GEOMETRY = (
     _Prefix("decode", "decode"),
     _Prefix("resize, flip", "resize"),
-    _Prefix("cut", "cut"),
+    _Prefix("crop", "crop"),
 )
 _COLOR = (
     _Prefix("colour jitter", "color", ("grayscale", "blur_sigma")),
@@ -67,7 +67,7 @@ def measure_operations(
     recorded: Sequence[RawBatch],
     *,
     device: torch.device,
-    backend: Literal["auto", "host", "dali"],
+    backend: Literal["auto", "cpu", "dali"],
     settings: LoaderSettings,
     rounds: int = 7,
 ) -> tuple[Operation, ...]:
@@ -85,19 +85,15 @@ def measure_operations(
         One for each operation, in their order; empty where no batch can be decoded.
     """
     prefixes = (*_GEOMETRY, *(_COLOR if views.has_color else ()))
+    config = LoaderConfig(
+        views=views,
+        view_backend=backend,
+        batch_size=max(len(raw.records) for raw in recorded),
+        num_threads=settings.num_threads,
+        hw_decoder_load=settings.hw_decoder_load,
+    )
     with ExitStack() as stack:
-        makers = {
-            one.name: build_view_backend(
-                views,
-                device,
-                backend=backend,
-                batch_size=max(len(raw.records) for raw in recorded),
-                num_threads=settings.num_threads,
-                hw_decoder_load=settings.hw_decoder_load,
-                last_step=one.last_step,
-            )
-            for one in prefixes
-        }
+        makers = {one.name: open_views(config, device, last_step=one.last_step) for one in prefixes}
         for view_backend in makers.values():
             stack.callback(view_backend.close)
         jobs = _choose(makers[prefixes[-1].name], [(raw, _params(views, raw)) for raw in recorded])

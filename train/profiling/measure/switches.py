@@ -11,12 +11,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Int64, UInt8
+from jaxtyping import UInt8
 
 from cmae.pipeline import LoaderState, ViewParams
 from cmae.pipeline.sources.indexed import IndexedSource
 from cmae.pipeline.sources.records import Extent, RawBatch, Source
-from cmae.pipeline.stage_stats import KindTable, Stage
+from cmae.pipeline.stage_stats import Stage
 from cmae.pipeline.views.backend import ViewBackend, Views
 
 Mode = Literal["storage", "memory"]
@@ -143,26 +143,15 @@ class SwitchedBackend:
         self.stage: Stage = inner.stage
         self._views: Views | None = None
 
-    @property
-    def kinds(self) -> KindTable | None:
-        """The real maker's counts by JPEG kind."""
-        return self.inner.kinds
-
     def depth(self, batch_size: int) -> int:
         """As the real maker says."""
         return self.inner.depth(batch_size)
 
-    def submit(
-        self,
-        encoded: list[UInt8[np.ndarray, " n"]],
-        params: ViewParams,
-        *,
-        cells: Int64[np.ndarray, " B"] | None = None,
-    ) -> Any:
+    def submit(self, encoded: list[UInt8[np.ndarray, " n"]], params: ViewParams) -> Any:
         """Start a batch, or take the one that is ready."""
         if self.instant and self._views is not None:
             return self._views
-        return self.inner.submit(encoded, params, cells=cells)
+        return self.inner.submit(encoded, params)
 
     def collect(self, job: Any) -> Views:
         """Wait for a batch."""

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from cmae.errors import CmaeError
 from cmae.pipeline import Loader
 from cmae.pipeline.sources.records import RawBatch, Record, Source
 from cmae.pipeline.views.backend import ViewBackend
@@ -33,7 +34,7 @@ def override(config: Config, overrides: Mapping[str, Any]) -> Config:
     """The configuration with dotted settings changed.
 
     Raises:
-        ValueError: there is no such setting.
+        CmaeError: there is no such setting.
     """
     for key, value in overrides.items():
         config = _override(config, key.split("."), value, key)
@@ -43,7 +44,7 @@ def override(config: Config, overrides: Mapping[str, Any]) -> Config:
 def _override(section: Any, names: Sequence[str], value: Any, key: str) -> Any:
     known = {field.name for field in fields(section)}
     if names[0] not in known:
-        raise ValueError(
+        raise CmaeError(
             f"{key} is no setting; {names[0]!r} must be one of {', '.join(sorted(known))}"
         )
     if len(names) > 1:
@@ -125,14 +126,14 @@ def _variants(config: Config, world: World, recorded: list[RawBatch]) -> list[_V
         what = "fast colour operations, whose pixels differ (data.views.color)"
         found.append(_Variant(what, {"data.views.color": "fast"}, recorded))
     if world.device.type == "cpu":
-        now = "host" if config.speed.view_backend == "auto" else config.speed.view_backend
-        other = "dali" if now == "host" else "host"
+        now = "cpu" if config.data.view_backend == "auto" else config.data.view_backend
+        other = "dali" if now == "cpu" else "cpu"
         what = f"views by {other} instead of {now}"
-        found.append(_Variant(what, {"speed.view_backend": other}, recorded))
+        found.append(_Variant(what, {"data.view_backend": other}, recorded))
     else:
         for load in (0.0, 0.3, 0.9):
             what = f"{100 * load:.0f} % of the JPEGs on the GPU's decoder unit"
-            found.append(_Variant(what, {"speed.hw_decoder_load": load}, recorded))
+            found.append(_Variant(what, {"data.hw_decoder_load": load}, recorded))
     side = 2 * views.source_crop_size
     shorter = [min(one.height, one.width) for raw in recorded for one in raw.records]
     if statistics.median(shorter) > 1.2 * side:

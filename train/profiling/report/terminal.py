@@ -60,7 +60,7 @@ def format_interval(estimate: Estimate) -> str:
 
 
 def format_overrides(overrides: Mapping[str, Any]) -> str:
-    """Dotted settings as they are typed: `--speed.num_threads 8`."""
+    """Dotted settings as they are typed: `--data.num_threads 8`."""
     return " ".join(f"--{key} {_argument(value)}" for key, value in overrides.items())
 
 

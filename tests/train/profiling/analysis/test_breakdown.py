@@ -203,7 +203,7 @@ def test_the_largest_part_is_named_with_what_would_help() -> None:
     found = facts(slow, model=80.0, decode=80.0, residual=1.0)
     assert judge(found).binds == "decode"
     best = rank_actions(found)[0]
-    assert best.overrides in ({"speed.num_threads": 4}, {"speed.num_threads": 8})
+    assert best.overrides in ({"data.num_threads": 4}, {"data.num_threads": 8})
     assert best.predicted_images_per_s == pytest.approx(100, rel=0.02)
     assert best.then_binds == "model"
     assert "1.2x" not in judge(found).sentence

@@ -33,7 +33,7 @@ def profile() -> Profile:
         parts=(Part("model", TEN, "synthetic step"),),
         verdict=Verdict("The model binds.", binds="model", headroom=4.2),
         actions=(
-            Action("more threads", {"speed.num_threads": 4}, 12.0, "model"),
+            Action("more threads", {"data.num_threads": 4}, 12.0, "model"),
             Action("faster disk", {}, 13.0, "model", measured_images_per_s=TEN),
         ),
         curves=(Curve("threads", "threads", (1.0, 2.0), (5.0, 10.0), now=1.0),),

@@ -90,7 +90,7 @@ class TestTerminal:
         assert "2.40x" in row
         assert "2,205 (2,165 to 2,245)" in row
         assert "+4%" in row
-        assert "--speed.hw_decoder_load 0.6" in text
+        assert "--data.hw_decoder_load 0.6" in text
 
     def test_markup_in_names_is_printed_as_it_is(self) -> None:
         profile = replace(decode_bound(), notes=("see [data] in the recipe",))
@@ -189,7 +189,7 @@ class TestHtml:
             "157.5",
             "153.3 to 161.7",
             "mean.decoder pct",
-            "speed.prefetch",
+            "data.prefetch",
         ):
             assert expected in text
 
@@ -389,7 +389,7 @@ class TestDiff:
         assert set(findings.values()) == {"within noise"}
 
     def test_settings_that_differ_are_listed(self) -> None:
-        assert diff_profiles(decode_bound(), faster()).settings == (("speed.num_threads", 8, 16),)
+        assert diff_profiles(decode_bound(), faster()).settings == (("data.num_threads", 8, 16),)
 
     def test_it_prints_and_draws_both_verdicts(self, tmp_path: Path) -> None:
         diff = diff_profiles(decode_bound(), faster())
@@ -424,5 +424,5 @@ class TestCommands:
         faster().save(tmp_path / "b.json")
         arguments = [str(tmp_path / "a.json"), str(tmp_path / "b.json")]
         assert profile_tools(["diff", *arguments, "--html", str(tmp_path / "d.html")]) == 0
-        assert "speed.num_threads" in capsys.readouterr().out
+        assert "data.num_threads" in capsys.readouterr().out
         assert (tmp_path / "d.html").is_file()

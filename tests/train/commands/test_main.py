@@ -1,0 +1,138 @@
+"""The command `cmae`: what it costs to ask for help, and what it says of errors."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+
+import pytest
+
+import cmae
+from cmae.errors import CmaeError
+from cmae.train.commands import registry
+from cmae.train.commands.main import main
+from cmae.train.commands.registry import COMMANDS, Command
+
+
+def cpu_seconds(*arguments: str) -> float:
+    """CPU time of `cmae`, user and system; the least of two, for a first one may compile modules."""
+    costs = []
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(
+            [sys.executable, "-m", "cmae.train", *arguments],
+            capture_output=True,
+            check=True,
+            timeout=120,
+        )
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        costs.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return min(costs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "limit"),
+    [
+        (["--help"], 0.3),
+        (["shards", "--help"], 0.3),
+        (["shards", "index", "--help"], 1.0),
+        (["top", "--help"], 1.0),
+        (["import", "--help"], 1.0),
+        (["pretrain", "--help"], 2.0),
+        (["tune", "--help"], 2.0),
+        (["profile", "--help"], 2.0),
+    ],
+)
+def test_help_costs_little(arguments: list[str], limit: float) -> None:
+    assert cpu_seconds(*arguments) < limit
+
+
+def leaves(commands: dict[str, Command]) -> list[list[str]]:
+    return [
+        [name, *rest]
+        for name, command in commands.items()
+        for rest in (leaves(command.commands) or [[]])
+    ]
+
+
+@pytest.mark.parametrize(
+    "words", [*leaves(COMMANDS), ["profile", "show"], ["profile", "diff"], ["shards"]], ids=" ".join
+)
+def test_every_command_has_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "--help"])
+    assert stop.value.code == 0
+    assert f"usage: cmae {' '.join(words)}" in capsys.readouterr().out
+
+
+def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in COMMANDS)
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"cmae {cmae.__version__}\n"
+
+
+def test_an_unknown_command_names_the_nearest_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrian"]) == 2
+    assert "did you mean 'pretrain'" in capsys.readouterr().err
+    assert main(["shards", "indx"]) == 2
+    assert "did you mean 'index'" in capsys.readouterr().err
+
+
+def test_a_missing_argument_is_an_error_of_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["top"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("cmae top: error: ")
+    assert "see `cmae top --help`" in error
+
+
+def fail_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def build(parser: object) -> registry.Run:
+        def run(parsed: object) -> int:
+            raise error
+
+        return run
+
+    monkeypatch.setitem(COMMANDS, "doctor", Command("", build))
+
+
+def test_an_error_of_ours_is_its_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fail_with(monkeypatch, CmaeError(key="a.b", found=3, allowed="< 3", repair="take 2"))
+    assert main(["doctor"]) == 1
+    assert capsys.readouterr().err == "cmae doctor: error: a.b is 3; it must be < 3: take 2\n"
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), RuntimeError("x"), OSError("x"), KeyError("x")])
+def test_every_other_exception_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    fail_with(monkeypatch, error)
+    with pytest.raises(type(error)):
+        main(["doctor"])
+
+
+def test_one_rank_prints_what_all_have_met(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class EverywhereError(CmaeError):
+        is_on_every_rank = True
+
+    for rank, printed in (("0", "cmae doctor: error: lost\n"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        fail_with(monkeypatch, EverywhereError("lost"))
+        assert main(["doctor"]) == 1
+        assert capsys.readouterr().err == printed
+
+
+def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    fail_with(monkeypatch, KeyboardInterrupt())
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err == "cmae doctor: interrupted\n"

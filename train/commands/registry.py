@@ -1,0 +1,349 @@
+"""The commands: what each is for, its arguments, and what runs it. What does the work is imported there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from inspect import getdoc, signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
+
+    from cmae.train.config_parser import Parser
+
+Run = Callable[["Namespace"], int]
+"""Takes parsed arguments; returns the exit code."""
+
+
+class Command(NamedTuple):
+    """One command."""
+
+    summary: str
+    """A line for the overview."""
+    build: Callable[[Parser], Run] | None = None
+    """Adds its arguments to a parser, and returns what runs it."""
+    description: str = ""
+    """Opening of its help; '' takes the summary."""
+    commands: dict[str, Command] = {}  # noqa: RUF012 - nobody writes to it
+    """Commands inside it, instead of arguments."""
+
+
+def _pretrain(parser: Parser) -> Run:
+    from cmae.train.config_parser import add_config, instantiate, to_config
+
+    add_config(parser)
+
+    def run(parsed: Namespace) -> int:
+        config = to_config(instantiate(parser, parsed))
+        from cmae.train.loop.pretrain import pretrain
+
+        return pretrain(config).exit_code
+
+    return run
+
+
+def _tune(parser: Parser) -> Run:
+    from cmae.train.config_parser import add_config, instantiate, to_config
+    from cmae.train.tuning.config import TuneConfig
+
+    add_config(parser)
+    parser.add_class_arguments(TuneConfig)
+
+    def run(parsed: Namespace) -> int:
+        sections = instantiate(parser, parsed)
+        chosen = TuneConfig(**{one.name: sections[one.name] for one in fields(TuneConfig)})
+        from cmae.train.tuning.run import tune
+
+        return tune(to_config(sections), chosen)
+
+    return run
+
+
+def _profile(parser: Parser) -> Run:
+    from cmae.train.config_parser import Parser, add_config, instantiate, to_config
+    from cmae.train.profiling.config import ProfileConfig
+
+    add_config(parser)
+    parser.usage = f"{parser.usage}\n       {parser.prog} show|diff PROFILE ..."
+    parser.add_class_arguments(ProfileConfig, "profile")
+    show = Parser(description="Print a profile; draw it where asked.")
+    show.add_argument("profile", type=Path, help="profile.json of `cmae profile`")
+    show.add_argument("--html", type=Path, help="HTML report to write")
+    diff = Parser(description="What changed between two profiles.")
+    diff.add_argument("before", type=Path, help="the older profile.json")
+    diff.add_argument("after", type=Path, help="the newer one")
+    diff.add_argument("--html", type=Path, help="HTML report to write")
+    tools = parser.add_subcommands(required=False, dest="tool")
+    tools.add_subcommand("show", show, help="print or draw a profile that is there already")
+    tools.add_subcommand("diff", diff, help="what changed between two profiles")
+    # jsonargparse puts all of the parent's usage in front of these.
+    show.prog, diff.prog = f"{parser.prog} show", f"{parser.prog} diff"
+
+    def run(parsed: Namespace) -> int:
+        from cmae.train.commands import profile
+
+        if parsed.tool == "show":
+            return profile.show(parsed.show.profile, html=parsed.show.html)
+        if parsed.tool == "diff":
+            return profile.diff(parsed.diff.before, parsed.diff.after, html=parsed.diff.html)
+        sections = instantiate(parser, parsed)
+        return profile.profile_run(to_config(sections), sections["profile"])
+
+    return run
+
+
+def _bench(parser: Parser) -> Run:
+    from cmae.train.config_parser import add_config, instantiate, to_config
+
+    add_config(parser)
+    parser.add_argument("--gpu", default="h100", help="a GPU by name, or 'measured': this one")
+    parser.add_argument("--batch_size", type=int, help="images in one pass on one GPU")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=Path("benchmarks/results"),
+        help="folder with files of benchmarks/bench_step.py",
+    )
+
+    def run(parsed: Namespace) -> int:
+        config = to_config(instantiate(parser, parsed))
+        from cmae.train.commands.bench import bench_model
+
+        return bench_model(
+            config,
+            parsed.gpu,
+            batch_size=parsed.batch_size,
+            results=parsed.results,
+            as_json=parsed.json,
+        )
+
+    return run
+
+
+def _top(parser: Parser) -> Run:
+    parser.add_argument("run", type=Path, help="folder of the run (run.out)")
+    parser.add_argument("--once", action="store_true", help="print one frame and exit, for logs")
+    parser.add_argument("--every_s", type=float, default=2.0, help="seconds between two frames")
+
+    def run(parsed: Namespace) -> int:
+        from cmae.train.commands.top import top
+
+        return top(parsed.run, once=parsed.once, every_s=parsed.every_s)
+
+    return run
+
+
+def _demo(parser: Parser) -> Run:
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/demo"),
+        help="folder for tiles, shards, checkpoints, metrics and images",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of weights, order of the data, views and masks"
+    )
+
+    def run(parsed: Namespace) -> int:
+        from cmae.train.commands.demo import demo
+
+        return demo(parsed.out, parsed.seed)
+
+    return run
+
+
+def _doctor(parser: Parser) -> Run:
+    def run(parsed: Namespace) -> int:
+        from cmae.train.commands.doctor import doctor
+
+        return doctor()
+
+    return run
+
+
+def _reconstruct(parser: Parser) -> Run:
+    parser.add_argument(
+        "checkpoint", type=Path, help="checkpoint of a run, or made by `cmae import`"
+    )
+    parser.add_argument("images", type=Path, nargs="+", help="files; the centre square is used")
+    parser.add_argument("--out", type=Path, default=Path("reconstruction.png"), help="PNG to write")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the mask")
+
+    def run(parsed: Namespace) -> int:
+        from cmae.train.commands.reconstruct import reconstruct
+
+        return reconstruct(parsed.checkpoint, parsed.images, parsed.out, parsed.seed)
+
+    return run
+
+
+def _import(parser: Parser) -> Run:
+    parser.add_argument(
+        "source", type=Path, help="a file that torch.save wrote: a state dict, or a dict with one"
+    )
+    parser.add_argument("out", type=Path, help="checkpoint to write")
+    parser.add_argument(
+        "--layout",
+        choices=("authors", "mae"),
+        default="authors",
+        help="names in the file: ZhichengHuang/CMAE, or facebookresearch/mae",
+    )
+    parser.add_argument(
+        "--channel_order",
+        choices=("rgb", "bgr"),
+        default="bgr",
+        help="order of the colour channels that the network was trained on (layout 'authors' only); the "
+        "authors' own weights are 'bgr'",
+    )
+    parser.add_argument(
+        "--trust",
+        type=bool,
+        default=False,
+        help="also unpickle objects that are not tensors (logs and settings of training frameworks); such a "
+        "file can run any code, so know where it comes from",
+    )
+
+    def run(parsed: Namespace) -> int:
+        from cmae.train.commands.weights import import_weights
+
+        return import_weights(
+            parsed.source, parsed.out, parsed.layout, parsed.channel_order, parsed.trust
+        )
+
+    return run
+
+
+def _export(parser: Parser) -> Run:
+    parser.add_argument("checkpoint", type=Path, help="checkpoint of this project")
+    parser.add_argument(
+        "out", type=Path, help="file to write; with the suffix .safetensors it is one"
+    )
+    parser.add_argument(
+        "--branch",
+        choices=("online", "target"),
+        default="online",
+        help="'online' is the trained encoder, 'target' its moving average",
+    )
+
+    def run(parsed: Namespace) -> int:
+        from cmae.train.commands.weights import export_weights
+
+        return export_weights(parsed.checkpoint, parsed.out, parsed.branch)
+
+    return run
+
+
+def _shards(name: str) -> Callable[[Parser], Run]:
+    def build(parser: Parser) -> Run:
+        from cmae.train.commands import shards
+
+        function = getattr(shards, name)
+        parser.description = str(getdoc(function)).split("\n\nArgs:")[0]
+        return _call(parser, function)
+
+    return build
+
+
+def _call(parser: Parser, function: Callable[..., int]) -> Run:
+    """Take arguments and their help from a function; a parameter `shards` takes several words."""
+    names = list(signature(function).parameters)
+    skip: set[str | int] = set()
+    if "shards" in names:
+        skip.add("shards")
+        parser.add_argument(
+            "shards",
+            nargs="+",
+            type=str,
+            help="tar files, folders, quoted globs, URLs, or braces such as train-{000000..000099}.tar",
+        )
+    parser.add_function_arguments(function, as_group=False, as_positional=True, skip=skip)
+
+    def run(parsed: Namespace) -> int:
+        chosen: dict[str, Any] = {name: parsed[name] for name in names}
+        return function(**chosen)
+
+    return run
+
+
+COMMANDS: dict[str, Command] = {
+    "demo": Command(
+        "pretrain a micro CMAE on real photographs, in minutes, on any machine",
+        _demo,
+        "Pretrain a micro CMAE on tiles of real photographs and score it against untrained baselines. "
+        "Exits with 0 if the pretrained encoder beats both baselines by 10 points of k-NN accuracy, else "
+        "with 1. Run it again after an interruption and it continues; delete the folder to start afresh.",
+    ),
+    "doctor": Command(
+        "check this machine and say what to fix",
+        _doctor,
+        "Check this machine: packages, GPU, memory, limits. Exit code 1 if something needed does not work.",
+    ),
+    "shards": Command(
+        "write, index, verify, repair and inspect WebDataset shards",
+        commands={
+            "write": Command(
+                "copy a folder of JPEGs into shards with their indices", _shards("write")
+            ),
+            "index": Command(
+                "index shards made elsewhere, for reading at random", _shards("index")
+            ),
+            "verify": Command("read every byte and compare it with the indices", _shards("verify")),
+            "repair": Command("write clean copies of damaged shards", _shards("repair")),
+            "inspect": Command("print what shards hold; draw a contact sheet", _shards("inspect")),
+        },
+    ),
+    "pretrain": Command(
+        "pretrain from shards; continues by itself",
+        _pretrain,
+        "Pretrain on WebDataset shards. Example: cmae pretrain --recipe cmae_vit_b "
+        "--data.shards '/data/imagenet/train-*.tar' --run.out runs/vit_b. "
+        "The same command continues the run after any interruption.",
+    ),
+    "bench": Command(
+        "what a recipe's step costs on a GPU, at best",
+        _bench,
+        "Count what a recipe's training step computes, moves and keeps, and what a GPU makes of it at best. "
+        "Example: cmae bench --recipe cmae_vit_b --gpu h200 --batch_size 256",
+    ),
+    "tune": Command(
+        "find the loader's fastest settings for this machine and shards",
+        _tune,
+        "Find the loader's threads, readers, queue depth and decoder split for this machine and these "
+        "shards, in under three minutes, and write them as a recipe. Takes what `cmae pretrain` takes; "
+        "settings given here are not searched. Example: cmae tune --recipe cmae_vit_b --data.shards "
+        "'/data/imagenet/train-*.tar', then cmae pretrain --recipe cmae_vit_b --recipe tuned.yaml ...",
+    ),
+    "top": Command(
+        "watch a running job: ranks, loader stages, stragglers",
+        _top,
+        "Watch a running job: rates, where each rank waits, its loader's stages, stragglers. Works from any "
+        "machine that sees the run's folder. Exit code 1: the run failed or is dead.",
+    ),
+    "profile": Command(
+        "measure where a step's time goes, and what would help",
+        _profile,
+        "Measure where the time of a training step goes, and what would make it shorter. Takes the recipe "
+        "and settings of `cmae pretrain`. Example: cmae profile --recipe cmae_vit_b "
+        "--data.shards '/data/imagenet/train-*.tar'.",
+    ),
+    "reconstruct": Command(
+        "image of original, masked and reconstruction",
+        _reconstruct,
+        "Draw original, masked input and reconstruction of image files.",
+    ),
+    "import": Command(
+        "weights of the authors' code or of MAE -> checkpoint",
+        _import,
+        "Turn a checkpoint of the CMAE authors' code or of MAE into one of this project, for `cmae "
+        "reconstruct`, `cmae export` and `cmae pretrain --init_from`.",
+    ),
+    "export": Command(
+        "checkpoint -> encoder weights for timm",
+        _export,
+        "Write the encoder of a checkpoint with timm's names, for timm.create_model('vit_base_patch16_224', "
+        "num_classes=0, checkpoint_path=OUT).",
+    ),
+}
