@@ -121,7 +121,8 @@ class DataConfig:
     sample can be read at once. For remote shards and a cache smaller than the data set: the samples of a
     shard, so that only shuffle_window / shuffle_block shards are in use at a time. No effect on a stream."""
     shuffle_window: int = 16384
-    """Samples among which blocks are mixed; without effect when shuffle_block is 1."""
+    """Samples among which blocks are mixed; without effect when shuffle_block is 1. A larger one mixes better
+    and keeps more shards in the cache at a time, so it follows from the cache's size."""
     last_batch: Literal["drop", "pad"] = "drop"
     """Samples at an epoch's end that do not fill a global batch: 'drop' leaves them out, others in each
     epoch; 'pad' takes them, and fills up with the epoch's first samples, which then come twice. A stream
