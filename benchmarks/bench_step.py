@@ -11,7 +11,7 @@ Predictions, written before the first run.
 CPU (2 cores, ViT-S, CMAE): 3.3 images/s in fp32 for CMAE at 50 GFLOP/s a core, and twice that for MAE.
 Levers there: `sdpa: math` 5 % slower, `sdpa: flash` is torch's own choice. Those that need 16 bits are
 measured on a GPU alone: a CPU without bf16 instructions multiplies bf16 at 1 GFLOP/s a core, fp32 at 49.
-H200, ViT-B, CMAE, fp16, B 128, from `cmae bench --model` (whose roofline no kernel can beat): eager reaches
+H200, ViT-B, CMAE, fp16, B 128, from `cmae bench` (whose roofline no kernel can beat): eager reaches
 35 % of the vendor's rate where the roofline says 55 %; compiled blocks +9 %, 16-bit residual +15 %, both
 +20 %; pinned attention 0-3 %; CUDA graphs 3 % at B 128 and nothing at 512; target shadow 0-1 % (its refresh
 moves what the casts moved, only launches are saved); fp8 target +8 %. ViT-L and H: 5-10 points nearer to the

@@ -14,6 +14,9 @@ from cmae.pipeline.errors import DataError
 
 logger = logging.getLogger(__name__)
 
+LEDGER_FILE = "bad_samples.jsonl"
+"""Name of the ledger in a run's folder."""
+
 BEFORE_FIRST_EPOCH = -1
 """`BadSample.epoch` of a record that the index leaves out of every epoch."""
 

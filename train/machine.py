@@ -8,10 +8,10 @@ import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import psutil
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def usable_cores() -> float:
@@ -21,7 +21,14 @@ def usable_cores() -> float:
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Device, cores, memory and versions."""
+    """Device, cores, memory and versions.
+
+    Args:
+        device: Device that was measured.
+    """
+    import psutil
+    import torch
+
     on_gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else cpu_name(),

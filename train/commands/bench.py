@@ -1,4 +1,4 @@
-"""`cmae bench --model`: what a recipe's step costs on a GPU, from counts and two numbers of the GPU."""
+"""`cmae bench`: what a recipe's step costs on a GPU, from counts and two numbers of the GPU."""
 
 from __future__ import annotations
 

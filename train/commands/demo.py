@@ -48,9 +48,8 @@ def demo(out: Path = Path("runs/demo"), seed: int = 0) -> int:
         seed: Seed of the weights, the order of the data, the views and the masks.
     """
     console = Console(highlight=False)
-    with _stage(
-        console, f"1. Cut {len(PHOTOGRAPHS)} photographs into tiles, write WebDataset shards"
-    ):
+    title = f"1. Cut {len(PHOTOGRAPHS)} photographs into tiles, write WebDataset shards"
+    with _stage(console, title):
         counts = write_demo_shards(out)
         console.print(
             f"   {counts.train} training and {counts.val} validation tiles from disjoint regions"

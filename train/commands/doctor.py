@@ -56,10 +56,8 @@ def doctor() -> int:
     Console().print(table)
     failed = [check.name for check in checks if check.status == "fail"]
     warned = sum(check.status == "warn" for check in checks)
-    warnings_text = (
-        "" if not warned else " with 1 warning" if warned == 1 else f" with {warned} warnings"
-    )
-    print(f"not ready: fix {', '.join(failed)}" if failed else f"ready{warnings_text}")
+    counted = {0: "", 1: " with 1 warning"}.get(warned, f" with {warned} warnings")
+    print(f"not ready: fix {', '.join(failed)}" if failed else f"ready{counted}")
     return 1 if failed else 0
 
 
@@ -161,19 +159,21 @@ def check_dali() -> Check:
 
 
 def check_apex() -> Check:
-    """Apex is not used; the unrelated package of that name on PyPI breaks programs that look for NVIDIA's.
+    """NVIDIA's apex is needed for optim.impl=apex alone; PyPI has an unrelated package of that name.
 
     Nothing is imported: importing the wrong one may fail in surprising ways.
     """
     spec = importlib.util.find_spec("apex")
     if spec is None:
-        return Check("apex", "absent (not needed)", "ok")
+        return Check("apex", "absent (only optim.impl=apex needs it)", "ok")
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
     if not any((folder / "optimizers").is_dir() for folder in folders):
         found = f"{_version_or_unknown('apex')}: not NVIDIA's, but another package of that name"
         return Check("apex", found, "warn", "pip uninstall apex (the one on PyPI is a web toolkit)")
-    kernels = "with" if importlib.util.find_spec("amp_C") else "without"
-    return Check("apex", f"NVIDIA's, {kernels} fused kernels (not needed)", "ok")
+    if importlib.util.find_spec("amp_C") is None:
+        fix = "optim.impl=apex needs them: build it from source with its CUDA extensions"
+        return Check("apex", "NVIDIA's, without fused kernels", "warn", fix)
+    return Check("apex", "NVIDIA's, with fused kernels", "ok")
 
 
 def check_wandb() -> Check:
@@ -216,11 +216,11 @@ def explain_cuda(
     """Turn what torch, the driver and the environment say into one row.
 
     Args:
-        available: torch.cuda.is_available().
-        build: CUDA version torch was built for; None for a CPU build.
-        driver: Driver version; None if there is no driver.
-        visible: CUDA_VISIBLE_DEVICES.
-        warning: What torch warned about while it looked.
+        available: Answer of torch.cuda.is_available().
+        build: CUDA version that torch was built for; None for a CPU build.
+        driver: Version of the driver; None if there is none.
+        visible: Value of CUDA_VISIBLE_DEVICES.
+        warning: Warning that torch gave while it looked.
     """
     cpu_only = "fine for demo and tests; "
     if available:

@@ -17,7 +17,7 @@ from cmae.kernels import use_backend
 from cmae.model import build_model, draw_mask
 from cmae.model.export.stored import CheckpointError, load_checkpoint
 from cmae.pipeline import FillProgress, Loader, LoaderState, build_loader
-from cmae.pipeline.bad_samples import BadLimit
+from cmae.pipeline.bad_samples import LEDGER_FILE, BadLimit
 from cmae.pipeline.loader.loader import Wrap
 from cmae.train.config import BatchSplit, Config
 from cmae.train.distributed import World, from_main, gather_values, join_world, largest
@@ -36,8 +36,6 @@ from cmae.train.loop.weights import load_initial_weights
 from cmae.train.monitor.metrics import ColdStart
 from cmae.train.monitor.run_log import RunLog
 from cmae.train.old_keys import update_keys
-
-LEDGER_FILE = "bad_samples.jsonl"
 
 
 class TrainingError(CmaeError, RuntimeError):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Int, UInt8
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from cmae.errors import CmaeError
@@ -127,11 +127,15 @@ def load_square(path: Path, size: int) -> UInt8[Tensor, "S S 3"]:
     """An image file, turned as its EXIF says, cropped to a square around its middle and resized.
 
     Raises:
-        CmaeError: there is no such file.
+        CmaeError: There is no such file, or it is no image.
     """
     if not path.is_file():
-        raise CmaeError(f"{path}: there is no such file")
-    with Image.open(path) as opened:
+        raise CmaeError(f"{path}: there is no such file", key=str(path))
+    try:
+        opened = Image.open(path)
+    except UnidentifiedImageError as error:
+        raise CmaeError(f"{path} is no image that Pillow can read", key=str(path)) from error
+    with opened:
         image = ImageOps.fit(ImageOps.exif_transpose(opened).convert("RGB"), (size, size))
     return torch.from_numpy(np.array(image))
 

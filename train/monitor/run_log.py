@@ -17,6 +17,7 @@ from torch import Tensor
 from cmae.model import CMAE
 from cmae.model.blocks import unpinned
 from cmae.pipeline import Batch, FillProgress, Loader
+from cmae.pipeline.bad_samples import LEDGER_FILE
 from cmae.train.config import Config
 from cmae.train.distributed import World
 from cmae.train.monitor.gpu import gpu_reader
@@ -142,7 +143,7 @@ class RunLog:
             self._seen_bad = bad_samples
             self._display.say(
                 f"[yellow]{self._seen_bad} bad samples replaced so far[/]; "
-                f"see {self._config.run.out / 'bad_samples.jsonl'}"
+                f"see {self._config.run.out / LEDGER_FILE}"
             )
         if self._live.error is not None and not self._said_not_live:
             self._said_not_live = True

@@ -103,7 +103,7 @@ def test_gpu_rows_warn_of_old_or_busy_devices() -> None:
 def test_the_wrong_apex_is_told_from_nvidias(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert doctor.check_apex().found == "absent (not needed)"
+    assert doctor.check_apex().found == "absent (only optim.impl=apex needs it)"
     monkeypatch.syspath_prepend(str(tmp_path))
     package = tmp_path / "apex"
     package.mkdir()
@@ -112,9 +112,11 @@ def test_the_wrong_apex_is_told_from_nvidias(
     assert wrong.status == "warn"
     assert wrong.fix.startswith("pip uninstall apex")
     (package / "optimizers").mkdir()
-    assert doctor.check_apex().found == "NVIDIA's, without fused kernels (not needed)"
+    unbuilt = doctor.check_apex()
+    assert unbuilt.found == "NVIDIA's, without fused kernels"
+    assert "build it from source" in unbuilt.fix
     (tmp_path / "amp_C.py").touch()
-    assert doctor.check_apex().found == "NVIDIA's, with fused kernels (not needed)"
+    assert doctor.check_apex().found == "NVIDIA's, with fused kernels"
 
 
 def test_container_quotas_are_read_from_both_cgroup_versions(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_settings_that_cannot_work_are_refused_by_name(
 
 
 def test_low_precision_parts_need_a_low_precision() -> None:
-    with pytest.raises(ValueError, match=r"optim.residual is 16bit.*optim.precision"):
+    with pytest.raises(ValueError, match=r"optim.residual is '16bit'.*optim.precision"):
         OptimConfig(precision="fp32", residual="16bit")
 
 
