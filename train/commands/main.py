@@ -112,7 +112,7 @@ def _tune(arguments: Sequence[str]) -> int:
 
 
 def _profile(arguments: Sequence[str]) -> int:
-    from cmae.train.commands.profile import profile_tools
+    from cmae.train.commands.profile import profile_run, profile_tools
     from cmae.train.profiling.config import ProfileConfig
 
     code = profile_tools(arguments)
@@ -127,9 +127,7 @@ def _profile(arguments: Sequence[str]) -> int:
     )
     parser.add_class_arguments(ProfileConfig, "profile")
     sections = build_sections(parser, parser.parse_args(find_recipes(arguments)))
-    from cmae.train.profiling.command import run
-
-    return run(to_config(sections), sections["profile"])
+    return profile_run(to_config(sections), sections["profile"])
 
 
 def _call(function: Callable[..., int], prog: str, arguments: Sequence[str]) -> int:

@@ -1,19 +1,30 @@
-"""How the threads of the loader's stages spend their time, from its counters."""
+"""How the threads of the loader's stages spend their time: shares from its counters, and a table of them."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from rich.table import Table
+from rich.text import Text
 
 from cmae.pipeline.stage_stats import LoaderSnapshot, StageSnapshot
 from cmae.train.profiling.analysis.records import Phase, Profile
 
 WHAT = {
     "read": "bytes from storage",
-    "views": "decode, crop, colour",
-    "finish": "masks, copy to the device",
-    "ready": "queue in front of the training thread",
+    "decode_augment": "decode, crop, colour",
+    "prefetch": "masks, copy to the device",
+    "queue": "ready batches in front of the training thread",
 }
 """Each stage of the loader, for a reader who has not seen its code."""
+
+NARROW = 116
+"""Columns of a terminal below which notes are left out and bars are shorter."""
+
+_BAR_WIDTH = 28
+_STAGE_BAR = {"busy": ("█", "blue"), "starved": ("░", "yellow"), "blocked": ("▒", "magenta")}
 
 
 @dataclass(frozen=True)
@@ -34,7 +45,7 @@ class StageShares:
 
     @property
     def name(self) -> str:
-        """Of the stage."""
+        """Name of the stage."""
         return self.stage.name
 
     @property
@@ -72,3 +83,57 @@ def loader_window(phase: Phase) -> LoaderSnapshot:
     if phase.loader is None:
         raise ValueError(f"phase {phase.name!r} ran no loader")
     return LoaderSnapshot.from_dict(phase.loader)
+
+
+def stage_table(stages: Sequence[StageShares], title: str, width: int) -> Table:
+    """Stages of a loader with their threads' time: busy, starved, blocked.
+
+    Args:
+        stages: Stages in the order of the flow.
+        title: Title above the table.
+        width: Columns of the terminal.
+    """
+    table = Table(title=f"\n{title}", title_justify="left", title_style="bold")
+    is_wide = width >= NARROW
+    table.add_column("stage", no_wrap=True)
+    if is_wide:
+        table.add_column("threads' time", width=_BAR_WIDTH, no_wrap=True)
+    for name, (block, colour) in _STAGE_BAR.items():
+        table.add_column(f"[{colour}]{block}[/] {name}", justify="right", no_wrap=True)
+    rate = "images/s" if is_wide else "images\n/s"
+    for name in ("threads", rate, *["MB/s"][:is_wide], "p50 ms", "p99 ms"):
+        table.add_column(name, justify="right")
+    for stage in stages:
+        table.add_row(
+            stage.name,
+            *[stage_bar(stage, _BAR_WIDTH)][:is_wide],
+            *(f"{getattr(stage, name):.0%}" for name in _STAGE_BAR),
+            str(stage.stage.threads),
+            format_number(stage.images_per_s),
+            *[format_number(stage.mb_per_s)][:is_wide],
+            *(format_number(stage.stage.percentile_ms(q)) for q in (50, 99)),
+        )
+    what = (f"{stage.name}: {WHAT[stage.name]}" for stage in stages if stage.name in WHAT)
+    table.caption, table.caption_justify = "; ".join(what), "left"
+    return table
+
+
+def stage_bar(stage: StageShares, width: int) -> Text:
+    """Busy, starved and blocked shares of a stage as blocks."""
+    bar, done, share = Text(), 0, 0.0
+    for name, (block, colour) in _STAGE_BAR.items():
+        share += getattr(stage, name)
+        end = min(round(share * width), width)
+        bar.append(block * (end - done), colour)
+        done = end
+    return bar
+
+
+def format_number(value: float) -> str:
+    """Three significant digits, thousands separated; '-' for what is not there."""
+    if not math.isfinite(value):
+        return "-"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    digits = 2 if value == 0 else max(0, min(3, 2 - math.floor(math.log10(abs(value)))))
+    return f"{value:.{digits}f}"

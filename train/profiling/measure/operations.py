@@ -27,8 +27,8 @@ from cmae.train.profiling.analysis.bootstrap import estimates
 from cmae.train.profiling.analysis.records import Operation
 from cmae.train.profiling.measure.timing import process_cpu_s
 
-_STRETCH_S = 0.25
-"""What a stretch with all operations should take."""
+_WINDOW_S = 0.25
+"""Time of a window with all operations."""
 
 _Job = tuple[RawBatch, ViewParams]
 
@@ -53,7 +53,7 @@ class _Prefix:
 _GEOMETRY = (
     _Prefix("decode", "decode"),
     _Prefix("resize, flip", "resize"),
-    _Prefix("cut", "cut"),
+    _Prefix("crop", "cut"),
 )
 _COLOR = (
     _Prefix("colour jitter", "color", ("grayscale", "blur_sigma")),
@@ -74,19 +74,19 @@ def measure_operations(
     """Time the views of encoded files in memory, made up to each operation, in turn.
 
     Args:
-        views: what the views are.
-        recorded: encoded files; batches with one that cannot be decoded are left out.
-        device: of the views.
-        backend: what makes them.
-        settings: of the loader.
-        rounds: how often each is measured.
+        views: Views to make.
+        recorded: Encoded files; batches with one that cannot be decoded are left out.
+        device: Device of the views.
+        backend: Backend that makes them.
+        settings: Threads and queues of the loader.
+        rounds: Repetitions of each prefix.
 
     Returns:
         One for each operation, in their order; empty where no batch can be decoded.
     """
     prefixes = (*_GEOMETRY, *(_COLOR if views.has_color else ()))
     with ExitStack() as stack:
-        makers = {
+        backends = {
             one.name: build_view_backend(
                 views,
                 device,
@@ -98,15 +98,15 @@ def measure_operations(
             )
             for one in prefixes
         }
-        for view_backend in makers.values():
+        for view_backend in backends.values():
             stack.callback(view_backend.close)
-        jobs = _choose(makers[prefixes[-1].name], [(raw, _params(views, raw)) for raw in recorded])
+        jobs = _choose(backends[prefixes[-1].name], [(raw, _params(views, raw)) for raw in recorded])
         if not jobs:
             return ()
         readings: dict[str, list[_Reading]] = {one.name: [] for one in prefixes}
         for number in range(rounds + 1):  # the first is not counted: allocations, caches
             for one in prefixes:
-                reading = _time(makers[one.name], one.jobs(jobs), device)
+                reading = _time(backends[one.name], one.jobs(jobs), device)
                 if number:
                     readings[one.name].append(reading)
     return _differences([one.name for one in prefixes], readings)
@@ -115,7 +115,7 @@ def measure_operations(
 @dataclass(frozen=True)
 class _Reading:
     cpu_ms: float
-    """Of the process, for an image."""
+    """CPU time of the process for an image."""
     wall_ms: float
 
 
@@ -131,14 +131,14 @@ def _params(views: ViewConfig, raw: RawBatch) -> ViewParams:
 
 
 def _choose(view_backend: ViewBackend, jobs: Sequence[_Job]) -> list[_Job]:
-    """As many batches as take about `_STRETCH_S`, at least two; again and again where there are too few."""
+    """As many batches as take about `_WINDOW_S`, at least two; again and again where there are too few."""
     good = [job for job in jobs[:16] if not _run(view_backend, [job])]
     if not good:
         return []
     begun = time.perf_counter()
     _run(view_backend, good)
     seconds = (time.perf_counter() - begun) / len(good)
-    count = max(2, min(200, round(_STRETCH_S / seconds)))
+    count = max(2, min(200, round(_WINDOW_S / seconds)))
     return list(islice(cycle(good), count))
 
 

@@ -1,4 +1,4 @@
-"""One stretch of one phase: steps timed one by one, and who took CPU time meanwhile."""
+"""One measurement window of one phase: steps timed one by one, and who took CPU time meanwhile."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cmae.pipeline import LoaderSnapshot
 from cmae.train.profiling.analysis.records import Reading
 
 
-def run_stretch(
+def measure_window(
     phase: str,
     draw: Callable[[], Any],
     step: Callable[[Any], object],
@@ -28,7 +28,17 @@ def run_stretch(
     synchronise: Callable[[], None],
     snapshot: Callable[[], LoaderSnapshot] | None = None,
 ) -> Reading:
-    """Time `count` steps, each on what `draw` returns."""
+    """Time `count` steps, each on what `draw` returns.
+
+    Args:
+        phase: Name of the phase.
+        draw: Function that returns the next batch.
+        step: Function that trains on it.
+        count: Number of steps.
+        images_per_step: Images of this rank in a step.
+        synchronise: Function that waits for the device.
+        snapshot: Function that reads the loader's counters; None where no loader runs.
+    """
     synchronise()
     meter = _Meter()
     before = snapshot() if snapshot else None
@@ -130,7 +140,7 @@ def background_consumer(take: Callable[[], object]) -> Iterator[Callable[[], Non
     wanted, stop = threading.Semaphore(0), threading.Event()
     failures: list[BaseException] = []
 
-    def drain() -> None:
+    def consume() -> None:
         try:
             while True:
                 wanted.acquire()
@@ -140,7 +150,7 @@ def background_consumer(take: Callable[[], object]) -> Iterator[Callable[[], Non
         except BaseException as error:
             failures.append(error)
 
-    thread = threading.Thread(target=drain, name="cmae-drain", daemon=True)
+    thread = threading.Thread(target=consume, name="cmae-consumer", daemon=True)
     thread.start()
     try:
         yield wanted.release

@@ -1,4 +1,4 @@
-"""Other settings, tried: what they cost the loader (trials), and what they bring the run (verification)."""
+"""Other settings, tried: what they cost the loader alone."""
 
 from __future__ import annotations
 
@@ -14,19 +14,17 @@ import numpy as np
 from PIL import Image
 
 from cmae.pipeline import Loader
-from cmae.pipeline.sources.records import RawBatch, Record, Source
-from cmae.pipeline.views.backend import ViewBackend
-from cmae.train.config import BatchSplit, Config
+from cmae.pipeline.sources.records import RawBatch, Record
+from cmae.train.config import Config
 from cmae.train.distributed import World
-from cmae.train.loop.pretrain import open_loader
 from cmae.train.profiling.analysis.bottleneck_model import Costs
 from cmae.train.profiling.analysis.records import Reading
 from cmae.train.profiling.analysis.verdict import Trial
-from cmae.train.profiling.measure.switches import SwitchedSource
-from cmae.train.profiling.measure.timing import run_stretch, wait_until_idle
+from cmae.train.profiling.measure.subject import Log, open_recorded
+from cmae.train.profiling.measure.timing import measure_window, wait_until_idle
 
 _WARM = 3  # batches that are not timed
-_STRETCH_S = 0.7
+_WINDOW_S = 0.7
 
 
 def override(config: Config, overrides: Mapping[str, Any]) -> Config:
@@ -66,7 +64,7 @@ def run_trials(
     recorded: list[RawBatch],
     *,
     costs: Costs,
-    say: Callable[[str], None],
+    log: Log,
     rounds: int = 5,
 ) -> list[Trial]:
     """Measure the loader alone, from memory, as other settings of the views would have it.
@@ -75,25 +73,25 @@ def run_trials(
     times the median ratio of the two in a round.
 
     Args:
-        config: of the run.
-        world: this process among all.
-        recorded: encoded files.
-        costs: measured ones of the run.
-        say: called with a line for each trial.
-        rounds: how often each is measured, in turn.
+        config: Configuration of the run.
+        world: This process among all.
+        recorded: Encoded files.
+        costs: Measured costs of the run.
+        log: Function that takes a line for each trial.
+        rounds: Repetitions of each, in turn.
     """
     variants = [_Variant("as it is", {}, recorded), *_variants(config, world, recorded)]
     with ExitStack() as stack:
         loaders = [
-            stack.enter_context(_open(override(config, one.overrides), world, one.batches))
+            stack.enter_context(open_recorded(override(config, one.overrides), world, one.batches))
             for one in variants
         ]
-        count = math.ceil(4 * _STRETCH_S / _time(loaders[0], 4).wall_s)
+        count = math.ceil(4 * _WINDOW_S / _time(loaders[0], 4).wall_s)
         readings: list[list[Reading]] = [[] for _ in variants]
         for number in range(rounds):
             turns = list(zip(variants, loaders, readings, strict=True))
             for variant, loader, found in turns[:: 1 if number % 2 else -1]:
-                say(f"trial: {variant.what}")
+                log(f"trial: {variant.what}")
                 found.append(_time(loader, min(max(4, count), 64)))
     return [
         _trial(variant, costs, readings[0], found)
@@ -113,7 +111,7 @@ def _trial(
     return Trial(
         variant.what,
         variant.overrides,
-        decode_s=costs.decode_s * ratio(lambda one: one.wall_s / one.images),
+        decode_augment_s=costs.decode_augment_s * ratio(lambda one: one.wall_s / one.images),
         loader_cpu_s=costs.loader_cpu_s * ratio(lambda one: one.process_cpu_s / one.images),
         efficiency=costs.efficiency,
     )
@@ -146,7 +144,7 @@ def _resized(raw: RawBatch, side: int) -> RawBatch:
 
 
 def _resize(record: Record, side: int) -> Record:
-    """The same image with its shorter side cut down to `side`, as JPEG."""
+    """The same image with its shorter side scaled down to `side`, as JPEG."""
     image = Image.open(io.BytesIO(record.data.tobytes()))
     shorter = min(image.size)
     if shorter <= side:
@@ -159,23 +157,12 @@ def _resize(record: Record, side: int) -> Record:
     return replace(record, data=data, height=size[1], width=size[0])
 
 
-def _open(config: Config, world: World, recorded: list[RawBatch]) -> Loader:
-    split = BatchSplit.of(
-        config.optim.global_batch_size, config.speed.micro_batch_size, world.world_size
-    )
-
-    def from_memory(source: Source, view_backend: ViewBackend) -> tuple[Source, ViewBackend]:
-        return SwitchedSource.holding(source, recorded), view_backend
-
-    return open_loader(config, split, world, wrap=from_memory)
-
-
 def _time(loader: Loader, num_batches: int) -> Reading:
     wait_until_idle()  # the loader that was timed before fills its queue
     for _ in range(_WARM + 2):
         next(loader)
     size = len(next(loader).label)
-    return run_stretch(
+    return measure_window(
         "trial",
         lambda: next(loader),
         lambda batch: None,

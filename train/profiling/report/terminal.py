@@ -44,16 +44,6 @@ def print_profile(profile: Profile, console: Console) -> None:
         console.print(f"[dim]note:[/] {escape(note)}", soft_wrap=True)
 
 
-def format_number(value: float) -> str:
-    """Three significant digits, thousands separated; '-' for what is not there."""
-    if not math.isfinite(value):
-        return "-"
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    digits = 2 if value == 0 else max(0, min(3, 2 - math.floor(math.log10(abs(value)))))
-    return f"{value:.{digits}f}"
-
-
 def format_interval(estimate: Estimate) -> str:
     """The 95 % interval in words."""
     return f"{format_number(estimate.low)} to {format_number(estimate.high)}"
@@ -182,44 +172,6 @@ def _floating_bar(start: float, length: float, width: int) -> str:
     eighths = max(1, round(8 * (right - first))) if length else 0
     full, rest = divmod(min(eighths, 8 * (width - first)), 8)
     return " " * first + "█" * full + _EIGHTHS[rest].strip()
-
-
-def stage_table(stages: list[StageShares], title: str, width: int) -> Table:
-    """Stages of a loader with their threads' time: busy, starved, blocked."""
-    table = Table(title=f"\n{title}", title_justify="left", title_style="bold")
-    is_wide = width >= _NARROW
-    table.add_column("stage", no_wrap=True)
-    if is_wide:
-        table.add_column("threads' time", width=_BAR_WIDTH, no_wrap=True)
-    for name, (block, colour) in _STAGE_BAR.items():
-        table.add_column(f"[{colour}]{block}[/] {name}", justify="right", no_wrap=True)
-    rate = "images/s" if is_wide else "images\n/s"
-    for name in ("threads", rate, *["MB/s"][:is_wide], "p50 ms", "p99 ms"):
-        table.add_column(name, justify="right")
-    for stage in stages:
-        table.add_row(
-            stage.name,
-            *[stage_bar(stage, _BAR_WIDTH)][:is_wide],
-            *(f"{getattr(stage, name):.0%}" for name in _STAGE_BAR),
-            str(stage.stage.threads),
-            format_number(stage.images_per_s),
-            *[format_number(stage.mb_per_s)][:is_wide],
-            *(format_number(stage.stage.percentile_ms(q)) for q in (50, 99)),
-        )
-    what = (f"{stage.name}: {WHAT[stage.name]}" for stage in stages if stage.name in WHAT)
-    table.caption, table.caption_justify = "; ".join(what), "left"
-    return table
-
-
-def stage_bar(stage: StageShares, width: int) -> Text:
-    """Busy, starved and blocked shares of a stage as blocks."""
-    bar, done, share = Text(), 0, 0.0
-    for name, (block, colour) in _STAGE_BAR.items():
-        share += getattr(stage, name)
-        end = min(round(share * width), width)
-        bar.append(block * (end - done), colour)
-        done = end
-    return bar
 
 
 def _optional_tables(profile: Profile) -> Iterator[Table]:
