@@ -15,18 +15,27 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from cmae.pipeline.stage_stats import Histogram, LoaderSnapshot, StageSnapshot
 from cmae.train.monitor.status import EVERY_S, RunStatus, read_status
-from cmae.train.profiling.analysis.stages import StageShares, stage_shares
+from cmae.train.profiling.analysis.stages import (
+    StageShares,
+    format_number,
+    stage_bar,
+    stage_shares,
+    stage_table,
+    sum_windows,
+)
 from cmae.train.profiling.analysis.verdict import NAMES, SMALL
-from cmae.train.profiling.report.terminal import format_number, stage_bar, stage_table
 
 _SILENT_S = 15.0
 """A rank whose file is older than this, in spite of its writing thread, is taken for dead."""
 _UNEVEN = 0.05
 """Share of the step by which a rank's waiting must exceed the others' for it to be called a straggler."""
 _MAX_RANKS = 32
-_BINDS = {"read": NAMES["storage"], "views": NAMES["decode"], "finish": NAMES["feed"]}
+_BOTTLENECKS = {
+    "read": NAMES["storage"],
+    "decode_augment": NAMES["decode_augment"],
+    "prefetch": NAMES["prefetch"],
+}
 """What `cmae profile` calls each stage of the loader when it limits the run."""
 _COLOURS = {"running": "green", "stuck": "yellow", "finished": "green", "stopped": "yellow"}
 
@@ -93,7 +102,7 @@ def frame(run: Path, statuses: Sequence[RunStatus], *, now: float, width: int) -
         width: columns of the terminal.
     """
     shown = [one for one in statuses if _is_going(one, now)] or statuses
-    stages = stage_shares(sum_windows([one.window for one in shown]))
+    stages = stage_shares(sum_windows([one.window for one in shown], side_by_side=True))
     lines = [_headline(run, statuses, now), Text(verdict(statuses, now), style="bold")]
     lines += [Text(line, style="yellow") for line in stragglers(statuses, now)]
     return Group(
@@ -159,20 +168,22 @@ def _ended(how: str, statuses: Sequence[RunStatus], now: float) -> str:
 
 def _limit(statuses: Sequence[RunStatus]) -> str:
     """The verdict on a run that goes: the model, or the stage of the loader that it waits for."""
-    window = sum_windows([one.window for one in statuses])
+    window = sum_windows([one.window for one in statuses], side_by_side=True)
     worst = max(statuses, key=lambda one: one.wait_share)
-    stages = [stage for stage in stage_shares(window) if stage.name in _BINDS]
+    stages = [stage for stage in stage_shares(window) if stage.name in _BOTTLENECKS]
     if worst.wait_share < SMALL:
         headroom = min(
             (one.capacity_images_per_s / one.images_per_s for one in stages if one.images_per_s),
             default=float("nan"),
         )
         return (
-            f"The model binds; the loader has {headroom:.1f}x head-room "
+            f"The model is the bottleneck; the loader has {headroom:.1f}x head-room "
             f"({worst.wait_share:.0%} of the step is waiting for data)."
         )
     stages = [
-        stage for stage in stage_shares(worst.window) if stage.name in _BINDS and stage.busy > 0
+        stage
+        for stage in stage_shares(worst.window)
+        if stage.name in _BOTTLENECKS and stage.busy > 0
     ]
     if not stages:
         return (
@@ -180,7 +191,7 @@ def _limit(statuses: Sequence[RunStatus]) -> str:
         )
     busiest = max(stages, key=lambda stage: stage.busy)
     return (
-        f"Bound by {_BINDS[busiest.name]} ({busiest.stage.threads} threads, {busiest.busy:.0%} busy): "
+        f"Bound by {_BOTTLENECKS[busiest.name]} ({busiest.stage.threads} threads, {busiest.busy:.0%} busy): "
         f"{worst.wait_share:.0%} of the step is waiting for data."
     )
 
@@ -220,7 +231,7 @@ def _rank_table(statuses: Sequence[RunStatus], now: float, width: int) -> Table:
         table.add_column(name, no_wrap=True)
     for name in ("step", "ms", "wait", "queue"):
         table.add_column(name, justify="right", no_wrap=True)
-    names = [name for name in statuses[0].window.stages if name in _BINDS]
+    names = [name for name in statuses[0].window.stages if name in _BOTTLENECKS]
     for name in names:
         table.add_column(name, width=bar_width, no_wrap=True)
     has_gpu = any(one.gpu for one in statuses)
@@ -263,38 +274,3 @@ def _ranks(ranks: Sequence[int]) -> str:
         return f"rank {ranks[0]}"
     listed = ", ".join(map(str, ranks[:8]))
     return f"each of ranks {listed}{' and others' if len(ranks) > 8 else ''}"
-
-
-def sum_windows(windows: Sequence[LoaderSnapshot]) -> LoaderSnapshot:
-    """Counters of several loaders as if they were one: threads, items and seconds add up."""
-    time_s = statistics.fmean(one.time_s for one in windows)
-    names = dict.fromkeys(name for one in windows for name in one.stages)
-    return LoaderSnapshot(
-        time_s=time_s,
-        stages={
-            name: _sum_stages([one.stages[name] for one in windows if name in one.stages])
-            for name in names
-        },
-        batches=sum(one.batches for one in windows),
-        samples=sum(one.samples for one in windows),
-        wait_s=statistics.fmean(one.wait_s for one in windows),
-        queue_depth_mean=statistics.fmean(one.queue_depth_mean for one in windows),
-        bad_samples=sum(one.bad_samples for one in windows),
-    )
-
-
-def _sum_stages(stages: Sequence[StageSnapshot]) -> StageSnapshot:
-    def total(name: str) -> float:
-        return float(sum(getattr(one, name) for one in stages))
-
-    return StageSnapshot(
-        name=stages[0].name,
-        threads=sum(one.threads for one in stages),
-        items=sum(one.items for one in stages),
-        bytes=sum(one.bytes for one in stages),
-        busy_s=total("busy_s"),
-        cpu_s=total("cpu_s"),
-        starved_s=total("starved_s"),
-        blocked_s=total("blocked_s"),
-        histogram=sum((one.histogram for one in stages), start=Histogram()),
-    )

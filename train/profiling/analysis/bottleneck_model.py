@@ -38,7 +38,7 @@ class Costs:
     readers: float
     """Files that are read at the same time (Little's law: rate = readers / latency)."""
     worker_s: float = 0.0
-    """Busy seconds of a worker, in a loader whose stages cannot be told apart; that has no decoding threads."""
+    """Busy seconds of a worker in a loader whose stages cannot be told apart; it has no decoding threads."""
     in_thread_s: float = 0.0
     """Seconds that such a loader works in the training thread."""
     bandwidth_warm: float = math.inf

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from cmae.train.profiling.analysis.bootstrap import estimates
 from cmae.train.profiling.analysis.records import Component, Reading
-
-UNEXPLAINED = 0.05
-"""Share of the step above which the residual is reported."""
 
 NOTES = {
     "model": "replay of batches on the device, less Python: forward, backward, optimiser",
@@ -144,6 +141,14 @@ def _limit(components: dict[str, float], waited_ms: float) -> None:
     waiting = {name: max(0.0, components[name]) for name in _WAITING if name in components}
     scale = min(1.0, waited_ms / max(sum(waiting.values()), 1e-9))
     components |= {name: value * scale for name, value in waiting.items()}
+
+
+def waterfall(breakdown: Sequence[Component]) -> Iterator[tuple[Component, float]]:
+    """Each component with the ms at which it begins when all are laid end to end."""
+    start = 0.0
+    for one in breakdown:
+        yield one, start
+        start += one.ms.value
 
 
 def _low_median(values: Sequence[float]) -> float:

@@ -50,6 +50,11 @@ class Reading:
         return 1000 * self.next_cpu_s / len(self.step_times_ms)
 
     @property
+    def step_cpu_ms(self) -> float:
+        """Mean CPU time of the training thread outside `next` of a step, ms."""
+        return 1000 * self.step_cpu_s / len(self.step_times_ms)
+
+    @property
     def images_per_s(self) -> float:
         """Rate of this rank."""
         return self.images / self.wall_s
@@ -89,8 +94,8 @@ class Component:
     """One line of the breakdown of the step."""
 
     name: str
-    """model, python, straggler, collective, host_to_device, interference, prefetch, decode_augment, read_warm,
-    read_cold, loader, residual."""
+    """model, python, straggler, collective, host_to_device, interference, prefetch, decode_augment,
+    read_warm, read_cold, loader, residual."""
     ms: Estimate
     note: str
     """How it was found, and what it means."""
@@ -167,6 +172,8 @@ class Profile:
     curves: tuple[Curve, ...] = ()
     operations: tuple[Operation, ...] = ()
     """What each operation on an image costs, in their order; empty where it was not measured."""
+    slow_images: tuple[dict[str, Any], ...] = ()
+    """Time of an image by jpeg_kind and size, slowest first; empty where it was not measured."""
     gpu: dict[str, Any] = field(default_factory=dict)
     """Mean load of decoder, SM, memory and PCIe while the full run went; empty without a GPU."""
     ranks: tuple[dict[str, Any], ...] = ()
@@ -193,7 +200,9 @@ def load_profile(path: Path) -> Profile:
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no profile; `cmae profile` writes profile.json") from error
     if found not in range(1, FORMAT + 1):
-        raise ValueError(f"{path} has format {found}, this version reads 1 to {FORMAT}: profile again")
+        raise ValueError(
+            f"{path} has format {found}, this version reads 1 to {FORMAT}: profile again"
+        )
     return _from_dict(upgrade(values))
 
 
@@ -209,6 +218,7 @@ def _from_dict(values: dict[str, Any]) -> Profile:
             for one in values["curves"]
         ),
         "operations": tuple(_operation(one) for one in values["operations"]),
+        "slow_images": tuple(values["slow_images"]),
         "notes": tuple(values["notes"]),
         "ranks": tuple(values["ranks"]),
     }

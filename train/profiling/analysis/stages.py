@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from rich.table import Table
 from rich.text import Text
 
-from cmae.pipeline.stage_stats import LoaderSnapshot, StageSnapshot
+from cmae.pipeline.stage_stats import Histogram, LoaderSnapshot, StageSnapshot
 from cmae.train.profiling.analysis.records import Phase, Profile
 
 WHAT = {
@@ -69,6 +70,52 @@ def _shares(stage: StageSnapshot, time_s: float) -> StageShares:
         images_per_s=stage.items / max(time_s, 1e-9),
         mb_per_s=stage.bytes / 1e6 / max(time_s, 1e-9),
     )
+
+
+def sum_windows(windows: Sequence[LoaderSnapshot], *, side_by_side: bool = False) -> LoaderSnapshot:
+    """Several windows as one: items and seconds of work add up.
+
+    Args:
+        windows: Windows of one loader, one after the other.
+        side_by_side: Whether they are of several loaders at the same time, as those of the ranks are: threads
+            add up then, and time is not counted twice.
+    """
+    times = [one.time_s for one in windows]
+    combine = statistics.fmean if side_by_side else math.fsum
+    names = dict.fromkeys(name for one in windows for name in one.stages)
+    return LoaderSnapshot(
+        time_s=combine(times),
+        stages={
+            name: _sum_stages(
+                [one.stages[name] for one in windows if name in one.stages], side_by_side
+            )
+            for name in names
+        },
+        batches=sum(one.batches for one in windows),
+        samples=sum(one.samples for one in windows),
+        wait_s=combine([one.wait_s for one in windows]),
+        queue_depth_mean=_weighted_mean([one.queue_depth_mean for one in windows], times),
+        bad_samples=sum(one.bad_samples for one in windows),
+    )
+
+
+def _sum_stages(stages: Sequence[StageSnapshot], side_by_side: bool) -> StageSnapshot:
+    counted = {
+        field.name: sum(getattr(one, field.name) for one in stages)
+        for field in fields(StageSnapshot)
+        if field.name not in ("name", "threads", "histogram")
+    }
+    return StageSnapshot(
+        name=stages[0].name,
+        threads=sum(one.threads for one in stages) if side_by_side else stages[0].threads,
+        histogram=sum((one.histogram for one in stages), start=Histogram()),
+        **counted,
+    )
+
+
+def _weighted_mean(values: Sequence[float], weights: Sequence[float]) -> float:
+    total = sum(weights)
+    return sum(v * w for v, w in zip(values, weights, strict=True)) / total if total else 0.0
 
 
 def loader_phase(profile: Profile) -> Phase | None:

@@ -35,6 +35,7 @@ def upgrade(values: dict[str, Any]) -> dict[str, Any]:
         "diagnosis": diagnosis,
         "actions": [_action(one) for one in values.get("actions", ())],
         "operations": [_renamed(one, _OPERATIONS) for one in values.get("operations", ())],
+        "slow_images": [_slow_image(one) for one in values.get("tails", ())],
         "curves": values.get("curves", ()),
         "notes": values.get("notes", ()),
         "ranks": values.get("ranks", ()),
@@ -56,6 +57,10 @@ def _action(record: dict[str, Any]) -> dict[str, Any]:
     then = _today(record["then_binds"], _BOTTLENECKS)
     kept = {name: value for name, value in record.items() if name != "then_binds"}
     return kept | {"then_bottleneck": then}
+
+
+def _slow_image(record: dict[str, Any]) -> dict[str, Any]:
+    return {"jpeg_kind" if name == "kind" else name: value for name, value in record.items()}
 
 
 def _phase(record: dict[str, Any]) -> dict[str, Any]:

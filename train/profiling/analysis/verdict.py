@@ -14,10 +14,10 @@ SMALL = 0.1
 """A component below this share of the step is not what one should work on."""
 
 _AGREED = 0.02
-"""Share of the step that the lower end of a component's interval must exceed, else the rounds do not agree that
-it is there. Three rounds that all lie above zero are no rarity."""
+"""Share of the step that the lower end of a component's interval must exceed, else the rounds do not agree
+that it is there. Three rounds that all lie above zero are no rarity."""
 
-_NEIGHBOUR = 0.25
+NEIGHBOUR_CORES = 0.25
 """CPU cores that others take, and share of decoding in which threads wait for a core, from which on the
 neighbours are named."""
 
@@ -142,7 +142,7 @@ def _bottleneck(facts: Facts) -> str:
     if share < SMALL:
         return "model"
     needs_cores = name in ("decode_augment", "cores")
-    if needs_cores and min(facts.others_cores, facts.waiting_for_cores) >= _NEIGHBOUR:
+    if needs_cores and min(facts.others_cores, facts.waiting_for_cores) >= NEIGHBOUR_CORES:
         return "neighbour"
     return name
 
@@ -215,9 +215,7 @@ def _thread_changes(facts: Facts) -> list[_Change]:
         if costs.threads < threads <= physical:
             what = f"decode on {threads} threads instead of {int(costs.threads)}"
             after = replace(costs, threads=float(threads))
-            found.append(
-                _Change(what, {"speed.num_threads": threads}, after, ("decode_augment",))
-            )
+            found.append(_Change(what, {"speed.num_threads": threads}, after, ("decode_augment",)))
     for factor in (2, 4):
         after = replace(costs, cores=costs.cores * factor, threads=costs.threads * factor)
         what = f"+{physical * (factor - 1)} CPU cores, with a decoding thread each"
@@ -281,7 +279,7 @@ def _storage_changes(costs: Costs) -> list[_Change]:
 
 def _other_changes(facts: Facts) -> list[_Change]:
     costs, found = facts.costs, []
-    if facts.others_cores >= _NEIGHBOUR:
+    if facts.others_cores >= NEIGHBOUR_CORES:
         after = replace(costs, cores=costs.cores + facts.others_cores)
         what = f"stop the other processes, which take {facts.others_cores:.1f} cores"
         found.append(_Change(what, {}, after, ("neighbour", "cores")))

@@ -6,7 +6,9 @@ difference between two graphs, of which one has an operation more, needs neither
 
 from __future__ import annotations
 
+import statistics
 import time
+from bisect import bisect
 from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -18,8 +20,9 @@ import numpy as np
 import torch
 
 from cmae.pipeline import ViewConfig, ViewParams, draw_view_params
+from cmae.pipeline.formats.jpeg import JpegKind
 from cmae.pipeline.loader.factory import build_view_backend
-from cmae.pipeline.sources.records import RawBatch
+from cmae.pipeline.sources.records import RawBatch, Record
 from cmae.pipeline.views.backend import ViewBackend
 from cmae.pipeline.views.config import ViewStep
 from cmae.train.loop.loader_settings import LoaderSettings
@@ -29,6 +32,12 @@ from cmae.train.profiling.measure.timing import process_cpu_s
 
 _WINDOW_S = 0.25
 """Time of a window with all operations."""
+
+_GROUP = 32
+"""Images of one kind and size that are timed together, at most."""
+
+_MEGAPIXEL_EDGES = (0.1, 0.25, 0.5, 1.0, 4.0)
+"""Upper ends of the size classes; the last class has none."""
 
 _Job = tuple[RawBatch, ViewParams]
 
@@ -100,7 +109,9 @@ def measure_operations(
         }
         for view_backend in backends.values():
             stack.callback(view_backend.close)
-        jobs = _choose(backends[prefixes[-1].name], [(raw, _params(views, raw)) for raw in recorded])
+        jobs = _choose(
+            backends[prefixes[-1].name], [(raw, _params(views, raw)) for raw in recorded]
+        )
         if not jobs:
             return ()
         readings: dict[str, list[_Reading]] = {one.name: [] for one in prefixes}
@@ -110,6 +121,59 @@ def measure_operations(
                 if number:
                     readings[one.name].append(reading)
     return _differences([one.name for one in prefixes], readings)
+
+
+def measure_slow_images(
+    views: ViewConfig,
+    recorded: Sequence[RawBatch],
+    *,
+    device: torch.device,
+    backend: Literal["auto", "host", "dali"],
+    settings: LoaderSettings,
+) -> tuple[dict[str, Any], ...]:
+    """Time the views of encoded files in memory by JPEG kind and size, the slowest first.
+
+    Args:
+        views: Views to make.
+        recorded: Encoded files; one that cannot be decoded is counted with its kind.
+        device: Device of the views.
+        backend: Backend that makes them.
+        settings: Threads and queues of the loader.
+
+    Returns:
+        For each group `jpeg_kind`, `megapixels` and `megapixels_up_to` (None = no limit), `items`, and `ms`,
+        the time of an image when its group alone is decoded by all threads.
+    """
+    groups: dict[tuple[int, int], list[Record]] = {}
+    for record in (record for raw in recorded for record in raw.records):
+        size = bisect(_MEGAPIXEL_EDGES, record.height * record.width / 1e6)
+        groups.setdefault((record.kind, size), []).append(record)
+    view_backend = build_view_backend(
+        views,
+        device,
+        backend=backend,
+        batch_size=_GROUP,
+        num_threads=settings.num_threads,
+        hw_decoder_load=settings.hw_decoder_load,
+    )
+    rows: list[dict[str, Any]] = []
+    try:
+        for (kind, size), records in groups.items():
+            raw = _raw_batch(records[:_GROUP], recorded[0])
+            job = (raw, _params(views, raw))
+            wall_ms = [_time(view_backend, [job], device).wall_ms for _ in range(4)]
+            low, high = ((0.0, *_MEGAPIXEL_EDGES, None)[number] for number in (size, size + 1))
+            name = JpegKind(kind).name.lower()
+            found: dict[str, Any] = {"items": len(records), "ms": statistics.median(wall_ms[1:])}
+            rows.append({"jpeg_kind": name, "megapixels": low, "megapixels_up_to": high} | found)
+    finally:
+        view_backend.close()
+    return tuple(sorted(rows, key=lambda row: -row["ms"]))
+
+
+def _raw_batch(records: list[Record], like: RawBatch) -> RawBatch:
+    ids = np.array([record.sample_id for record in records], dtype=np.int64)
+    return replace(like, records=records, sample_id=ids, bad=[], num_own=len(records))
 
 
 @dataclass(frozen=True)

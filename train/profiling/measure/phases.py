@@ -21,6 +21,7 @@ from cmae.train.profiling.measure.switches import Mode
 from cmae.train.profiling.measure.timing import (
     background_consumer,
     measure_window,
+    synchronise,
     wait_until_idle,
 )
 
@@ -53,7 +54,8 @@ class Bench:
     Args:
         subject: Loader and step to profile.
         steps: Timed steps in a measurement window.
-        cold_share: Share of the full run's files that is evicted first: once all were read, all would be warm.
+        cold_share: Share of the full run's files that is evicted first: once all were read, all would be
+            warm.
     """
 
     def __init__(self, subject: Subject, *, steps: int, cold_share: float = 0.0) -> None:
@@ -90,7 +92,7 @@ class Bench:
         return [*names, "loader_full"]
 
     def run(self, phase: str) -> Reading:
-        """One measurement window of a phase, on every rank at the same time; a range of its name for NVTX tools."""
+        """One measurement window of a phase, on every rank at the same time; NVTX tools see its name."""
         if self._subject.world.device.type != "cuda":
             return self._run(phase)
         with torch.cuda.nvtx.range(f"cmae {phase}"):
@@ -188,8 +190,6 @@ class Bench:
         if not any(one[-40:] == note[-40:] for one in self.notes):
             self.notes.append(note)
 
-    # --- what a phase is made of ----------------------------------------------------------------
-
     def _open_round(self) -> None:
         """Choose the samples of this round: those that it takes, and those that are read ahead."""
         count = self._fill + (1 + self.steps) * self._subject.accumulation + self._ahead
@@ -200,7 +200,9 @@ class Bench:
         """The round's last files, read ahead at most: to look whether a file is cached caches it."""
         return self._files[-(_FILL * len(self._files) // self._round_batches) :]
 
-    def _switch(self, mode: Mode, *, start: LoaderState | None = None, record: bool = False) -> None:
+    def _switch(
+        self, mode: Mode, *, start: LoaderState | None = None, record: bool = False
+    ) -> None:
         """Change what the loader does, and drop what it had made before."""
         self._number = self._subject.source.switch(mode, start=start, record=record)
         fresh = 0
@@ -274,12 +276,6 @@ def spread_out(extents: Sequence[Extent], share: float) -> list[Extent]:
 
 def _no_step(batches: Sequence[Batch]) -> None:
     """The loader alone."""
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait for a GPU; a CPU has nothing to wait for."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _map_tensors(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:

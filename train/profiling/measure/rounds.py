@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from cmae.train.distributed import World, from_main
 from cmae.train.profiling.analysis.bootstrap import estimate
 from cmae.train.profiling.analysis.records import Phase, Reading
-from cmae.train.profiling.measure.timing import merge_snapshots
+from cmae.train.profiling.analysis.stages import sum_windows
 
 _SLOW_STEP_S = 1.0
 """A step that takes longer is worth no second one to warm up."""
@@ -126,6 +126,6 @@ def phase_records(
     )
 
 
-def _loader(readings: Sequence[Reading]) -> dict[str, object] | None:
-    snapshots = [one.loader for one in readings if one.loader is not None]
-    return merge_snapshots(snapshots).to_dict() if snapshots else None
+def _loader(readings: Sequence[Reading]) -> dict[str, Any] | None:
+    windows = [one.loader for one in readings if one.loader is not None]
+    return sum_windows(windows).to_dict() if windows else None

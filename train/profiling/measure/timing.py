@@ -7,12 +7,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from cmae.pipeline import LoaderSnapshot
 from cmae.train.profiling.analysis.records import Reading
@@ -135,7 +135,7 @@ def background_consumer(take: Callable[[], object]) -> Iterator[Callable[[], Non
     It falls behind when batches come too slowly; leaving waits for the batch that is being taken.
 
     Raises:
-        Exception: whatever `take` raised.
+        BaseException: Whatever `take` raised.
     """
     wanted, stop = threading.Semaphore(0), threading.Event()
     failures: list[BaseException] = []
@@ -162,16 +162,7 @@ def background_consumer(take: Callable[[], object]) -> Iterator[Callable[[], Non
         raise failures[0]
 
 
-def merge_snapshots(snapshots: list[LoaderSnapshot]) -> LoaderSnapshot:
-    """The sum of several windows of one loader, in order.
-
-    Counters only know differences, so a window is added by subtracting its negative. The last window comes
-    first, since it knows every kind of JPEG that was met.
-    """
-    total = snapshots[-1]
-    zero = total - total
-    for snapshot in snapshots[:-1]:
-        total = total - (zero - snapshot)
-    seconds = sum(one.time_s for one in snapshots)
-    depth = sum(one.time_s * one.queue_depth_mean for one in snapshots) / seconds
-    return replace(total, queue_depth_mean=depth)
+def synchronise(device: torch.device) -> None:
+    """Wait for a GPU; a CPU has nothing to wait for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
