@@ -246,7 +246,9 @@ def _plain_table(title: str, rows: tuple[Mapping[str, Any], ...]) -> Table:
 
 
 def format_value(value: Any) -> str:
-    """A cell: floats to three digits, the rest as it is."""
+    """A cell: floats to three digits, '-' for what is not there, the rest as it is."""
+    if value is None:
+        return "-"
     return format_number(value) if isinstance(value, float) else str(value)
 
 
