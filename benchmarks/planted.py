@@ -3,8 +3,8 @@
     python benchmarks/planted.py [NAME ...]
 
 Every fault is put around the real source, view backend, mask or step; the loader, its threads and the
-profiler are those of `cmae profile`. The step sleeps: a training thread that waits without CPU time is what an accelerator
-looks like from the host. What a real GPU adds (copies, decode engines) is not tested here.
+profiler are those of `cmae profile`. The step sleeps: a training thread that waits without CPU time is what
+an accelerator looks like from the host. What a real GPU adds (copies, decode engines) is not tested here.
 
 Predictions, written before the first run: all are named; storage faults by the right one of warm and cold.
 """

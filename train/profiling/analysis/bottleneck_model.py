@@ -66,7 +66,7 @@ class Rate:
 
 
 def solve(costs: Costs) -> Rate:
-    """Largest rate that no resource forbids, and which one does."""
+    """Largest rate that no resource forbids, and the resource that limits it."""
     rate, bottleneck = _maximise(costs, without=())
     freed, then = _maximise(costs, without=(bottleneck,))
     return Rate(rate, bottleneck, then, freed / rate)
@@ -87,7 +87,8 @@ def _maximise(costs: Costs, *, without: Sequence[str]) -> tuple[float, str]:
     """Maximise warm + cold images per second under every resource but those in `without`."""
     both = lambda cost: (cost, cost)  # noqa: E731
     loader = costs.efficiency
-    demands = {  # units that one warm image and one cold image take, and units there are in a second
+    # Units that one warm image and one cold image take, and units there are in a second.
+    demands = {
         "model": (*both(costs.model_s + costs.in_thread_s), 1.0),
         "cores": (
             *both(costs.step_cpu_s + costs.loader_cpu_s / costs.core_efficiency),
@@ -108,8 +109,11 @@ def _maximise(costs: Costs, *, without: Sequence[str]) -> tuple[float, str]:
         for name, (warm, cold, capacity) in demands.items()
         if name not in without and warm + cold > 0
     ]
+    if not names:
+        return math.inf, "unexplained"
     table = np.array([demands[name] for name in names])
-    scale = table[:, 2]  # every row in shares of what there is: no unit dwarfs another
+    # Every row in shares of what there is: no unit dwarfs another.
+    scale = table[:, 2]
     answer = linprog(
         c=[-1.0, -1.0],
         A_ub=table[:, :2] / scale[:, None],
@@ -119,5 +123,5 @@ def _maximise(costs: Costs, *, without: Sequence[str]) -> tuple[float, str]:
         method="highs",
     )
     if not answer.success:
-        raise RuntimeError(f"the resource model has no solution: {answer.message}")
+        raise RuntimeError(f"the bottleneck model has no solution: {answer.message}")
     return float(-answer.fun), names[int(np.argmin(answer.slack))]
