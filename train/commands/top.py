@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from cmae.train.monitor.metrics import format_duration
 from cmae.train.monitor.status import EVERY_S, RunStatus, read_status
 from cmae.train.profiling.analysis.stages import (
     StageShares,
@@ -59,8 +60,8 @@ def top(run: Path, *, once: bool = False, every_s: float = EVERY_S) -> int:
         return _exit_code(statuses)
     with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
         while True:
-            picture = frame(run, statuses, now=time.time(), width=console.width)
-            live.update(picture, refresh=True)
+            shown = frame(run, statuses, now=time.time(), width=console.width)
+            live.update(shown, refresh=True)
             if not any(_is_going(one, time.time()) for one in statuses):
                 return _exit_code(statuses)
             time.sleep(every_s)
@@ -93,7 +94,7 @@ def condition(status: RunStatus, now: float) -> str:
 
 
 def frame(run: Path, statuses: Sequence[RunStatus], *, now: float, width: int) -> RenderableType:
-    """One picture of the run.
+    """One frame of the display.
 
     Args:
         run: its folder, for the title.
@@ -123,16 +124,11 @@ def _headline(run: Path, statuses: Sequence[RunStatus], now: float) -> Text:
         parts.append(f"{format_number(rate)} images/s")
         seconds = (total - step) * statuses[0].global_batch_size / rate
         if any(_is_going(one, now) for one in statuses):
-            parts.append(f"ETA {_duration(seconds)}")
+            parts.append(f"ETA {format_duration(seconds)}")
     losses = [one.loss for one in statuses if one.loss is not None]
     if losses:
         parts.append(f"loss {losses[0]:.4f}")
     return Text("  ".join(parts))
-
-
-def _duration(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
 
 
 def verdict(statuses: Sequence[RunStatus], now: float) -> str:
@@ -146,7 +142,7 @@ def verdict(statuses: Sequence[RunStatus], now: float) -> str:
         if ranks:
             return _ended(ended, [one for one in statuses if one.rank in ranks], now)
     if not any(found in ("running", "stuck") for found in conditions.values()):
-        return f"The run has {statuses[0].state}, {_duration(now - statuses[0].time)} ago."
+        return f"The run has {statuses[0].state}, {format_duration(now - statuses[0].time)} ago."
     stuck = [one for one in statuses if conditions[one.rank] == "stuck"]
     if stuck:
         age = max(one.step_age_s for one in stuck)
@@ -162,7 +158,7 @@ def _ended(how: str, statuses: Sequence[RunStatus], now: float) -> str:
         return f"Failed: {ranks}: {one.error}"
     return (
         f"Dead: {ranks} ({one.host}, process {one.pid}) was running and has been silent for "
-        f"{_duration(now - one.time)}."
+        f"{format_duration(now - one.time)}."
     )
 
 
