@@ -5,11 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from support.tiny_runs import ALONE, OPTIM, SMALL, make_batch
 
+from cmae.model import build_model, set_all_reduce
 from cmae.train.commands.main import main
+from cmae.train.config import SpeedConfig
+from cmae.train.distributed import World, sum_over_ranks
+from cmae.train.loop.step import TrainStep
 from cmae.train.profiling.analysis.records import Profile, load_profile
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -50,6 +57,22 @@ def test_profile_of_a_real_step_sums_up_and_is_written(
     assert found.diagnosis.sentence in printed
     assert (tmp_path / "profile" / "report.html").is_file()
     assert not list(tmp_path.glob("**/checkpoints"))
+
+
+def test_a_step_without_collectives_talks_to_no_other_rank() -> None:
+    config = replace(SMALL, head_norm="batch")
+    step = TrainStep(build_model(config, seed=0), OPTIM, SpeedConfig(), ALONE)
+    batches = [make_batch(config, 0, 8, torch.float32)]
+    alone, _ = step(batches, lr=0.0, momentum=1.0)
+    # Two ranks of which there is no second, nor a process group to reach it.
+    step.world = World(0, 2, ALONE.device)
+    set_all_reduce(step.model, sum_over_ranks)
+    with step.without_collectives():
+        losses, _ = step(batches, lr=0.0, momentum=1.0)
+    torch.testing.assert_close(losses, alone)
+    assert step.world.world_size == 2
+    with pytest.raises(ValueError, match="process group"):
+        step(batches, lr=0.0, momentum=1.0)
 
 
 @pytest.mark.slow

@@ -103,7 +103,8 @@ def diagnose(facts: Facts) -> Diagnosis:
         sentence = f"The model is the bottleneck; the loader has {headroom:.1f}x head-room."
         return Diagnosis(sentence, bottleneck, headroom)
     lost = _share(facts, bottleneck)
-    headroom = 1 / max(0.01, 1 - lost)  # measured: the step without these components
+    # Measured: the step without these components.
+    headroom = 1 / max(0.01, 1 - lost)
     name = NAMES[bottleneck]
     if bottleneck in facts.details:
         name += f" ({facts.details[bottleneck]})"

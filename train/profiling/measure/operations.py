@@ -114,13 +114,13 @@ def measure_operations(
         )
         if not jobs:
             return ()
-        readings: dict[str, list[_Reading]] = {one.name: [] for one in prefixes}
-        for number in range(rounds + 1):  # the first is not counted: allocations, caches
-            for one in prefixes:
-                reading = _time(backends[one.name], one.jobs(jobs), device)
-                if number:
-                    readings[one.name].append(reading)
-    return _differences([one.name for one in prefixes], readings)
+        # The first is not counted: allocations, caches.
+        every = [
+            {one.name: _time(backends[one.name], one.jobs(jobs), device) for one in prefixes}
+            for _ in range(rounds + 1)
+        ][1:]
+    names = [one.name for one in prefixes]
+    return _differences(names, {name: [each[name] for each in every] for name in names})
 
 
 def measure_slow_images(

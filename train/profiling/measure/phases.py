@@ -75,7 +75,7 @@ class Bench:
         self._round_start, self._round_batches = subject.start, 1
         self._replay: list[Batch] = []
         self._number = 0
-        """Number of the source's stretch of batches since the last switch."""
+        """Number of the last switch, which the batches that come after it carry."""
         self.resident: list[float] = []
         """Share of the files in the page cache as each round found them."""
         self.notes: list[str] = []

@@ -40,7 +40,7 @@ def override(config: Config, overrides: Mapping[str, Any]) -> Config:
     """The configuration with dotted settings changed.
 
     Raises:
-        ValueError: there is no such setting.
+        ValueError: There is no such setting.
     """
     for key, value in overrides.items():
         config = _override(config, key.split("."), value, key)
@@ -167,7 +167,8 @@ def _resize(record: Record, side: int) -> Record:
 
 
 def _time(loader: Loader, num_batches: int) -> Reading:
-    wait_until_idle()  # the loader that was timed before fills its queue
+    # The loader that was timed before fills its queue.
+    wait_until_idle()
     for _ in range(_WARM + 2):
         next(loader)
     size = len(next(loader).label)
@@ -238,7 +239,8 @@ def _gains(bench: Bench, changed: Bench, options: ProfileConfig, world: World) -
             wait_until_idle()
             rates.append(one.run("full").images_per_s)
             other.place = one.place
-        if number:  # the first pair warms up
+        # The first pair warms up.
+        if number:
             gains.append(rates[1] / rates[0])
         is_over = number >= 3 and time.monotonic() > end
         if from_main(is_over, world):
