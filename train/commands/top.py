@@ -15,8 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from cmae.train.monitor.metrics import format_duration
-from cmae.train.monitor.status import EVERY_S, RunStatus, read_status
+from cmae.train.monitor.status import EVERY_S, RunStatus, format_duration, read_status
 from cmae.train.profiling.analysis.stages import (
     StageShares,
     format_number,

@@ -19,6 +19,7 @@ from cmae.model import Losses
 from cmae.pipeline import FillProgress
 from cmae.pipeline.formats.atomic import atomic_write
 from cmae.train.distributed import World, mean_over_ranks
+from cmae.train.monitor.status import format_duration
 
 
 class MetricWindow:
@@ -267,12 +268,6 @@ def describe_fill(progress: FillProgress) -> str:
     if progress.eta_s is not None:
         parts.append(f"ETA {format_duration(progress.eta_s)}")
     return "  ".join(parts)
-
-
-def format_duration(seconds: float) -> str:
-    """Hours, minutes and seconds: `0:05:30`."""
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
 
 
 def describe(record: dict[str, float]) -> str:

@@ -17,11 +17,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from cmae.pipeline.formats.atomic import atomic_write
 from cmae.pipeline.stage_stats import LoaderSnapshot
-from cmae.train.distributed import World
+
+if TYPE_CHECKING:
+    # `cmae top` reads without torch.
+    from cmae.train.distributed import World
 
 EVERY_S = 2.0
 _WINDOW_S = 10.0
@@ -77,6 +80,12 @@ class RunStatus:
 def status_folder(out: Path) -> Path:
     """Where the ranks of a run write."""
     return out / "live"
+
+
+def format_duration(seconds: float) -> str:
+    """Hours, minutes and seconds: `0:05:30`."""
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
 
 
 def read_status(out: Path) -> list[RunStatus]:

@@ -262,3 +262,8 @@ class TestTop:
         status(time=time.time() - 60).save(path)
         assert top(tmp_path, once=True) == 1
         assert "Dead" in capsys.readouterr().out
+
+    def test_it_starts_without_torch(self) -> None:
+        found = "import sys, cmae.train.commands.top; print({'torch', 'scipy'} & set(sys.modules))"
+        printed = subprocess.run([sys.executable, "-c", found], capture_output=True, text=True)
+        assert printed.stdout.strip() == "set()"

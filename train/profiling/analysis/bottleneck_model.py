@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.optimize import linprog
 
 
 @dataclass(frozen=True)
@@ -85,6 +84,9 @@ def loader_limit(costs: Costs) -> tuple[float, str]:
 
 def _maximise(costs: Costs, *, without: Sequence[str]) -> tuple[float, str]:
     """Maximise warm + cold images per second under every resource but those in `without`."""
+    # Here, since reports and `cmae top` need this module's neighbours and not scipy.
+    from scipy.optimize import linprog
+
     both = lambda cost: (cost, cost)  # noqa: E731
     loader = costs.efficiency
     # Units that one warm image and one cold image take, and units there are in a second.
