@@ -92,6 +92,15 @@ def test_the_loader_works_beside_the_step_of_the_phase_interference(
     assert 0 < counts["read_batch"] <= STEPS + AHEAD
 
 
+def test_views_are_made_again_after_the_phase_that_makes_none(
+    bench: Bench, counts: Counter[str]
+) -> None:
+    bench.run("prefetch")
+    counts.clear()
+    bench.run("memory")
+    assert counts["submit"] >= STEPS
+
+
 def test_every_phase_says_what_it_is_and_the_full_run_comes_first(bench: Bench) -> None:
     assert bench.phases()[0] == "full"
     assert set(bench.phases()) <= set(WHAT)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -141,6 +142,7 @@ def test_markup_in_a_profile_is_escaped_wherever_it_stands(tmp_path: Path) -> No
     text = written(profile, tmp_path)
     assert "<script" not in text
     assert read_page(text).text.count(MARKUP) >= 6
+    assert MARKUP in map(unescape, chart_texts(line_chart(curve).svg))
 
 
 def chart_texts(svg: str) -> list[str]:
