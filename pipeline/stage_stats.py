@@ -92,7 +92,7 @@ class StageSnapshot:
     blocked_s: float
     """Waiting for room downstream."""
     histogram: Histogram
-    """Of latencies: of an image for `read` and the host backend's `views`, of a batch elsewhere."""
+    """Of latencies: of an image for `read` and the CPU backend's `decode_augment`, of a batch elsewhere."""
 
     def percentile_ms(self, q: float) -> float:
         """Latency in ms below which `q` percent of the durations lie; nan when there are none."""
@@ -170,7 +170,7 @@ class LoaderSnapshot:
     time_s: float
     """Seconds since the loader was built; of a difference, the length of the window."""
     stages: dict[str, StageSnapshot]
-    """`read`, `views`, `finish` and `ready`, in the order of the flow."""
+    """`read`, `decode_augment`, `prefetch` and `queue`, in the order of the flow."""
     batches: int
     """Handed to the caller; batches made ahead do not count."""
     samples: int

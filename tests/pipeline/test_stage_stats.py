@@ -83,7 +83,7 @@ def test_histograms_merge_and_subtract():
 
 
 def test_a_threads_time_is_divided_among_its_states(clock):
-    stage = Stage("finish", threads=1, first_state=State.STARVED)
+    stage = Stage("prefetch", threads=1, first_state=State.STARVED)
     clock.now += 3
     stage.switch(State.BUSY)
     clock.now += 4
@@ -99,8 +99,8 @@ def test_a_threads_time_is_divided_among_its_states(clock):
 
 
 def test_idle_threads_are_blocked_while_the_stage_downstream_is(clock):
-    prefetcher = Stage("finish", threads=1, first_state=State.BUSY)
-    pool = Stage("views", threads=2, downstream=prefetcher)
+    prefetcher = Stage("prefetch", threads=1, first_state=State.BUSY)
+    pool = Stage("decode_augment", threads=2, downstream=prefetcher)
     pool.switch(State.BUSY)
     clock.now += 1
     pool.switch(State.IDLE)
@@ -167,7 +167,7 @@ def wait_until_full(loader) -> None:
 
 
 def assert_times_add_up(window: LoaderSnapshot) -> None:
-    for name in ("read", "views", "finish"):
+    for name in ("read", "decode_augment", "prefetch"):
         stage = window.stages[name]
         total = stage.busy_s + stage.starved_s + stage.blocked_s
         assert total == pytest.approx(stage.threads * window.time_s, rel=0.03), name
@@ -184,19 +184,21 @@ def test_a_window_counts_what_happened_in_it(shards, backend):
             next(loader)
         time.sleep(0.2)  # long enough for the queue to fill
         window = loader.snapshot() - before
-    assert list(window.stages) == ["read", "views", "finish", "ready"]
+    assert list(window.stages) == ["read", "decode_augment", "prefetch", "queue"]
     assert window.batches == 5
-    assert window.samples == 5 * BATCH == window.stages["ready"].items
-    assert window.wait_s == window.stages["ready"].starved_s > 0
+    assert window.samples == 5 * BATCH == window.stages["queue"].items
+    assert window.wait_s == window.stages["queue"].starved_s > 0
     assert 0 < window.queue_depth_mean <= 2
     assert_times_add_up(window)
     pixels = 2 * 3 * 32 * 32
-    assert window.stages["views"].bytes == pixels * window.stages["views"].items
-    assert window.stages["ready"].bytes == window.samples * (pixels + 10 * 4 + 8 + 8)
+    assert window.stages["decode_augment"].bytes == pixels * window.stages["decode_augment"].items
+    assert window.stages["queue"].bytes == window.samples * (pixels + 10 * 4 + 8 + 8)
     assert window.stages["read"].bytes > 1000 * window.stages["read"].items
     # Two batches in the queue and one that waits for room may have been made before, or be made ahead.
-    assert abs(window.stages["finish"].items - 5 * BATCH) <= 3 * BATCH
-    assert 0 < window.stages["read"].percentile_ms(50) < window.stages["finish"].percentile_ms(100)
+    assert abs(window.stages["prefetch"].items - 5 * BATCH) <= 3 * BATCH
+    assert (
+        0 < window.stages["read"].percentile_ms(50) < window.stages["prefetch"].percentile_ms(100)
+    )
 
 
 def test_what_was_read_and_made_is_counted_by_kind(shards):
@@ -206,9 +208,13 @@ def test_what_was_read_and_made_is_counted_by_kind(shards):
         seen = loader.snapshot()
     assert list(seen.views_by_kind) == ["BASELINE"]
     kind = seen.views_by_kind["BASELINE"]
-    assert kind.items == seen.stages["views"].items == seen.stages["views"].histogram.total
+    assert (
+        kind.items
+        == seen.stages["decode_augment"].items
+        == seen.stages["decode_augment"].histogram.total
+    )
     assert kind.items_by_megapixels == (kind.items, 0, 0, 0, 0, 0)
-    assert 0 < kind.busy_s < seen.stages["views"].busy_s
+    assert 0 < kind.busy_s < seen.stages["decode_augment"].busy_s
 
 
 def test_a_slow_training_thread_blocks_the_stages(shards):
@@ -219,10 +225,10 @@ def test_a_slow_training_thread_blocks_the_stages(shards):
         time.sleep(0.3)
         window = loader.snapshot() - before
         next(loader)
-    for name in ("read", "views", "finish"):
+    for name in ("read", "decode_augment", "prefetch"):
         stage = window.stages[name]
         assert stage.blocked_s > 0.95 * stage.threads * window.time_s, name
-    assert window.stages["ready"].blocked_s == window.stages["finish"].blocked_s
+    assert window.stages["queue"].blocked_s == window.stages["prefetch"].blocked_s
     assert window.wait_s == 0
     assert window.queue_depth_mean == pytest.approx(2)
 
@@ -240,7 +246,7 @@ def test_a_slow_disk_starves_the_stages(shards, monkeypatch):
         before = loader.snapshot()
         list(islice(loader, 8))
         window = loader.snapshot() - before
-    read, views, finish = (window.stages[name] for name in ("read", "views", "finish"))
+    read, views, finish = (window.stages[name] for name in ("read", "decode_augment", "prefetch"))
     assert read.busy_s > 0.6 * read.threads * window.time_s
     assert read.cpu_s < 0.5 * read.busy_s
     assert read.percentile_ms(50) > 38

@@ -276,7 +276,7 @@ def test_the_next_epochs_order_is_made_in_the_background_before_it_is_needed(sha
 
 
 def made(loader):
-    return loader.snapshot().stages["finish"].items
+    return loader.snapshot().stages["prefetch"].items
 
 
 def test_batches_of_the_next_epoch_are_read_before_this_one_ends(shards):

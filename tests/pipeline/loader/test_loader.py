@@ -492,7 +492,7 @@ def test_small_batches_keep_all_threads_busy(shards, monkeypatch):
         list(islice(loader, 10))
         before = loader.snapshot()
         list(islice(loader, 100))
-        views = (loader.snapshot() - before).stages["views"]
+        views = (loader.snapshot() - before).stages["decode_augment"]
     assert views.busy_s > 0.6 * (views.busy_s + views.starved_s)
 
 
@@ -504,7 +504,7 @@ def test_the_training_thread_pays_little_for_a_batch(tmp_path):
         batch = next(loader)
         for _ in range(8):
             deadline = time.monotonic() + 20
-            while loader.snapshot().stages["finish"].items < 256 * (len(spent) + 3):
+            while loader.snapshot().stages["prefetch"].items < 256 * (len(spent) + 3):
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
             start = time.thread_time()
