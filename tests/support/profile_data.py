@@ -9,13 +9,13 @@ import numpy as np
 
 from cmae.train.profiling.analysis.records import (
     Action,
+    Component,
     Curve,
+    Diagnosis,
     Estimate,
     Operation,
-    Part,
     Phase,
     Profile,
-    Verdict,
 )
 
 BATCH = 256
@@ -109,20 +109,20 @@ def decode_bound() -> Profile:
             phase("full", "everything, from shards not read before", 268.0, 6, with_loader=True),
         ),
         step_ms=estimate(268.0, 4.0),
-        parts=(
-            Part("model", estimate(101.0, 0.5), "synthetic step"),
-            Part("host_to_device", estimate(0.6, 0.4), "replay less synthetic"),
-            Part("decode", estimate(157.5, 4.2), "memory less interference"),
-            Part("feed", estimate(0.4, 0.3), "time of the training thread in next()"),
-            Part("fetch_warm", estimate(4.0, 2.1), "warm less memory"),
-            Part("fetch_cold", estimate(2.0, 3.0), "full less warm"),
-            Part("interference", estimate(2.9, 0.8), "replay beside an unread loader"),
-            Part("residual", estimate(-0.4, 5.5), "what the parts do not explain"),
+        breakdown=(
+            Component("model", estimate(101.0, 0.5), "synthetic step"),
+            Component("host_to_device", estimate(0.6, 0.4), "replay less synthetic"),
+            Component("decode_augment", estimate(157.5, 4.2), "memory less interference"),
+            Component("prefetch", estimate(0.4, 0.3), "time of the training thread in next()"),
+            Component("read_warm", estimate(4.0, 2.1), "warm less memory"),
+            Component("read_cold", estimate(2.0, 3.0), "full less warm"),
+            Component("interference", estimate(2.9, 0.8), "replay beside an unread loader"),
+            Component("residual", estimate(-0.4, 5.5), "what the components do not explain"),
         ),
-        verdict=Verdict(
+        diagnosis=Diagnosis(
             "Bound by JPEG decode on 8 cores: 8 more cores give 1.9x, data.hw_decoder_load 0.6 gives "
-            "2.4x, then the model binds.",
-            binds="decode",
+            "2.4x, then the model is the bottleneck.",
+            bottleneck="decode_augment",
             headroom=1.93,
         ),
         actions=(
@@ -133,9 +133,9 @@ def decode_bound() -> Profile:
                 "model",
                 estimate(2205.0, 40.0),
             ),
-            Action("decode on 8 more cores", {"data.num_threads": 16}, 1815.0, "decode"),
-            Action("no colour operations", {"data.views.color": "none"}, 1420.0, "decode"),
-            Action("a faster disk", {}, 961.0, "decode"),
+            Action("decode on 8 more cores", {"data.num_threads": 16}, 1815.0, "decode_augment"),
+            Action("no colour operations", {"data.views.color": "none"}, 1420.0, "decode_augment"),
+            Action("a faster disk", {}, 961.0, "decode_augment"),
         ),
         curves=(
             Curve(
@@ -153,10 +153,28 @@ def decode_bound() -> Profile:
                 now=0.0,
             ),
         ),
-        tails=(
-            {"kind": "BASELINE", "megapixels": "0.1 to 0.25", "items": 24100, "ms": 6.9},
-            {"kind": "BASELINE", "megapixels": "over 4", "items": 210, "ms": 61.0},
-            {"kind": "PROGRESSIVE", "megapixels": "0.1 to 0.25", "items": 812, "ms": 13.2},
+        slow_images=(
+            {
+                "jpeg_kind": "baseline",
+                "megapixels": 0.1,
+                "megapixels_up_to": 0.25,
+                "items": 24100,
+                "ms": 6.9,
+            },
+            {
+                "jpeg_kind": "baseline",
+                "megapixels": 4.0,
+                "megapixels_up_to": None,
+                "items": 210,
+                "ms": 61.0,
+            },
+            {
+                "jpeg_kind": "progressive",
+                "megapixels": 0.1,
+                "megapixels_up_to": 0.25,
+                "items": 812,
+                "ms": 13.2,
+            },
         ),
         operations=(
             Operation("decode", estimate(5.1, 0.2), estimate(0.64, 0.03), 1560.0),
@@ -187,15 +205,15 @@ def decode_bound() -> Profile:
 def faster() -> Profile:
     """The same machine after 16 threads decode: half the decode time, the rest within its noise."""
     before = decode_bound()
-    parts = tuple(
-        replace(part, ms=estimate(35.0, 3.0)) if part.name == "decode" else part
-        for part in before.parts
+    breakdown = tuple(
+        replace(one, ms=estimate(35.0, 3.0)) if one.name == "decode_augment" else one
+        for one in before.breakdown
     )
     return replace(
         before,
         created="2026-11-24T16:20:00Z",
         config={"data": {**before.config["data"], "num_threads": 16}},
         step_ms=estimate(145.5, 3.0),
-        parts=parts,
-        verdict=Verdict("Bound by the model; the loader has 1.1x head-room.", "model", 1.1),
+        breakdown=breakdown,
+        diagnosis=Diagnosis("Bound by the model; the loader has 1.1x head-room.", "model", 1.1),
     )
