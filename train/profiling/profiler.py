@@ -13,12 +13,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from cmae.kernels.backend import use_backend
 from cmae.model import build_model
 from cmae.pipeline import LoaderState
 from cmae.train.config import Config
-from cmae.train.distributed import World, from_main, join_world
-from cmae.train.loop.step import TrainStep, check_step
+from cmae.train.distributed import World, from_main
+from cmae.train.loop.pretrain import join_run
+from cmae.train.loop.step import TrainStep
 from cmae.train.machine import describe_machine, usable_cores
 from cmae.train.monitor.gpu import GpuSampler
 from cmae.train.profiling.analysis.bootstrap import estimate
@@ -288,7 +288,7 @@ def _time_images(subject: Subject, config: Config, log: Log) -> dict[str, Any]:
     log("operations on an image")
     settings: dict[str, Any] = {
         "device": subject.world.device,
-        "backend": config.speed.view_backend,
+        "backend": config.data.view_backend,
         "settings": subject.settings,
     }
     views, recorded = config.loader_views, subject.source.recorded

@@ -96,7 +96,9 @@ def measure_operations(
     prefixes = (*_GEOMETRY, *(_COLOR if views.has_color else ()))
     config = _loader_config(views, backend, settings, max(len(raw.records) for raw in recorded))
     with ExitStack() as stack:
-        backends = {one.name: open_views(config, device, last_step=one.last_step) for one in prefixes}
+        backends = {
+            one.name: open_views(config, device, last_step=one.last_step) for one in prefixes
+        }
         for view_backend in backends.values():
             stack.callback(view_backend.close)
         jobs = _choose(

@@ -83,7 +83,7 @@ def open_subject(
         switches.append((SwitchedSource(source), SwitchedBackend(view_backend)))
         return switches[0]
 
-    settings, _ = loader_settings(config, world.device)
+    settings = loader_settings(config.data)
     with open_loader(config, split, world, settings=settings, wrap=switched) as loader:
         source, view_backend = switches[0]
         yield Subject(
@@ -93,7 +93,7 @@ def open_subject(
             step=step,
             synthetic=_synthetic(config, split, world),
             world=world,
-            start=LoaderState(config.seed, epoch=0, next_sample=0, digest=source.digest),
+            start=LoaderState(config.seed, epoch=0, offset=0, digest=source.digest),
             settings=settings,
             local=local,
             wrap=wrap,
