@@ -16,24 +16,31 @@ BESIDE = "file beside an image, not read"
 SECOND_IMAGE = "second image of a sample"
 LONE_LABEL = "label without an image beside it"
 UNREADABLE_LABEL = "label that cannot be read"
+LABEL_OUT_OF_RANGE = "label out of range"
 OTHER_LABEL = "second label of a sample, not the same"
 DOTTED_IMAGE = "image with a dot in its name"
 HIDDEN = "hidden or side file"
 NO_IMAGE = "file without an image beside it"
+DAMAGED = "damaged stretch"
+
+LOST_LABELS = (LONE_LABEL, UNREADABLE_LABEL, LABEL_OUT_OF_RANGE)
+"""Labels that no sample has, though they are there."""
 
 _USED = frozenset({IMAGE, LABEL})
 _HARMLESS = frozenset({BESIDE, HIDDEN, NO_IMAGE, "folder"})
 
 _ADVICE = {
-    SECOND_IMAGE: "only the first is used: give each a key of its own",
+    SECOND_IMAGE: "only the first is used: `cmae shards repair` gives each a key of its own",
     LONE_LABEL: "sort the tar by name, or join them with `cmae shards repair`",
-    UNREADABLE_LABEL: "a label is an integer >= 0 in .cls, or `label` in .json",
+    UNREADABLE_LABEL: "a label is digits in .cls, or an integer `label` in .json: write it so",
+    LABEL_OUT_OF_RANGE: "a label is an integer from 0 to 2**63 - 1",
     OTHER_LABEL: "the first one is used",
-    DOTTED_IMAGE: "a key ends at the first dot of the file name: name them otherwise",
+    DOTTED_IMAGE: "a key ends at the first dot of the file name: `cmae shards repair` renames them",
+    DAMAGED: "`cmae shards repair` writes what is left around it",
     "hard link": "the tar holds no second copy: write it with --hard-dereference, or use "
     "`cmae shards repair`",
     "symbolic link": "write the tar with --dereference",
-    "sparse file": "write the tar without --sparse, or use `cmae shards repair`",
+    "sparse file": "write the tar without --sparse (bsdtar: --no-read-sparse)",
 }
 _DEFAULT_ADVICE = "the loader reads JPEG only: `cmae shards repair --reencode true` makes JPEGs"
 
@@ -78,12 +85,11 @@ class MemberCounts:
         ]
 
     def line(self) -> str:
-        """For people: '12 members: 4 images, 4 labels; 3 x png image, ...' over all that are there."""
-        used = [f"{self.counts.get(fate, 0)} {fate}s" for fate in (IMAGE, LABEL)]
+        """For people: '12 entries = 4 images + 4 labels + 3 x png image (2.png) + ...'."""
+        parts = [f"{self.counts.get(fate, 0)} {fate}s" for fate in (IMAGE, LABEL)]
         rest = {**self.lost, **self.passed_over}
-        left_out = [f"{count} x {fate} ({self.examples[fate]})" for fate, count in rest.items()]
-        line = f"{self.total} members: {', '.join(used)}"
-        return f"{line}; left out: {', '.join(left_out)}" if left_out else line
+        parts += [f"{count} x {fate} ({self.examples[fate]})" for fate, count in rest.items()]
+        return f"{self.total} entries = {' + '.join(parts)}"
 
 
 def is_harmless(fate: str) -> bool:

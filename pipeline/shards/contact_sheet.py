@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from cmae.pipeline.formats.dataset_folder import load_classes
 from cmae.pipeline.formats.dataset_index import DatasetIndex
-from cmae.pipeline.formats.tar import NO_LABEL
+from cmae.pipeline.formats.labels import NO_LABEL
 
 
 def contact_sheet(

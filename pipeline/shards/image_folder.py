@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from cmae.pipeline.formats.labels import NO_LABEL
 from cmae.pipeline.formats.parallel import run_threads
-from cmae.pipeline.formats.tar import NO_LABEL
 
 _JPEG_SUFFIXES = frozenset({".jpg", ".jpeg"})
 _OTHER_IMAGE_SUFFIXES = frozenset(

@@ -11,7 +11,7 @@ import numpy as np
 
 from cmae.pipeline.formats.dataset_index import DatasetIndex
 from cmae.pipeline.formats.jpeg import JpegKind
-from cmae.pipeline.formats.tar import NO_LABEL
+from cmae.pipeline.formats.labels import NO_LABEL
 
 
 @dataclass(frozen=True)

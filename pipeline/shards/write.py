@@ -28,6 +28,7 @@ import PIL
 from cmae.pipeline.formats.atomic import atomic_write
 from cmae.pipeline.formats.dataset_folder import CLASSES_FILE, SKIPPED_FILE
 from cmae.pipeline.formats.jpeg import BadImageError, JpegInfo, inspect_decodable
+from cmae.pipeline.formats.labels import NO_LABEL
 from cmae.pipeline.formats.member_counts import IMAGE, LABEL, MemberCounts
 from cmae.pipeline.formats.parallel import no_progress, run_threads
 from cmae.pipeline.formats.presized import downscale_mark, sum_counts
@@ -39,7 +40,7 @@ from cmae.pipeline.formats.shard_index import (
     load_index,
     save_index,
 )
-from cmae.pipeline.formats.tar import NO_LABEL, TAR_BLOCK, TarRecord
+from cmae.pipeline.formats.tar import TAR_BLOCK, TarRecord
 from cmae.pipeline.shards.image_folder import ImageSource, SourceImage
 from cmae.pipeline.shards.output_folder import (
     check_space,

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from cmae.model import CMAE
 from cmae.pipeline import expand_shards
-from cmae.pipeline.formats.tar import NO_LABEL, TarRecord, iter_records
+from cmae.pipeline.formats.labels import NO_LABEL
+from cmae.pipeline.formats.tar import TarRecord, iter_records
 
 
 class EvalImages(NamedTuple):
