@@ -26,6 +26,9 @@ DAMAGED = "damaged stretch"
 LOST_LABELS = (LONE_LABEL, UNREADABLE_LABEL, LABEL_OUT_OF_RANGE)
 """Labels that no sample has, though they are there."""
 
+_MAX_PARTS = 20
+"""Reasons that an account names one by one."""
+
 _USED = frozenset({IMAGE, LABEL})
 _HARMLESS = frozenset({BESIDE, HIDDEN, NO_IMAGE, "folder"})
 
@@ -58,6 +61,14 @@ class MemberCounts:
         if fate not in self.examples:
             self.examples[fate] = printable(example)
 
+    def move(self, fate: str, to: str, count: int | None = None, example: str = "") -> None:
+        """Count members that were of one fate as of another; `count` None means all of them."""
+        count = self.counts[fate] if count is None else count
+        self.add(to, example or self.examples[fate], count)
+        self.counts[fate] -= count
+        if not self.counts[fate]:
+            del self.counts[fate], self.examples[fate]
+
     @property
     def total(self) -> int:
         """Entries of the tar."""
@@ -84,12 +95,18 @@ class MemberCounts:
             for fate, count in self.lost.items()
         ]
 
-    def line(self) -> str:
+    def line(self, what: str = "entries") -> str:
         """For people: '12 entries = 4 images + 4 labels + 3 x png image (2.png) + ...'."""
-        parts = [f"{self.counts.get(fate, 0)} {fate}s" for fate in (IMAGE, LABEL)]
-        rest = {**self.lost, **self.passed_over}
-        parts += [f"{count} x {fate} ({self.examples[fate]})" for fate, count in rest.items()]
-        return f"{self.total} entries = {' + '.join(parts)}"
+        used = {fate: count for fate, count in self.counts.items() if fate in _USED}
+        rest = sorted(
+            ((count, fate) for fate, count in self.counts.items() if fate not in _USED),
+            reverse=True,
+        )
+        parts = [f"{used.get(fate, 0)} {fate}s" for fate in (IMAGE, LABEL) if fate in used]
+        parts += [f"{count} x {fate} ({self.examples[fate]})" for count, fate in rest[:_MAX_PARTS]]
+        if more := sum(count for count, _ in rest[_MAX_PARTS:]):
+            parts.append(f"{more} x {len(rest) - _MAX_PARTS} other reasons")
+        return f"{self.total} {what} = {' + '.join(parts) or '0'}"
 
 
 def is_harmless(fate: str) -> bool:

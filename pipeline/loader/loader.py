@@ -14,6 +14,7 @@ from cmae.pipeline.bad_samples import Health
 from cmae.pipeline.batch import Batch, LoaderState
 from cmae.pipeline.loader.prefetcher import Prefetcher
 from cmae.pipeline.sources.records import Source
+from cmae.pipeline.sources.stream import NoSamplesError
 from cmae.pipeline.stage_stats import LoaderSnapshot, State
 from cmae.pipeline.views.backend import ViewBackend
 
@@ -64,7 +65,11 @@ class Loader:
         Raises:
             DataError: Too many bad samples, or a shard that cannot be read.
         """
-        ready = self._prefetcher.get()
+        try:
+            ready = self._prefetcher.get()
+        except NoSamplesError as error:  # no batch will carry them to the ledger
+            self._health.add(0, error.bad)
+            raise
         if ready.event is not None:
             _hand_over(ready.batch, ready.event)
         self._health.add(len(ready.batch.label), ready.bad)

@@ -13,7 +13,12 @@ from pathlib import Path
 
 from cmae.pipeline.errors import RemoteError
 from cmae.pipeline.formats.atomic import atomic_write
-from cmae.pipeline.formats.dataset_index import DatasetIndex, IndexResult
+from cmae.pipeline.formats.dataset_index import (
+    DatasetIndex,
+    IndexResult,
+    error_line,
+    index_result,
+)
 from cmae.pipeline.formats.parallel import no_progress, run_threads
 from cmae.pipeline.formats.shard_index import (
     DIGEST_BYTES,
@@ -34,6 +39,9 @@ from cmae.pipeline.remote.client import RemoteConfig, RemoteFile, Span, http_sta
 from cmae.pipeline.remote.progress import ProgressReporter
 
 _INDEX_WORKERS = 32
+
+_EXPECTED = (RemoteError, CacheFullError)
+"""Errors that name their shard."""
 
 
 def index_url(url: str) -> str:
@@ -154,11 +162,11 @@ def build_remote_indices(
     def ensure(file: RemoteFile) -> IndexResult:
         try:
             index, built = _ensure_index(file, cache, rebuild)
-        except (RemoteError, CacheFullError, ValueError, OSError) as error:
-            return IndexResult(file.shown, 0, 0, built=False, error=str(error))
-        return IndexResult(
-            file.shown, len(index), int((~index.valid).sum()), built=built, error=None
-        )
+        # Whatever trips over one shard, the others get their index.
+        except Exception as error:
+            line = str(error) if isinstance(error, _EXPECTED) else error_line(file.shown, error)
+            return IndexResult(file.shown, 0, 0, built=False, error=line)
+        return index_result(file.shown, index, built=built)
 
     return run_threads(ensure, files, workers=workers, progress=progress)
 

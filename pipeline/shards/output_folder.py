@@ -84,10 +84,10 @@ def write_json(path: Path, value: Any) -> None:
         file.write(json.dumps(value, indent=1).encode() + b"\n")
 
 
-def tidy_skipped(path: Path) -> int:
-    """Sort the lines by shard and drop those of a shard that was begun twice; return how many are left."""
+def tidy_skipped(path: Path) -> list[dict[str, Any]]:
+    """Sort the lines by shard and drop those of a shard that was begun twice; return those that are left."""
     if not path.exists():
-        return 0
+        return []
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     unique = sorted(
         {line["path"]: line for line in lines}.values(),
@@ -95,4 +95,4 @@ def tidy_skipped(path: Path) -> int:
     )
     with atomic_write(path) as file:
         file.writelines(json.dumps(line).encode() + b"\n" for line in unique)
-    return len(unique)
+    return unique
