@@ -18,19 +18,21 @@ LONE_LABEL = "label without an image beside it"
 UNREADABLE_LABEL = "label that cannot be read"
 LABEL_OUT_OF_RANGE = "label out of range"
 OTHER_LABEL = "second label of a sample, not the same"
+BESIDE_IMAGE = "image file beside an image, not read"
 DOTTED_IMAGE = "image with a dot in its name"
+DOTTED_LABEL = "label with a dot in its name"
 HIDDEN = "hidden or side file"
 NO_IMAGE = "file without an image beside it"
 DAMAGED = "damaged stretch"
 
-LOST_LABELS = (LONE_LABEL, UNREADABLE_LABEL, LABEL_OUT_OF_RANGE)
+LOST_LABELS = (LONE_LABEL, DOTTED_LABEL, UNREADABLE_LABEL, LABEL_OUT_OF_RANGE)
 """Labels that no sample has, though they are there."""
 
 _MAX_PARTS = 20
 """Reasons that an account names one by one."""
 
 _USED = frozenset({IMAGE, LABEL})
-_HARMLESS = frozenset({BESIDE, HIDDEN, NO_IMAGE, "folder"})
+_HARMLESS = frozenset({BESIDE, BESIDE_IMAGE, HIDDEN, NO_IMAGE, "folder"})
 
 _ADVICE = {
     SECOND_IMAGE: "only the first is used: `cmae shards repair` gives each a key of its own",
@@ -39,6 +41,7 @@ _ADVICE = {
     LABEL_OUT_OF_RANGE: "a label is an integer from 0 to 2**63 - 1",
     OTHER_LABEL: "the first one is used",
     DOTTED_IMAGE: "a key ends at the first dot of the file name: `cmae shards repair` renames them",
+    DOTTED_LABEL: "a key ends at the first dot of the file name: `cmae shards repair` renames them",
     DAMAGED: "`cmae shards repair` writes what is left around it",
     "hard link": "the tar holds no second copy: write it with --hard-dereference, or use "
     "`cmae shards repair`",

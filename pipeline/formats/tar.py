@@ -23,16 +23,17 @@ from cmae.pipeline.formats.file_names import (
 from cmae.pipeline.formats.labels import LABEL_EXTENSIONS, NO_LABEL, label_text, read_label
 from cmae.pipeline.formats.member_counts import (
     BESIDE,
+    BESIDE_IMAGE,
     DOTTED_IMAGE,
+    DOTTED_LABEL,
     HIDDEN,
     IMAGE,
     LABEL,
-    LABEL_OUT_OF_RANGE,
     LONE_LABEL,
+    LOST_LABELS,
     NO_IMAGE,
     OTHER_LABEL,
     SECOND_IMAGE,
-    UNREADABLE_LABEL,
     MemberCounts,
 )
 
@@ -315,10 +316,21 @@ def record_of(group: TarGroup) -> TarRecord | None:
 def group_labels(group: TarGroup) -> dict[str, int | str]:
     """What each label member of a group says, by extension; see `read_label`."""
     return {
-        extension: read_label(extension, member.data)
+        extension: read_label(last_extension(member.name), member.data)
         for extension, member in group.members.items()
-        if extension in LABEL_EXTENSIONS
+        if is_label(extension, has_image=has_image(group.members))
     }
+
+
+def has_image(extensions: Iterable[str]) -> bool:
+    """Whether a group of members with these extensions is a sample."""
+    return not IMAGE_EXTENSIONS.isdisjoint(extensions)
+
+
+def is_label(extension: str, *, has_image: bool) -> bool:
+    """Whether a member may be a label: without an image, also one whose name has more dots."""
+    last = extension if has_image else extension.rpartition(".")[2]
+    return last in LABEL_EXTENSIONS
 
 
 def first_label(labels: Mapping[str, int | str]) -> int:
@@ -340,30 +352,38 @@ def fates_of(names: Mapping[str, str], labels: Mapping[str, int | str]) -> dict[
         names: Name of each member, by extension.
         labels: What each label member says, by extension.
     """
-    has_image = not IMAGE_EXTENSIONS.isdisjoint(names)
+    if not has_image(names):
+        return {
+            extension: _lone_fate(extension, name, labels.get(extension, NO_LABEL))
+            for extension, name in names.items()
+        }
     counts = first_label(labels)
     fates: dict[str, str] = {}
-    for extension, name in names.items():
+    for extension in names:
+        label = labels.get(extension, NO_LABEL)
         if extension in IMAGE_EXTENSIONS:
             fates[extension] = SECOND_IMAGE if IMAGE in fates.values() else IMAGE
-        elif labels.get(extension, NO_LABEL) != NO_LABEL:
-            fates[extension] = _label_fate(labels[extension], counts, has_image)
+        elif label == NO_LABEL:
+            is_image = extension.rpartition(".")[2] in IMAGE_EXTENSIONS | OTHER_IMAGE_EXTENSIONS
+            fates[extension] = BESIDE_IMAGE if is_image else BESIDE
+        elif isinstance(label, str):
+            fates[extension] = label
         else:
-            fates[extension] = BESIDE if has_image else _fate_without_image(name)
+            fates[extension] = LABEL if label == counts else OTHER_LABEL
     return fates
 
 
-def _label_fate(label: int | str, counts: int, has_image: bool) -> str:
+def _lone_fate(extension: str, name: str, label: int | str) -> str:
+    if label == NO_LABEL:
+        return _fate_without_image(name)
     if isinstance(label, str):
         return label
-    if label != counts:
-        return OTHER_LABEL
-    return LABEL if has_image else LONE_LABEL
+    return LONE_LABEL if extension in LABEL_EXTENSIONS else DOTTED_LABEL
 
 
 def fate_example(member: TarMember, fate: str) -> str:
     """How a member is shown as an example of its fate."""
-    if fate in (UNREADABLE_LABEL, LABEL_OUT_OF_RANGE, LONE_LABEL):
+    if fate in LOST_LABELS:
         return f"{member.name} with {label_text(member.data)}"
     return member.name
 

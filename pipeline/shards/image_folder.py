@@ -250,12 +250,13 @@ def _walk(
 def _two_readings(
     top: Path, classes: Sequence[str], found: Sequence[_Found], beside: _Found
 ) -> str:
-    num_below = sum(len(one.images) for one in found)
+    num_below, num_here = sum(len(one.images) for one in found), len(beside.images)
+    example = printable(os.path.basename(beside.images[0][0]))
     return (
-        f"images={str(top)!r} can be read in two ways: as a set without labels, of {len(beside.images)} "
-        f"images in the folder itself and {num_below} below it (--layout flat), or as {len(classes)} class "
-        f"folders such as {printable(classes[0])} with {num_below} images, without the {len(beside.images)} such as "
-        f"{printable(os.path.basename(beside.images[0][0]))} (--layout classes)"
+        f"images={str(top)!r} can be read in two ways: as a set without labels, of {num_here} images in the "
+        f"folder itself and {num_below} below it (--layout flat), or as {len(classes)} class folders such as "
+        f"{printable(classes[0])} with {num_below} images, without the {num_here} such as {example} "
+        "(--layout classes)"
     )
 
 

@@ -231,9 +231,9 @@ class _Planner:
             note = note or "the name has more than one dot, or WebDataset passes over it"
             change = {"action": "renamed", "reason": note, "new_key": key}
             plan.lines.append(line | {"member": sample.entry.member.name} | change)
-        for name in sample.joined:
+        for name, text in sample.joined.items():
             what = {"action": "joined", "member": name, "reason": "lay apart from its image"}
-            plan.lines.append(line | what)
+            plan.lines.append(line | what | ({"label": text} if text else {}))
         if sample.entry.reencode:
             what = {"action": "reencoded", "reason": "now a JPEG of quality 95"}
             plan.lines.append(line | what)

@@ -31,6 +31,7 @@ from cmae.pipeline.formats.tar import (
     fates_of,
     first_label,
     group_members,
+    is_label,
     loose_fate,
 )
 from cmae.pipeline.shards.recover import Damage, salvage_tar
@@ -87,8 +88,8 @@ class Sample:
     image: str
     """Extension of the image among the members."""
     members: dict[str, Entry]
-    joined: list[str] = field(default_factory=list)
-    """Names of members that lay apart."""
+    joined: dict[str, str] = field(default_factory=dict)
+    """Names of members that lay apart; of labels, with what they say."""
     is_renamed: bool = False
     """The key is not the one that WebDataset reads in the members' names."""
     label_of: Sample | None = None
@@ -271,7 +272,8 @@ class _Samples:
         self.items: list[Item] = [one for one in found if isinstance(one, Damage)]
         self._by_key: dict[str, list[Sample]] = {}
         self._apart: list[tuple[str, str, Entry, str]] = []  # key, extension, entry, fate
-        self._stray: dict[str, dict[str, Entry]] = {}  # images whose name has no key of its own
+        # Images whose name has no key of its own, by the whole name, with their extensions.
+        self._stray: dict[str, list[tuple[str, Entry]]] = {}
         loose: list[TarMember] = []
         for group in _groups(found, loose.append):
             self._add_group(group)
@@ -286,7 +288,9 @@ class _Samples:
         candidates += [one for one in entries if one in OTHER_IMAGE_EXTENSIONS]
         if not candidates:
             names = {one: entry.member.name for one, entry in entries.items()}
-            labels = {one: entries[one].label for one in entries if one in LABEL_EXTENSIONS}
+            labels = {
+                one: entry.label for one, entry in entries.items() if is_label(one, has_image=False)
+            }
             for extension, fate in fates_of(names, labels).items():
                 self._apart.append((group.key, extension, entries[extension], fate))
             return
@@ -318,7 +322,7 @@ class _Samples:
         stem, _, extension = entry.member.name.rpartition(".")
         if last_extension(entry.member.name) not in _ALL_IMAGES or not stem.rpartition("/")[2]:
             return False
-        self._stray.setdefault(stem, {})[extension.lower()] = entry
+        self._stray.setdefault(stem, []).append((extension.lower(), entry))
         return True
 
     def _join_parts(self) -> None:
@@ -346,7 +350,7 @@ class _Samples:
         there = sample.members.get(extension)
         if there is None:
             sample.members[extension] = entry
-            sample.joined.append(entry.member.name)
+            sample.joined[entry.member.name] = entry.label_text
         elif self._is_same(there.member, entry.member):
             self.items.append(Lost(entry, "the same part occurs before"))
         elif is_harmless(fate):
@@ -365,18 +369,20 @@ class _Samples:
 
     def _add_stray(self) -> None:
         """Samples of images whose name has more than one dot, with the labels of the same name."""
-        labels = {item.entry.member.name: item for item in self.items if isinstance(item, Lost)}
+        labels = {
+            item.entry.member.name: item for item in self.items if isinstance(item, Lost | Kept)
+        }
         found: set[int] = set()
         for stem, images in self._stray.items():
-            image, *others = images
-            sample = Sample(_key_of(stem), image, {image: images[image]}, is_renamed=True)
+            (image, entry), *others = images
+            sample = Sample(_key_of(stem), image, {image: entry}, is_renamed=True)
             for extension in LABEL_EXTENSIONS:
                 if (label := labels.get(f"{stem}.{extension}")) is not None:
                     sample.members[extension] = label.entry
                     found.add(id(label))
             self._add_sample(sample)
-            for other in others:
-                alone = {other: images[other]}
+            for other, entry in others:
+                alone = {other: entry}
                 second = Sample(sample.key, other, alone, is_renamed=True, label_of=sample)
                 self.items.append(second)
         self.items = [item for item in self.items if id(item) not in found]

@@ -61,6 +61,13 @@ SIDE = [
 ]
 
 
+class Data(bytes):
+    """Bytes that a failing example shows by their length."""
+
+    def __repr__(self) -> str:
+        return super().__repr__() if len(self) < 30 else f"<{len(self)} bytes>"
+
+
 class Item(NamedTuple):
     name: str
     data: bytes
@@ -72,22 +79,20 @@ class Item(NamedTuple):
 image_names = st.builds(
     "{}.{}".format, st.sampled_from(STEMS), st.sampled_from(["jpg", "JPEG", "jpe", "jfif", "png"])
 )
-images = st.builds(Item, image_names, st.sampled_from(IMAGES))
+
+
+def items_of(names: st.SearchStrategy[str], contents: list[bytes]) -> st.SearchStrategy[Item]:
+    return st.builds(
+        lambda name, data: Item(name, data), names, st.sampled_from(list(map(Data, contents)))
+    )
+
+
+images = items_of(image_names, IMAGES)
 labels = st.one_of(
-    st.builds(
-        lambda stem, data: Item(f"{stem}.cls", data),
-        st.sampled_from(STEMS),
-        st.sampled_from(LABELS),
-    ),
-    st.builds(
-        lambda stem, data: Item(f"{stem}.json", data),
-        st.sampled_from(STEMS),
-        st.sampled_from(JSONS),
-    ),
+    items_of(st.sampled_from(STEMS).map("{}.cls".format), LABELS),
+    items_of(st.sampled_from(STEMS).map("{}.json".format), JSONS),
 )
-others = st.builds(
-    Item, st.sampled_from([*SIDE, "0.txt", "1.bin", "readme", "2.avif"]), st.just(b"some text")
-)
+others = items_of(st.sampled_from([*SIDE, "0.txt", "1.bin", "readme", "2.avif"]), [b"some text"])
 links = st.builds(
     lambda name, kind, target: Item(name, b"", kind, target),
     st.one_of(image_names, st.just("3.cls")),
@@ -129,8 +134,7 @@ def check_repair(path: Path, folder: Path) -> None:
     """Repair is listed, verified and idempotent, and loses no label that can be read."""
     try:
         report, lines = repaired(path, folder / "once")
-    except ValueError as error:
-        assert "can be used" in str(error)
+    except ValueError:  # no record can be used
         return
     assert report.members.total >= 1 or not lines
     once = folder / "once" / path.name
@@ -181,10 +185,8 @@ def test_repair_accounts_for_every_entry_and_loses_no_label(tmp_path_factory, it
     assert report.members.total == len(items)
     kept = labels_of(folder / "out" / "a.tar")
     listed = json.dumps([line.get("label") for line in lines] + [line["reason"] for line in lines])
-    with tarfile.open(path) as tar:
-        names = set(tar.getnames())
     for item in items:
-        if item.name.endswith(".cls") and item.name in names and item.data.strip().isdigit():
+        if item.name.endswith(".cls") and item.name[0] != "." and item.data.strip().isdigit():
             number = int(item.data) if len(item.data) < 4000 else None
             if number is not None and number < 2**63:
                 assert (
@@ -223,7 +225,7 @@ def test_the_images_that_no_sample_holds_are_named_with_the_repair(tmp_path: Pat
     assert index.members.lost == {
         "image with a dot in its name": 1,
         "png image": 1,
-        "label without an image beside it": 1,
+        "label with a dot in its name": 1,
     }
     text = problem_lines(verify_shards([path]))
     assert "1 x png image, such as 2.png" in text
