@@ -12,13 +12,13 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from cmae.pipeline.formats.index_file import Columns
 from cmae.pipeline.formats.jpeg import JpegKind
 from cmae.pipeline.formats.member_counts import MemberCounts
 from cmae.pipeline.formats.parallel import no_progress, run_threads
 from cmae.pipeline.formats.presized import sum_counts
 from cmae.pipeline.formats.shard_index import (
     COLUMNS,
-    Columns,
     ShardIndex,
     StaleIndexError,
     build_index,
