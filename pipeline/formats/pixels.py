@@ -10,7 +10,7 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, ImageOps
 
 from cmae.pipeline.formats.jpeg import MAX_PIXELS, BadImageError, lacks_adobe_marker
 
@@ -34,25 +34,35 @@ def decode_jpeg(data: bytes, *, draft_px: int | None = None) -> Image.Image:
     return _decode(data, formats=("JPEG",), draft_px=draft_px)
 
 
-def decode_any(data: bytes) -> Image.Image:
+def decode_any(data: bytes, *, turn: bool = False) -> Image.Image:
     """RGB pixels of the first frame of a JPEG or one of OTHER_FORMATS; transparency is dropped.
+
+    Args:
+        data: The whole file.
+        turn: Turn it as its EXIF says.
 
     Raises:
         BadImageError: Another format, damaged, or above the pixel limit.
     """
-    return _decode(data, formats=("JPEG", *OTHER_FORMATS), draft_px=None)
+    return _decode(data, formats=("JPEG", *OTHER_FORMATS), turn=turn)
 
 
-def _decode(data: bytes, *, formats: tuple[str, ...], draft_px: int | None) -> Image.Image:
+def _decode(
+    data: bytes, *, formats: tuple[str, ...], draft_px: int | None = None, turn: bool = False
+) -> Image.Image:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is lower
+            # Of large images, for which our limit is lower, and with text from the file in them.
+            warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=formats) as opened:
                 if opened.width * opened.height > MAX_PIXELS:
                     raise BadImageError(f"too large: {opened.width} x {opened.height}")
                 if draft_px is not None:
                     opened.draft("RGB", (draft_px, draft_px))
-                return _to_rgb(opened, data)
+                is_plain_cmyk = opened.mode == "CMYK" and opened.format in ("JPEG", "MPO")
+                is_plain_cmyk = is_plain_cmyk and lacks_adobe_marker(data)
+                image: Image.Image = ImageOps.exif_transpose(opened) if turn else opened
+                return _to_rgb(image, is_plain_cmyk=is_plain_cmyk)
     except BadImageError:
         raise
     # Plug-ins raise whatever their parser trips over: struct.error, KeyError, RuntimeError, SyntaxError, ...
@@ -60,9 +70,7 @@ def _decode(data: bytes, *, formats: tuple[str, ...], draft_px: int | None) -> I
         raise BadImageError(f"Pillow cannot decode it: {error or type(error).__name__}") from error
 
 
-def _to_rgb(image: Image.Image, data: bytes) -> Image.Image:
+def _to_rgb(image: Image.Image, *, is_plain_cmyk: bool) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits: Pillow would clip at 255
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "CMYK" and image.format == "JPEG" and lacks_adobe_marker(data):
-        return ImageChops.invert(image).convert("RGB")
-    return image.convert("RGB")
+    return (ImageChops.invert(image) if is_plain_cmyk else image).convert("RGB")

@@ -16,6 +16,8 @@ from torch import Tensor
 from cmae.model import CMAE
 from cmae.model.export.images import to_pixels
 from cmae.pipeline import Batch
+from cmae.pipeline.formats.jpeg import BadImageError
+from cmae.pipeline.formats.pixels import decode_any
 
 Panel = UInt8[np.ndarray, "S S 3"]
 
@@ -125,12 +127,14 @@ def load_square(path: Path, size: int) -> UInt8[Tensor, "S S 3"]:
     """An image file, turned as its EXIF says, cropped to a square around its middle and resized.
 
     Raises:
-        ValueError: there is no such file.
+        ValueError: there is no such file, or it is no image that can be read.
     """
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file")
-    with Image.open(path) as opened:
-        image = ImageOps.fit(ImageOps.exif_transpose(opened).convert("RGB"), (size, size))
+    try:
+        image = ImageOps.fit(decode_any(path.read_bytes(), turn=True), (size, size))
+    except BadImageError as error:
+        raise ValueError(f"{path}: {error}") from error
     return torch.from_numpy(np.array(image))
 
 
