@@ -36,6 +36,7 @@ from cmae.pipeline.formats.member_counts import (
     SECOND_IMAGE,
     MemberCounts,
 )
+from cmae.pipeline.formats.printable import printable
 
 TAR_BLOCK = 512
 """Bytes; headers take one block, payloads are padded to whole blocks."""
@@ -152,7 +153,8 @@ def iter_entries(stream: IO[bytes], *, name: str) -> Iterator[TarMember]:
             there = _skip(stream, size)
         if there != size:
             raise TarError(
-                f"{name}: truncated: {member} needs {size} bytes from byte {byte_offset}, {there} are left"
+                f"{name}: truncated: {printable(member)} needs {size} bytes from byte {byte_offset}, "
+                f"{there} are left"
             )
         if kind == ord("L"):
             ahead.name = data.rstrip(b"\0").decode(errors="surrogateescape")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cmae.pipeline.formats.atomic import atomic_write
-from cmae.pipeline.formats.dataset_folder import DATASET_FILE
+from cmae.pipeline.formats.dataset_folder import DATASET_FILE, read_dataset
 from cmae.pipeline.formats.shard_index import StaleIndexError, load_index
 
 
@@ -23,7 +23,7 @@ def claim_folder(out: Path, settings: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     summary = out / DATASET_FILE
     if summary.exists():
-        before = json.loads(summary.read_text()).get("settings", {})
+        before = read_dataset(summary).get("settings", {})
         changed = [name for name in settings if before.get(name) != settings[name]]
         if changed:
             what = ", ".join(
@@ -84,11 +84,21 @@ def write_json(path: Path, value: Any) -> None:
         file.write(json.dumps(value, indent=1).encode() + b"\n")
 
 
+def _parse_skipped(line: bytes) -> dict[str, Any] | None:
+    """A line of the skipped files; None where a kill cut it off."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    is_whole = isinstance(found, dict) and {"shard", "path", "reason"} <= found.keys()
+    return found if is_whole else None
+
+
 def tidy_skipped(path: Path) -> list[dict[str, Any]]:
     """Sort the lines by shard and drop those of a shard that was begun twice; return those that are left."""
     if not path.exists():
         return []
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [one for line in path.read_bytes().split(b"\n") if (one := _parse_skipped(line))]
     unique = sorted(
         {line["path"]: line for line in lines}.values(),
         key=lambda line: (line["shard"], line["path"]),

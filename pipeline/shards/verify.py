@@ -217,7 +217,11 @@ def _verify_shard(path: str, decode: Decode) -> _ShardCheck:
         found += _changed_since(before, now)
     images = _check_images(path, now, decode)
     found += images.unusable
-    num_classes = len(load_classes(Path(path).parent) or ())
+    num_classes = 0
+    try:
+        num_classes = len(load_classes(Path(path).parent) or ())
+    except ValueError as error:
+        found.append((None, str(error)))
     if num_classes and (too_large := int((now.label >= num_classes).sum())):
         what = f"{too_large} label(s) are beyond the {num_classes} names in {CLASSES_FILE}"
         found.append((None, what))

@@ -20,9 +20,10 @@ from cmae.pipeline.errors import DataError
 from cmae.pipeline.formats.jpeg import BadImageError, inspect_jpeg
 from cmae.pipeline.formats.member_counts import MemberCounts
 from cmae.pipeline.formats.printable import printable
+from cmae.pipeline.formats.shard_index import index_path
 from cmae.pipeline.formats.tar import TarRecord, iter_records
 from cmae.pipeline.remote.client import Remote, RemoteConfig, open_stream
-from cmae.pipeline.remote.schemes import is_remote, redact
+from cmae.pipeline.remote.schemes import is_local, is_remote, redact
 from cmae.pipeline.sampling.counter_rng import hash_words
 from cmae.pipeline.sources.left_out import lost_members
 from cmae.pipeline.sources.records import RawBatch, Record
@@ -104,8 +105,9 @@ class StreamSource:
         if rank == 0:
             logger.warning(
                 "streaming %d shards: resume is by shard, so a run that is continued sees samples of the "
-                "shard it was reading again; `cmae shards index` makes it exact",
+                "shard it was reading again; `cmae shards index` makes it exact%s",
                 len(urls),
+                _without_index(urls),
             )
 
     def batches(self, state: LoaderState) -> Iterator[RawBatch]:
@@ -222,6 +224,14 @@ class StreamSource:
             if self._is_closed:  # by another thread, which may not have seen this stream
                 self.close()
             yield from iter_records(stream, name=name, members=members)
+
+
+def _without_index(urls: Sequence[str]) -> str:
+    """Which local shards lack an index, where others have one."""
+    missing = [url for url in urls if is_local(url) and not index_path(url).exists()]
+    if not 0 < len(missing) < len(urls):
+        return ""
+    return f" ({len(missing)} have no index, such as {printable(missing[0])})"
 
 
 def _record(found: TarRecord, *, sample_id: int) -> Record:

@@ -51,6 +51,17 @@ STEMS = [
     "ü",
     "7" * 120,
 ]
+ODD = [
+    "0009.",
+    ".__key__",
+    "0009._meta",
+    "0.jpg/",
+    "a//b.jpg",
+    "0.CLS",
+    "0.tar.gz",
+    "readme",
+    "1.bin",
+]
 SIDE = [
     ".DS_Store",
     "._0.jpg",
@@ -92,7 +103,7 @@ labels = st.one_of(
     items_of(st.sampled_from(STEMS).map("{}.cls".format), LABELS),
     items_of(st.sampled_from(STEMS).map("{}.json".format), JSONS),
 )
-others = items_of(st.sampled_from([*SIDE, "0.txt", "1.bin", "readme", "2.avif"]), [b"some text"])
+others = items_of(st.sampled_from([*SIDE, *ODD, "0.txt", "2.avif"]), [b"some text"])
 links = st.builds(
     lambda name, kind, target: Item(name, b"", kind, target),
     st.one_of(image_names, st.just("3.cls")),
