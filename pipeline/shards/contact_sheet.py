@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from cmae.pipeline.formats.dataset_folder import load_classes
 from cmae.pipeline.formats.dataset_index import DatasetIndex
+from cmae.pipeline.formats.jpeg import BadImageError
 from cmae.pipeline.formats.labels import NO_LABEL
 from cmae.pipeline.formats.pixels import decode_jpeg
 from cmae.pipeline.formats.printable import printable
@@ -60,7 +61,10 @@ def _draw_cell(index: DatasetIndex, row: int, side: int) -> Image.Image:
     path = index.paths[int(shard)]
     with open(path, "rb") as file:
         data = os.pread(file.fileno(), int(index.size[row]), int(index.byte_offset[row]))
-    image = decode_jpeg(data, draft_px=2 * side)
+    try:
+        image = decode_jpeg(data, draft_px=2 * side)
+    except BadImageError:  # `cmae shards verify --decode pil` names it
+        image = Image.new("RGB", (side, side), _FAINT_INK)
     picture = ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
     font = ImageFont.load_default(max(side // 14, 9))
     # The bitmap font is for Pillow without FreeType.

@@ -40,6 +40,8 @@ from cmae.pipeline.shards.verify import IndexedBytes, check_image, has_end_marke
 _ALL_IMAGES = IMAGE_EXTENSIONS | OTHER_IMAGE_EXTENSIONS
 _LINKS = ("hard link", "symbolic link")
 _MAX_LINK_STEPS = 8
+_MAX_JPEG_SIDE = 65500
+"""Largest side that libjpeg writes, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -223,9 +225,11 @@ class _Judge:
             if not self._policy.reencode:
                 raise
             try:
-                decode_any(data)
+                size = decode_any(data).size
             except BadImageError:
                 raise error from None
+            if max(size) > _MAX_JPEG_SIDE:
+                raise
             return "", True
 
 

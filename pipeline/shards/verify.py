@@ -269,7 +269,10 @@ def _differences(stored: ShardIndex, now: ShardIndex) -> Iterator[tuple[str | No
             f"downscaled images are {now.downscaled or 'none'}, the index says {stored.downscaled or 'none'}",
         )
     if stored.members.total and stored.members.counts != now.members.counts:
-        yield None, f"the index counts {stored.members.line()}; now {now.members.line()}"
+        yield (
+            None,
+            f"the index counts {stored.members.line()}; now {now.members.line()}; index it again",
+        )
     changed = stored.crc32 != now.crc32
     for row in np.flatnonzero(changed):
         yield (
