@@ -16,6 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from cmae.errors import CmaeError
+
 try:
     import triton
     from triton import language as tl
@@ -74,7 +76,7 @@ def check_backend(op: str, backend: Backend) -> None:
         ValueError: `backend` is not one of the three.
     """
     if backend not in ("auto", "torch", "triton"):
-        raise ValueError(
+        raise CmaeError(
             f"{op}: backend={backend!r} is unknown; choose 'auto', 'torch' or 'triton'."
         )
 
@@ -100,7 +102,7 @@ def use_triton(op: str, backend: Backend, device: torch.device, *, unsupported: 
         return False
     problem = unsupported or _problem(device.type, device.index)
     if backend == "triton" and problem is not None:
-        raise ValueError(f"{op}: backend='triton' cannot run: {problem}")
+        raise CmaeError(f"{op}: backend='triton' cannot run: {problem}")
     if backend == "auto":
         problem = "the tensors are on the CPU" if device.type == "cpu" else problem
         _log_choice(op, problem)

@@ -83,6 +83,7 @@ class Health:
         self._rank = rank
         self._listed = set() if ledger is None else _listed_since(ledger, first_epoch)
         self._is_torn = ledger is not None and _lacks_last_newline(ledger)
+        self._left_out: set[Identity] = set()
         self._samples = 0
         self.bad_samples = 0
 
@@ -93,6 +94,8 @@ class Health:
             DataError: The fraction of bad records is above the limit, after the probation.
         """
         self._samples += num_samples
+        self.note_left_out([one for one in bad if one.epoch == BEFORE_FIRST_EPOCH])
+        bad = [one for one in bad if one.epoch != BEFORE_FIRST_EPOCH]
         if not bad:
             return
         if self.bad_samples == 0:
@@ -106,11 +109,13 @@ class Health:
             raise DataError(f"{message}. The last one: {_describe(bad[-1])}")
 
     def note_left_out(self, bad: Sequence[BadSample]) -> None:
-        """List records that the index leaves out: they are in no epoch, so they do not count."""
-        if bad:
-            where = "" if self._ledger is None else f"; {self._ledger} lists them"
-            logger.warning("the index leaves out %d records, no usable JPEGs%s", len(bad), where)
-            self._write(bad)
+        """List what is left out of every epoch, once: it does not count."""
+        new = [one for one in bad if _identity(one) not in self._left_out]
+        self._left_out.update(map(_identity, new))
+        if new:
+            where = "" if self._ledger is None else f"; {self._ledger} lists what is left out"
+            logger.warning("left out of every epoch: %s%s", _summary(new), where)
+            self._write(new)
 
     def _write(self, bad: Sequence[BadSample]) -> None:
         if self._ledger is None:
@@ -167,6 +172,15 @@ def _listed_since(ledger: Path, epoch: int) -> set[Identity]:
 def _lacks_last_newline(ledger: Path) -> bool:
     """Whether a run was killed inside a line: the next one must not be glued to it."""
     return ledger.exists() and ledger.read_bytes()[-1:] not in (b"", b"\n")
+
+
+def _summary(left_out: Sequence[BadSample]) -> str:
+    """Records by number; what is in no record (`record_number` below 0) by reason and shard."""
+    num_records = sum(one.record_number >= 0 for one in left_out)
+    lines = [f"{one.reason} in {one.shard}" for one in left_out if one.record_number < 0]
+    parts = [f"{num_records} records, no usable JPEGs"] if num_records else []
+    parts += lines[:3] + ([f"{len(lines) - 3} more such lines"] if len(lines) > 3 else [])
+    return "; ".join(parts)
 
 
 def _describe(bad: BadSample) -> str:

@@ -13,12 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from cmae.errors import CmaeError
+from cmae.pipeline.formats.index_file import Columns
 from cmae.pipeline.formats.jpeg import JpegKind
+from cmae.pipeline.formats.member_counts import MemberCounts
 from cmae.pipeline.formats.parallel import no_progress, run_threads
 from cmae.pipeline.formats.presized import sum_counts
 from cmae.pipeline.formats.shard_index import (
     COLUMNS,
-    Columns,
     ShardIndex,
     StaleIndexError,
     build_index,
@@ -26,6 +27,7 @@ from cmae.pipeline.formats.shard_index import (
     index_path,
     is_decodable,
     load_index,
+    member_counts,
     read_columns,
     read_keys,
     save_index,
@@ -40,6 +42,8 @@ class IndexResult(NamedTuple):
     num_bad: int
     built: bool
     error: str | None
+    members: MemberCounts = MemberCounts()
+    """What became of every entry of the tar; not to be changed."""
 
 
 def build_indices(
@@ -61,11 +65,25 @@ def build_indices(
             if index is None:
                 index = build_index(path)
                 save_index(index, index_path(path))
-        except (ValueError, OSError) as error:
-            return IndexResult(path, 0, 0, built=False, error=str(error))
-        return IndexResult(path, len(index), int((~index.valid).sum()), built=built, error=None)
+        # Whatever trips over one shard, the others get their index.
+        except Exception as error:
+            return IndexResult(path, 0, 0, built=False, error=error_line(path, error))
+        return index_result(path, index, built=built)
 
     return run_threads(ensure, tar_paths, workers=workers, progress=progress)
+
+
+def index_result(path: str, index: ShardIndex, *, built: bool) -> IndexResult:
+    """The result of a shard that has an index."""
+    num_bad = int((~index.valid).sum())
+    return IndexResult(path, len(index), num_bad, built=built, error=None, members=index.members)
+
+
+def error_line(path: str, error: Exception) -> str:
+    """An error that names its shard."""
+    if isinstance(error, ValueError | OSError) and str(error):
+        return str(error)
+    return f"{path}: {type(error).__name__}: {error}"
 
 
 def _load_if_fresh(tar_path: str) -> ShardIndex | None:
@@ -126,6 +144,8 @@ class DatasetIndex:
     label: npt.NDArray[np.int64]
     index_files: tuple[str, ...]
     """Index file of every shard."""
+    members: tuple[MemberCounts, ...] = ()
+    """What became of the entries of every tar."""
 
     def __len__(self) -> int:
         return len(self.byte_offset)
@@ -192,6 +212,7 @@ class DatasetIndex:
             record_number=np.concatenate(valid),
             index_files=tuple(map(str, index_files)),
             tar_digests=tuple(str(shard["tar_digest"]) for shard in shards),
+            members=tuple(map(member_counts, shards)),
             **columns,
         )
 

@@ -8,6 +8,8 @@ compressed pixels: decoders do not either, and the index keeps a CRC32 for them.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from enum import IntEnum
 from typing import Any, Literal, NamedTuple
 
@@ -19,12 +21,15 @@ Decode = Literal["none", "pil", "nvimgcodec"]
 MAX_PIXELS = 100_000_000
 """Default pixel limit; such an image is 300 MB once decoded."""
 
+MAX_SCANS = 256
+"""Scans of one image: a decoder goes over all pixels once for each (encoders write about ten)."""
+
 _SOF_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # DHT, JPG and DAC share the range
 _MARKERS_WITHOUT_LENGTH = frozenset({0x01, *range(0xD0, 0xD9)})  # TEM, RST0-7, SOI
-_EOI, _SOS, _APP1 = 0xD9, 0xDA, 0xE1
+_EOI, _SOS, _APP1, _APP14 = 0xD9, 0xDA, 0xE1, 0xEE
 _END_OF_IMAGE = b"\xff\xd9"
+_START_OF_SCAN = b"\xff\xda"
 _ORIENTATION_TAG = 0x0112
-_ZERO_BLOCK = 4096  # bytes: the page of memory, and the block of most file systems
 
 _SIGNATURES = (
     (0, b"\x89PNG", "PNG"),
@@ -102,12 +107,13 @@ def inspect_jpeg(data: bytes | memoryview, *, max_pixels: int = MAX_PIXELS) -> J
 
     Raises:
         BadImageError: Not a JPEG (names what it is instead), truncated, without frame header or pixels,
-            or too large.
+            too large, or of too many scans.
     """
     if bytes(data[:3]) != b"\xff\xd8\xff":
         raise BadImageError(f"not a JPEG: found {_describe(bytes(data[:512]))}")
+    data = bytes(data)  # of bytes, no copy
     try:
-        marker, frame, orientation = _find_frame(data)
+        marker, frame, orientation = find_frame(data)
         height = data[frame + 5] << 8 | data[frame + 6]
         width = data[frame + 7] << 8 | data[frame + 8]
         kind = _kind(marker, precision=data[frame + 4], num_components=data[frame + 9])
@@ -120,26 +126,32 @@ def inspect_jpeg(data: bytes | memoryview, *, max_pixels: int = MAX_PIXELS) -> J
             f"too large: {width} x {height} is {height * width / 1e6:.1f} megapixels, "
             f"the limit is {max_pixels / 1e6:.1f}"
         )
-    if bytes(data[-2:]) != _END_OF_IMAGE and _END_OF_IMAGE not in bytes(data[frame:]):
+    if not data.endswith(_END_OF_IMAGE) and data.find(_END_OF_IMAGE, frame) < 0:
         # In compressed data 0xFF is always followed by a stuffed 0, so this pair can only be the end.
         raise BadImageError(f"truncated: no end-of-image marker in {len(data)} bytes")
+    # A thumbnail or a film behind the image may hold the pair too: only many of them are worth the walk.
+    if data.count(_START_OF_SCAN, frame) > MAX_SCANS:
+        _check_num_scans(data, frame)
     return JpegInfo(height, width, kind, orientation)
 
 
-def find_zero_block(data: bytes | memoryview) -> int | None:
-    """First of 4096 zero bytes in the compressed pixels: a block of the disk or the network that got lost.
+class Segment(NamedTuple):
+    """A marker, and the bytes that belong to it."""
 
-    Decoders accept them and draw grey. Only a blank picture of a megapixel, coded with tables of its own,
-    could hold as many on purpose. The file must have passed `inspect_jpeg`.
+    marker: int
+    position: int
+    """Of the marker's 0xFF."""
+    end: int
+    """Where the next marker is looked for."""
+
+
+def iter_segments(data: bytes, position: int = 2) -> Iterator[Segment]:
+    """Markers from `position` on, up to the end of the image; scans are passed over, other garbage too.
+
+    Raises:
+        IndexError: The file ends inside a segment.
+        BadImageError: No marker follows.
     """
-    frame = _find_frame(data)[1]
-    found = bytes(data[frame:]).find(bytes(_ZERO_BLOCK))
-    return None if found < 0 else frame + found
-
-
-def _find_frame(data: bytes | memoryview) -> tuple[int, int, int]:
-    """Marker and position of the frame header, and the EXIF orientation met before it."""
-    position, orientation = 2, 1
     while True:
         if data[position] != 0xFF:  # garbage between segments: decoders skip it, so it is no error
             position = _next_marker(data, position)
@@ -147,24 +159,68 @@ def _find_frame(data: bytes | memoryview) -> tuple[int, int, int]:
         if marker == 0xFF:  # fill byte
             position += 1
             continue
+        if marker == _EOI:
+            yield Segment(marker, position, position + 2)
+            return
+        end = position + 2
+        if marker not in _MARKERS_WITHOUT_LENGTH:
+            end += max(data[position + 2] << 8 | data[position + 3], 2)
+        yield Segment(marker, position, end)
+        position = scan_end(data, end) if marker == _SOS else end
+
+
+_AFTER_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+
+
+def scan_end(data: bytes, start: int) -> int:
+    """Where the marker after a scan's compressed data lies; the end of the file where there is none."""
+    found = _AFTER_SCAN.search(data, start)
+    return len(data) if found is None else found.start()
+
+
+def find_frame(data: bytes) -> tuple[int, int, int]:
+    """Marker and position of the frame header, and the EXIF orientation met before it.
+
+    Raises:
+        IndexError: The file ends before.
+        BadImageError: Image data or the end come first.
+    """
+    orientation = 1
+    for marker, position, end in iter_segments(data):
         if marker in _SOF_MARKERS:
             return marker, position, orientation
         if marker in (_SOS, _EOI):
-            raise BadImageError("no frame header before the image data")
-        if marker in _MARKERS_WITHOUT_LENGTH:
-            position += 2
-            continue
-        length = data[position + 2] << 8 | data[position + 3]
+            break
         if marker == _APP1 and orientation == 1:
-            orientation = _exif_orientation(bytes(data[position + 4 : position + 2 + length]))
-        position += 2 + max(length, 2)
+            orientation = _exif_orientation(data[position + 4 : end])
+    raise BadImageError("no frame header before the image data")
 
 
-def _next_marker(data: bytes | memoryview, position: int) -> int:
-    found = bytes(data[position:]).find(b"\xff")
+def lacks_adobe_marker(data: bytes) -> bool:
+    """Whether no APP14 of Adobe stands before the frame, which in a CMYK file says that ink is inverted."""
+    for marker, position, end in iter_segments(data):
+        if marker in _SOF_MARKERS:
+            return True
+        if marker == _APP14 and data[position + 4 : end].startswith(b"Adobe"):
+            return False
+    return True
+
+
+def _check_num_scans(data: bytes, frame: int) -> None:
+    num_scans = 0
+    for segment in iter_segments(data, frame):
+        num_scans += segment.marker == _SOS
+        if num_scans > MAX_SCANS:
+            raise BadImageError(
+                f"more than {MAX_SCANS} scans: each costs a decoder the whole image"
+            )
+
+
+def _next_marker(data: bytes, position: int) -> int:
+    found = data.find(b"\xff", position)
     if found < 0:
         raise BadImageError(f"truncated or overwritten: no marker after byte {position}")
-    return position + found
+    return found
 
 
 def _kind(marker: int, *, precision: int, num_components: int) -> JpegKind:

@@ -16,24 +16,37 @@ BESIDE = "file beside an image, not read"
 SECOND_IMAGE = "second image of a sample"
 LONE_LABEL = "label without an image beside it"
 UNREADABLE_LABEL = "label that cannot be read"
+LABEL_OUT_OF_RANGE = "label out of range"
 OTHER_LABEL = "second label of a sample, not the same"
+BESIDE_IMAGE = "image file beside an image, not read"
 DOTTED_IMAGE = "image with a dot in its name"
+DOTTED_LABEL = "label with a dot in its name"
 HIDDEN = "hidden or side file"
 NO_IMAGE = "file without an image beside it"
+DAMAGED = "damaged stretch"
+
+LOST_LABELS = (LONE_LABEL, DOTTED_LABEL, UNREADABLE_LABEL, LABEL_OUT_OF_RANGE)
+"""Labels that no sample has, though they are there."""
+
+_MAX_PARTS = 20
+"""Reasons that an account names one by one."""
 
 _USED = frozenset({IMAGE, LABEL})
-_HARMLESS = frozenset({BESIDE, HIDDEN, NO_IMAGE, "folder"})
+_HARMLESS = frozenset({BESIDE, BESIDE_IMAGE, HIDDEN, NO_IMAGE, "folder"})
 
 _ADVICE = {
-    SECOND_IMAGE: "only the first is used: give each a key of its own",
+    SECOND_IMAGE: "only the first is used: `cmae shards repair` gives each a key of its own",
     LONE_LABEL: "sort the tar by name, or join them with `cmae shards repair`",
-    UNREADABLE_LABEL: "a label is an integer >= 0 in .cls, or `label` in .json",
+    UNREADABLE_LABEL: "a label is digits in .cls, or an integer `label` in .json: write it so",
+    LABEL_OUT_OF_RANGE: "a label is an integer from 0 to 2**63 - 1",
     OTHER_LABEL: "the first one is used",
-    DOTTED_IMAGE: "a key ends at the first dot of the file name: name them otherwise",
+    DOTTED_IMAGE: "a key ends at the first dot of the file name: `cmae shards repair` renames them",
+    DOTTED_LABEL: "a key ends at the first dot of the file name: `cmae shards repair` renames them",
+    DAMAGED: "`cmae shards repair` writes what is left around it",
     "hard link": "the tar holds no second copy: write it with --hard-dereference, or use "
     "`cmae shards repair`",
     "symbolic link": "write the tar with --dereference",
-    "sparse file": "write the tar without --sparse, or use `cmae shards repair`",
+    "sparse file": "write the tar without --sparse (bsdtar: --no-read-sparse)",
 }
 _DEFAULT_ADVICE = "the loader reads JPEG only: `cmae shards repair --reencode true` makes JPEGs"
 
@@ -50,6 +63,14 @@ class MemberCounts:
         self.counts[fate] = self.counts.get(fate, 0) + count
         if fate not in self.examples:
             self.examples[fate] = printable(example)
+
+    def move(self, fate: str, to: str, count: int | None = None, example: str = "") -> None:
+        """Count members that were of one fate as of another; `count` None means all of them."""
+        count = self.counts[fate] if count is None else count
+        self.add(to, example or self.examples[fate], count)
+        self.counts[fate] -= count
+        if not self.counts[fate]:
+            del self.counts[fate], self.examples[fate]
 
     @property
     def total(self) -> int:
@@ -77,13 +98,18 @@ class MemberCounts:
             for fate, count in self.lost.items()
         ]
 
-    def line(self) -> str:
-        """For people: '12 members: 4 images, 4 labels; 3 x png image, ...' over all that are there."""
-        used = [f"{self.counts.get(fate, 0)} {fate}s" for fate in (IMAGE, LABEL)]
-        rest = {**self.lost, **self.passed_over}
-        left_out = [f"{count} x {fate} ({self.examples[fate]})" for fate, count in rest.items()]
-        line = f"{self.total} members: {', '.join(used)}"
-        return f"{line}; left out: {', '.join(left_out)}" if left_out else line
+    def line(self, what: str = "entries") -> str:
+        """For people: '12 entries = 4 images + 4 labels + 3 x png image (2.png) + ...'."""
+        used = {fate: count for fate, count in self.counts.items() if fate in _USED}
+        rest = sorted(
+            ((count, fate) for fate, count in self.counts.items() if fate not in _USED),
+            reverse=True,
+        )
+        parts = [f"{used.get(fate, 0)} {fate}s" for fate in (IMAGE, LABEL) if fate in used]
+        parts += [f"{count} x {fate} ({self.examples[fate]})" for count, fate in rest[:_MAX_PARTS]]
+        if more := sum(count for count, _ in rest[_MAX_PARTS:]):
+            parts.append(f"{more} x {len(rest) - _MAX_PARTS} other reasons")
+        return f"{self.total} {what} = {' + '.join(parts) or '0'}"
 
 
 def is_harmless(fate: str) -> bool:

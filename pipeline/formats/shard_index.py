@@ -8,10 +8,7 @@ Bad images (kind BAD, or a kind that the decoders refuse) have `valid` False; `D
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-import threading
-import zipfile
 import zlib
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
@@ -23,7 +20,8 @@ import numpy.typing as npt
 
 from cmae.errors import CmaeError
 from cmae.pipeline.formats.atomic import atomic_write
-from cmae.pipeline.formats.jpeg import MAX_PIXELS, BadImageError, JpegInfo, JpegKind, inspect_jpeg
+from cmae.pipeline.formats.index_file import Columns, find_fault, read_arrays
+from cmae.pipeline.formats.jpeg import BadImageError, JpegInfo, JpegKind, inspect_jpeg
 from cmae.pipeline.formats.member_counts import MemberCounts, from_arrays, to_arrays
 from cmae.pipeline.formats.presized import downscale_mark, summarise_marks
 from cmae.pipeline.formats.tar import TarError, TarRecord, iter_records
@@ -37,12 +35,6 @@ INDEX_SUFFIX = ".index.npz"
 
 DIGEST_BYTES = 64 * 1024
 """Length of each end of a tar that its digest covers."""
-
-_parsing = threading.Lock()
-"""numpy evaluates array headers with `ast`, whose state in CPython 3.11 is shared by threads: two at once can
-end in "SystemError: AST constructor recursion depth mismatch"."""
-
-Columns = dict[str, npt.NDArray[Any]]
 
 
 class MissingIndexError(CmaeError, FileNotFoundError):
@@ -201,12 +193,12 @@ def index_row(record: TarRecord, info: JpegInfo | None) -> IndexRow:
     )
 
 
-def index_record(record: TarRecord, *, max_pixels: int = MAX_PIXELS) -> IndexRow:
+def index_record(record: TarRecord) -> IndexRow:
     """The index entry of a record, whose image may be bad."""
-    return index_row(record, _inspect(record.image, max_pixels))
+    return index_row(record, _inspect(record.image))
 
 
-def build_index(tar_path: str | Path, *, max_pixels: int = MAX_PIXELS) -> ShardIndex:
+def build_index(tar_path: str | Path) -> ShardIndex:
     """Read a whole shard and index it; a record whose image is bad is kept with kind BAD.
 
     Raises:
@@ -218,14 +210,14 @@ def build_index(tar_path: str | Path, *, max_pixels: int = MAX_PIXELS) -> ShardI
     rows, marks, members = [], [], MemberCounts()
     with open(tar_path, "rb", buffering=1 << 20) as file:
         for record in iter_records(file, name=str(tar_path), members=members):
-            rows.append(index_record(record, max_pixels=max_pixels))
+            rows.append(index_record(record))
             marks.append(downscale_mark(record.image))
     return ShardIndex.from_rows(rows, tar_path=tar_path, marks=marks, members=members)
 
 
-def _inspect(image: bytes, max_pixels: int) -> JpegInfo | None:
+def _inspect(image: bytes) -> JpegInfo | None:
     try:
-        return inspect_jpeg(image, max_pixels=max_pixels)
+        return inspect_jpeg(image)
     except BadImageError:
         return None
 
@@ -270,11 +262,11 @@ def load_index(tar_path: str | Path) -> ShardIndex:
 def load_index_unchecked(tar_path: str | Path) -> ShardIndex | None:
     """The index of a shard as it is, whether or not the tar has changed since; None where there is none."""
     try:
-        columns = _read_archive(index_path(tar_path), without=())
-        if columns.pop("format_version") not in (FORMAT_VERSION, DOWNSCALED_FORMAT_VERSION):
-            return None
-        return _from_columns(columns)
-    except (OSError, KeyError):
+        file = index_path(tar_path)
+        return _from_columns(
+            read_index_file(file, without=(), tar=str(tar_path), size=None, digest=None)
+        )
+    except (OSError, StaleIndexError):
         return None
 
 
@@ -293,7 +285,10 @@ def read_keys(index_file: str | Path) -> npt.NDArray[np.str_]:
     Raises:
         OSError: There is no index, or it cannot be read.
     """
-    return _decode_keys(_read_archive(Path(index_file), without=())["keys"])
+    columns = _read_archive(Path(index_file), without=())
+    if "keys" not in columns or columns["keys"].dtype.kind not in "SU":
+        raise OSError(f"{index_file} has no keys")
+    return _decode_keys(columns["keys"])
 
 
 def _from_columns(columns: Columns) -> ShardIndex:
@@ -355,12 +350,18 @@ def read_index_file(
         columns = _read_archive(path, without)
     except OSError as error:
         raise StaleIndexError(f"{path} is damaged or no index; {repair}") from error
-    version = columns.pop("format_version")
-    if version not in (FORMAT_VERSION, DOWNSCALED_FORMAT_VERSION):
+    version = columns.pop("format_version", np.empty(0))
+    if version.shape or version not in (FORMAT_VERSION, DOWNSCALED_FORMAT_VERSION):
         raise StaleIndexError(
-            f"{path} has format {version}, this version reads {FORMAT_VERSION} and "
+            f"{path} has format {version if version.size else None}, this version reads {FORMAT_VERSION} and "
             f"{DOWNSCALED_FORMAT_VERSION}; {repair}"
         )
+    wanted = {name: dtype for name, dtype in COLUMNS.items() if name not in without}
+    if fault := find_fault(columns, wanted):
+        raise StaleIndexError(f"{path} is damaged or no index ({fault}); {repair}")
+    for name, dtype in wanted.items():
+        if name != "keys":
+            columns[name] = columns[name].astype(dtype, copy=False)
     if size is not None and columns["tar_size"] != size:
         raise StaleIndexError(
             f"{path} was made for {columns['tar_size']} bytes, the tar has {size}; {repair}"
@@ -371,16 +372,10 @@ def read_index_file(
 
 
 def _read_archive(path: Path, without: Collection[str]) -> Columns:
-    """Arrays of an index file.
+    """Arrays of an index file, by the names that they have here.
 
     Raises:
         OSError: It is not there, not readable, or no index.
     """
-    try:
-        content = io.BytesIO(Path(path).read_bytes())
-        with _parsing, np.load(content, allow_pickle=False) as archive:
-            names = {stored: name for name, stored in _STORED_AS.items()}
-            wanted = [stored for stored in archive.files if stored not in without]
-            return {names.get(stored, stored): archive[stored] for stored in wanted}
-    except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError) as error:
-        raise OSError(f"{path} is damaged or no index") from error
+    names = {stored: name for name, stored in _STORED_AS.items()}
+    return {names.get(name, name): array for name, array in read_arrays(path, without).items()}

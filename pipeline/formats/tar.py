@@ -7,62 +7,50 @@ records in tar order, bad images included, so it stays the same whatever is late
 
 from __future__ import annotations
 
-import json
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import IO, NamedTuple
 
 from cmae.errors import CmaeError
+from cmae.pipeline.formats.file_names import (
+    IMAGE_EXTENSIONS,
+    MAX_NAME_BYTES,
+    OTHER_IMAGE_EXTENSIONS,
+    is_read,
+    is_side_file,
+    last_extension,
+    split_name,
+)
+from cmae.pipeline.formats.labels import LABEL_EXTENSIONS, NO_LABEL, label_text, read_label
 from cmae.pipeline.formats.member_counts import (
     BESIDE,
+    BESIDE_IMAGE,
     DOTTED_IMAGE,
+    DOTTED_LABEL,
     HIDDEN,
     IMAGE,
     LABEL,
     LONE_LABEL,
+    LOST_LABELS,
     NO_IMAGE,
     OTHER_LABEL,
     SECOND_IMAGE,
-    UNREADABLE_LABEL,
     MemberCounts,
 )
+from cmae.pipeline.formats.printable import printable
 
-IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "jpe", "jfif"})
-"""Lower-case WebDataset extensions (everything after the first dot) that are taken for an image."""
-OTHER_IMAGE_EXTENSIONS = frozenset(
-    [
-        "png",
-        "webp",
-        "gif",
-        "bmp",
-        "tif",
-        "tiff",
-        "ppm",
-        "pgm",
-        "avif",
-        "heic",
-        "heif",
-        "jp2",
-        "j2k",
-        "jxl",
-    ]
-)
-"""Extensions of images that the loader does not read."""
-LABEL_EXTENSIONS = frozenset({"cls", "json"})
-NO_LABEL = -1
 TAR_BLOCK = 512
 """Bytes; headers take one block, payloads are padded to whole blocks."""
-MAX_NAME_BYTES = 1024
-"""Longer names are left out: an index keeps all keys at the width of the longest."""
+
+MAX_MEMBER_BYTES = 1 << 30
+"""Images and labels above this size are not read into memory: they are counted as left out."""
+
+MAX_HEADER_BYTES = 1 << 20
+"""Largest payload of a pax header or long name: a claimed size beyond it is damage."""
 
 _CHUNK = 16 << 20
-_MAX_LABEL_BYTES = 16 << 20
-_MAX_LABEL = 2**63 - 1
 _MAX_SIZE = 2**63 - 1
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\x28\xb5\x2f\xfd", b"\xfd7zX")  # gzip, bzip2, zstandard, xz
-_WEBDATASET_META = re.compile(r"__[^/]*__($|/)")  # names that WebDataset skips
-_READ_EXTENSIONS = IMAGE_EXTENSIONS | OTHER_IMAGE_EXTENSIONS | LABEL_EXTENSIONS
 _REGULAR_TYPES = frozenset(b"\x000" + b"7")
 _HEADERS_WITHOUT_USE = frozenset(b"gK")  # global pax headers and long names of link targets
 _PAX_TYPES = frozenset(b"xX")
@@ -151,20 +139,23 @@ def iter_entries(stream: IO[bytes], *, name: str) -> Iterator[TarMember]:
         if kind == _GNU_SPARSE:
             byte_offset += _skip_sparse_maps(stream, block)
         is_header = kind in _HEADERS_WITHOUT_USE or kind in _PAX_TYPES or kind == ord("L")
+        if is_header and size > MAX_HEADER_BYTES:
+            raise TarError(f"{name}: damaged: a header of {size} bytes at byte {byte_offset}")
         if kind in _TYPES_WITHOUT_DATA:
             size = 0
         elif ahead.size is not None and not is_header:
             size = ahead.size
         member = member if is_header else ahead.name or member
         data = b""
-        if is_header or is_read(member):
+        if is_header or (is_read(member) and size <= MAX_MEMBER_BYTES):
             data = _read(stream, size)
             there = len(data)
         else:
             there = _skip(stream, size)
         if there != size:
             raise TarError(
-                f"{name}: truncated: {member} needs {size} bytes from byte {byte_offset}, {there} are left"
+                f"{name}: truncated: {printable(member)} needs {size} bytes from byte {byte_offset}, "
+                f"{there} are left"
             )
         if kind == ord("L"):
             ahead.name = data.rstrip(b"\0").decode(errors="surrogateescape")
@@ -172,7 +163,7 @@ def iter_entries(stream: IO[bytes], *, name: str) -> Iterator[TarMember]:
             ahead.read_pax(data, name, byte_offset)
         elif not is_header:
             target = block[157:257].split(b"\0", 1)[0].decode(errors="surrogateescape")
-            fault = _fault(kind, member, ahead)
+            fault = _fault(kind, member, size, ahead)
             found = TarMember(member, byte_offset, data, size, start, fault, ahead.target or target)
             yield found
             start, ahead = found.end, _Ahead()
@@ -208,20 +199,17 @@ class _Ahead:
         self.target = records.get("linkpath") or self.target
 
 
-def _fault(kind: int, member: str, ahead: _Ahead) -> str:
-    """What an entry is, if not a plain file."""
+def _fault(kind: int, member: str, size: int, ahead: _Ahead) -> str:
+    """What an entry is, if not a plain file that can be used."""
     if len(member.encode(errors="surrogateescape")) > MAX_NAME_BYTES:
         return f"file with a name of more than {MAX_NAME_BYTES} bytes"
     if kind == _GNU_SPARSE or ahead.is_sparse:
         return _SPARSE
     if kind in _REGULAR_TYPES:
+        if is_read(member) and size > MAX_MEMBER_BYTES:
+            return f"file of more than {MAX_MEMBER_BYTES >> 20} MiB"
         return "folder" if member.endswith("/") else ""
     return _TYPES_WITHOUT_DATA.get(kind, f"entry of type {chr(kind)!r}")
-
-
-def is_read(name: str) -> bool:
-    """Whether the payload of a member matters: its name says image or label."""
-    return name.rpartition(".")[2].lower() in _READ_EXTENSIONS
 
 
 def _read(stream: IO[bytes], size: int) -> bytes:
@@ -257,25 +245,12 @@ def _skip_sparse_maps(stream: IO[bytes], block: bytes) -> int:
     return num_bytes
 
 
-def split_name(name: str) -> tuple[str, str] | None:
-    """Key and lower-case extension of a member by WebDataset's rule; None where it has none.
-
-    The key ends at the first dot of the file name. Of a hidden file, the folder's name is the key.
-    """
-    folder, slash, file = name.rpartition("/")
-    base, dot, extension = file.partition(".")
-    last = folder.rpartition("/")[2]
-    if not dot or not (base or (last and "." not in last)) or _WEBDATASET_META.match(name):
-        return None
-    return folder + slash + base, extension.lower()
-
-
 def iter_records(
     stream: IO[bytes], *, name: str, members: MemberCounts | None = None
 ) -> Iterator[TarRecord]:
     """Group the members of a tar as WebDataset does and yield the groups that hold an image.
 
-    The label is the integer in `.cls`, or the integer `label` in `.json`.
+    The label is the integer in `.cls`, or the integer `label` in `.json`; the first that states one counts.
 
     Args:
         stream: See `iter_entries`.
@@ -291,11 +266,16 @@ def iter_records(
         counts.add(loose_fate(member), member.name)
 
     for group in group_members(iter_entries(stream, name=name), on_loose=count_loose):
-        for member, fate in group_fates(group).items():
-            counts.add(fate, group.members[member].name)
-        record = record_of(group)
+        record = count_group(group, counts)
         if record is not None:
             yield record
+
+
+def count_group(group: TarGroup, counts: MemberCounts) -> TarRecord | None:
+    """Count the members of a group by what becomes of them, and return its sample."""
+    for extension, fate in group_fates(group).items():
+        counts.add(fate, fate_example(group.members[extension], fate))
+    return record_of(group)
 
 
 def group_members(
@@ -330,38 +310,85 @@ def group_members(
 
 def record_of(group: TarGroup) -> TarRecord | None:
     """The sample that a group holds; None without an image."""
-    image: TarMember | None = None
-    label = NO_LABEL
-    for extension, member in group.members.items():
-        if extension in IMAGE_EXTENSIONS:
-            image = image or member
-        elif extension in LABEL_EXTENSIONS and label == NO_LABEL:
-            stated = parse_label(extension, member.data)
-            label = NO_LABEL if stated is None else stated
-    return None if image is None else TarRecord(group.key, image.byte_offset, image.data, label)
+    image = next((group.members[one] for one in group.members if one in IMAGE_EXTENSIONS), None)
+    if image is None:
+        return None
+    return TarRecord(group.key, image.byte_offset, image.data, first_label(group_labels(group)))
+
+
+def group_labels(group: TarGroup) -> dict[str, int | str]:
+    """What each label member of a group says, by extension; see `read_label`."""
+    return {
+        extension: read_label(last_extension(member.name), member.data)
+        for extension, member in group.members.items()
+        if is_label(extension, has_image=has_image(group.members))
+    }
+
+
+def has_image(extensions: Iterable[str]) -> bool:
+    """Whether a group of members with these extensions is a sample."""
+    return not IMAGE_EXTENSIONS.isdisjoint(extensions)
+
+
+def is_label(extension: str, *, has_image: bool) -> bool:
+    """Whether a member may be a label: without an image, also one whose name has more dots."""
+    last = extension if has_image else extension.rpartition(".")[2]
+    return last in LABEL_EXTENSIONS
+
+
+def first_label(labels: Mapping[str, int | str]) -> int:
+    """The label that counts: the first that states a number."""
+    numbers = (one for one in labels.values() if isinstance(one, int) and one != NO_LABEL)
+    return next(numbers, NO_LABEL)
 
 
 def group_fates(group: TarGroup) -> dict[str, str]:
     """What becomes of each member of a group, by extension."""
-    has_image = not IMAGE_EXTENSIONS.isdisjoint(group.members)
+    names = {extension: member.name for extension, member in group.members.items()}
+    return fates_of(names, group_labels(group))
+
+
+def fates_of(names: Mapping[str, str], labels: Mapping[str, int | str]) -> dict[str, str]:
+    """What becomes of the members of a group.
+
+    Args:
+        names: Name of each member, by extension.
+        labels: What each label member says, by extension.
+    """
+    if not has_image(names):
+        return {
+            extension: _lone_fate(extension, name, labels.get(extension, NO_LABEL))
+            for extension, name in names.items()
+        }
+    counts = first_label(labels)
     fates: dict[str, str] = {}
-    label = NO_LABEL
-    for extension, member in group.members.items():
-        fate = BESIDE
+    for extension in names:
+        label = labels.get(extension, NO_LABEL)
         if extension in IMAGE_EXTENSIONS:
-            fate = SECOND_IMAGE if IMAGE in fates.values() else IMAGE
-        elif extension in LABEL_EXTENSIONS:
-            stated = parse_label(extension, member.data)
-            if stated is None:
-                fate = UNREADABLE_LABEL
-            elif stated != NO_LABEL:
-                fate = LABEL if has_image else LONE_LABEL
-                fate = OTHER_LABEL if label not in (NO_LABEL, stated) else fate
-                label = stated if label == NO_LABEL else label
-        if fate == BESIDE and not has_image:
-            fate = _fate_without_image(member.name)
-        fates[extension] = fate
+            fates[extension] = SECOND_IMAGE if IMAGE in fates.values() else IMAGE
+        elif label == NO_LABEL:
+            is_image = extension.rpartition(".")[2] in IMAGE_EXTENSIONS | OTHER_IMAGE_EXTENSIONS
+            fates[extension] = BESIDE_IMAGE if is_image else BESIDE
+        elif isinstance(label, str):
+            fates[extension] = label
+        else:
+            fates[extension] = LABEL if label == counts else OTHER_LABEL
     return fates
+
+
+def _lone_fate(extension: str, name: str, label: int | str) -> str:
+    if label == NO_LABEL:
+        return _fate_without_image(name)
+    if isinstance(label, str):
+        return label
+    return LONE_LABEL if extension in LABEL_EXTENSIONS else DOTTED_LABEL
+
+
+def fate_example(member: TarMember, fate: str) -> str:
+    """How a member is shown as an example of its fate."""
+    if fate in LOST_LABELS:
+        return f"{member.name} with {label_text(member.data)}"
+    return member.name
 
 
 def loose_fate(member: TarMember) -> str:
@@ -373,8 +400,8 @@ def loose_fate(member: TarMember) -> str:
 
 def _fate_without_image(name: str) -> str:
     file = name.rpartition("/")[2]
-    extension = file.rpartition(".")[2].lower()
-    if file.startswith("._") or name.startswith("__MACOSX/"):
+    extension = last_extension(name)
+    if is_side_file(name):
         return HIDDEN
     if extension in OTHER_IMAGE_EXTENSIONS:
         return f"{extension} image"
@@ -459,31 +486,3 @@ def _pax_records(data: bytes) -> dict[str, str]:
     if data[start:].strip(b"\0"):
         raise ValueError("a pax line without a length")
     return records
-
-
-def parse_label(extension: str, data: bytes) -> int | None:
-    """Class number in a `.cls` or `.json` member.
-
-    Returns:
-        The number, NO_LABEL where the member states none, None where it states something else.
-    """
-    if len(data) > _MAX_LABEL_BYTES:
-        return None
-    if extension == "json":
-        return _json_label(data)
-    text = data.strip()
-    if text == b"-1":
-        return NO_LABEL
-    return int(text) if len(text) < 40 and text.isdigit() and int(text) <= _MAX_LABEL else None
-
-
-def _json_label(data: bytes) -> int | None:
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError):
-        return None
-    value = content.get("label") if isinstance(content, dict) else None
-    if value is None or (value == NO_LABEL and isinstance(value, int)):
-        return NO_LABEL
-    is_number = isinstance(value, int) and not isinstance(value, bool)
-    return value if is_number and 0 <= value <= _MAX_LABEL else None

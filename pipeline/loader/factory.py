@@ -27,6 +27,7 @@ from cmae.pipeline.remote.schemes import is_local, is_remote
 from cmae.pipeline.sampling.epoch_plan import EpochPlan
 from cmae.pipeline.sources.expand import expand_shards
 from cmae.pipeline.sources.indexed import IndexedSource
+from cmae.pipeline.sources.left_out import lost_members
 from cmae.pipeline.sources.records import Source
 from cmae.pipeline.sources.stream import StreamSource
 from cmae.pipeline.views.backend import ViewBackend
@@ -245,7 +246,8 @@ def _open_stream(
 
 
 def _left_out(index: DatasetIndex) -> list[BadSample]:
-    return [
+    lost = zip(index.paths, index.members, strict=True)
+    return [line for path, members in lost for line in lost_members(path, members)] + [
         BadSample(
             index.paths[shard],
             index.key(shard, record_number),

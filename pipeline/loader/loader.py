@@ -15,6 +15,7 @@ from cmae.pipeline.batch import Batch, DrawMask, LoaderState
 from cmae.pipeline.loader.config import LoaderConfig
 from cmae.pipeline.loader.prefetcher import Prefetcher
 from cmae.pipeline.sources.records import Source
+from cmae.pipeline.sources.stream import NoSamplesError
 from cmae.pipeline.stage_stats import LoaderSnapshot, State
 from cmae.pipeline.views.backend import ViewBackend
 
@@ -85,7 +86,12 @@ class Loader:
         Raises:
             DataError: Too many bad samples, or a shard that cannot be read.
         """
-        queued = self._prefetcher.get()
+        try:
+            queued = self._prefetcher.get()
+        except NoSamplesError as error:
+            # No batch will carry them to the ledger.
+            self._health.add(0, error.bad)
+            raise
         if queued.event is not None:
             _hand_over(queued.batch, queued.event)
         self._health.add(len(queued.batch.label), queued.bad)

@@ -14,12 +14,15 @@ drops the locks of a process that dies.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import io
 import json
 import os
+import re
 import shutil
+import stat
 import threading
 import time
 import zlib
@@ -30,6 +33,7 @@ from typing import IO
 
 from cmae.errors import CmaeError
 from cmae.pipeline.errors import RemoteError
+from cmae.pipeline.formats.atomic import atomic_write
 from cmae.pipeline.formats.parallel import no_progress
 from cmae.pipeline.formats.shard_index import INDEX_SUFFIX
 from cmae.pipeline.remote import client
@@ -39,6 +43,9 @@ from cmae.pipeline.remote.stores import ObjectInfo
 
 _POLL_S = 0.1
 _PARTS_AHEAD = 8
+
+MAX_NOTES_BYTES = 16 << 20
+"""Of a file of notes, which has 20 bytes for each part of 8 MiB, this much is read."""
 
 Check = Callable[[Path], None]
 """Raises ChecksumError where a complete copy differs from what it must be."""
@@ -149,6 +156,8 @@ class ShardCache:
     def _prepare(self, file: RemoteFile) -> Path:
         path = self.path(file.url)
         path.parent.mkdir(exist_ok=True)
+        if path.parent.is_symlink():
+            raise RemoteError(_planted(path.parent))
         return path
 
     def _copy_locked(
@@ -188,7 +197,7 @@ class ShardCache:
                     f"{used / 2**30:.2f} of {self.quota_bytes / 2**30:.2f} GiB are in use and the disk has "
                     f"{free / 2**30:.2f} GiB free. Raise data.cache_quota_gib, or use data.remote=range"
                 )
-            with open(partial, "ab") as file:
+            with os.fdopen(_open_own(partial, os.O_RDWR | os.O_CREAT), "r+b") as file:
                 file.truncate(size)
 
     def _entries(self) -> Iterator[tuple[float, int, Path]]:
@@ -216,10 +225,38 @@ def _modified(path: Path) -> float:
         return 0.0
 
 
+def _open_own(path: Path, flags: int) -> int:
+    """Open a file of the cache, whose name is known to all: never one that a link leads to.
+
+    Others may write to the folder too. (A name at random would not do: another process has to find the file.)
+
+    Raises:
+        RemoteError: The name is that of a link, or the file has other names.
+    """
+    try:
+        handle = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise RemoteError(_planted(path)) from error
+        raise
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        os.close(handle)
+        raise RemoteError(_planted(path))
+    return handle
+
+
+def _planted(path: Path) -> str:
+    return (
+        f"{path} is a link, which this program does not make: remove it, and use a cache_dir that "
+        "nobody else can write to"
+    )
+
+
 @contextmanager
 def _lock_file(path: Path) -> Iterator[int]:
     """Handle of a file whose lock, once taken, ends with the block."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    handle = _open_own(path, os.O_RDWR | os.O_CREAT)
     try:
         yield handle
     finally:
@@ -271,8 +308,8 @@ def _remove_unused(entry: Path) -> bool:
     is_partial = entry.name.endswith(".partial")
     locked = entry.with_name(entry.name.removesuffix(".partial") + ".lock") if is_partial else entry
     try:
-        handle = os.open(locked, os.O_RDONLY | os.O_CLOEXEC)
-    except (FileNotFoundError, PermissionError):
+        handle = os.open(locked, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
         return False
     try:
         if not _try_lock(handle):
@@ -316,7 +353,8 @@ def _copy_checked(
     # kill cut short does no harm.
     path.unlink(missing_ok=True)
     meta = {"url": redact(file.url), "size": file.size, "version": file.info.version}
-    _beside(path, ".meta").write_text(json.dumps(meta) + "\n")
+    with atomic_write(_beside(path, ".meta")) as out:
+        out.write(json.dumps(meta).encode() + b"\n")
     os.replace(partial, path)
     parts.unlink(missing_ok=True)
 
@@ -331,7 +369,7 @@ def _copy(
 ) -> None:
     """Fill the partial file, going on where an earlier process stopped if the server has ranges."""
     copy = _copy_parts if file.info.has_ranges else _copy_whole
-    with open(partial, "r+b") as out:
+    with os.fdopen(_open_own(partial, os.O_RDWR), "r+b") as out:
         for num_bytes in copy(file, parts, out):
             progress(num_bytes)
             _raise_if(stop, partial)
@@ -343,7 +381,7 @@ def _copy_whole(file: RemoteFile, parts: Path, out: IO[bytes]) -> Iterator[int]:
     """Copy from front to back; numbers of bytes as they come."""
     for chunk in file.chunks():
         out.write(chunk)
-        parts.touch()  # those who wait look at its time
+        _append(parts, "")  # those who wait look at its time
         yield len(chunk)
     if out.tell() != file.size:
         raise RemoteError(f"{file.shown}: {out.tell()} of {file.size} bytes came")
@@ -354,7 +392,8 @@ def _copy_parts(file: RemoteFile, parts: Path, out: IO[bytes]) -> Iterator[int]:
     done = _read_parts(parts, out.fileno(), file)
     yield sum(end - start for start, end in map(file.part_ends, done))
     todo = [number for number in range(file.num_parts) if number not in done]
-    with open(parts, "a", buffering=1) as notes:
+    handle = _open_own(parts, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    with os.fdopen(handle, "a", buffering=1) as notes:
         for number, data in file.parts(todo, ahead=_PARTS_AHEAD):
             out.seek(file.part_ends(number)[0])
             out.write(data)
@@ -371,22 +410,42 @@ def _raise_if(stop: threading.Event, partial: Path) -> None:
 def _read_parts(parts: Path, handle: int, file: RemoteFile) -> set[int]:
     """Parts of this version that an earlier process wrote and that are on the disk as it wrote them."""
     head = f"{file.info.version}|{file.size}|{client.PART_BYTES}"
-    lines = parts.read_text().splitlines() if parts.exists() else []
+    lines = _read_notes(parts)
     if not lines or lines[0] != head or not file.info.version:
-        parts.write_text(head + "\n")
+        parts.unlink(missing_ok=True)
+        _append(parts, head + "\n")
         return set()
     done: set[int] = set()
     for line in lines[1:]:
         number, _, crc = line.partition(" ")
-        if not (number.isdigit() and crc.isdigit()):  # cut off by a kill
+        is_whole = re.fullmatch(r"\d{1,9} \d{1,10}", line) is not None  # else cut off by a kill
+        if not is_whole or int(number) >= file.num_parts:
             continue
         start, end = file.part_ends(int(number))
         data = os.pread(handle, end - start, start)
         if zlib.crc32(data) == int(crc):
             done.add(int(number))
-    with open(parts, "a") as notes:
-        notes.write("\n")  # ends a line that was cut off
+    _append(parts, "\n")  # ends a line that was cut off
     return done
+
+
+def _read_notes(parts: Path) -> list[str]:
+    """Lines of the notes; none where they are not of the size that notes have."""
+    try:
+        with os.fdopen(_open_own(parts, os.O_RDONLY), encoding="utf-8", errors="replace") as notes:
+            return notes.read(MAX_NOTES_BYTES).splitlines()
+    except FileNotFoundError:
+        return []
+
+
+def _append(parts: Path, text: str) -> None:
+    """Add to the notes, and set their time to now."""
+    handle = _open_own(parts, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    try:
+        os.write(handle, text.encode())
+        os.utime(handle)
+    finally:
+        os.close(handle)
 
 
 def _check_md5(path: Path, file: RemoteFile) -> None:

@@ -27,6 +27,7 @@ from cmae.pipeline.remote.stores import (
     NoRangesError,
     ObjectChangedError,
     ObjectInfo,
+    UnusableAnswerError,
     open_store,
 )
 
@@ -53,6 +54,7 @@ _PERMANENT = (
     IsADirectoryError,
     NotADirectoryError,
     ObjectChangedError,
+    UnusableAnswerError,
 )
 
 _CLIENT_PACKAGES = frozenset(
@@ -261,6 +263,8 @@ class _Failures:
 def _repair(error: BaseException, *, permanent: bool) -> str:
     if isinstance(error, ObjectChangedError):
         return "Shards must not change during a run: start it again when they are complete"
+    if isinstance(error, UnusableAnswerError):
+        return "Correct the server, or the proxy before it"
     if isinstance(error, NoRangesError):
         return "Use data.remote=stream, which reads whole shards"
     if isinstance(error, FileNotFoundError) or http_status(error) in (404, 410):
@@ -396,11 +400,25 @@ class RemoteFile:
         """
         return self.remote.run(self.read_async(start, end))  # type: ignore[no-any-return]
 
-    def read_all(self) -> bytes:
-        """The whole of a small object."""
-        if not self.info.has_ranges or self.info.size is None:
-            return b"".join(self.chunks())
-        return self.read(0, self.size) if self.size else b""
+    def read_all(self, *, limit: int) -> bytes:
+        """The whole of a small object.
+
+        Raises:
+            RemoteError: It is larger than `limit` bytes, or see `read`.
+        """
+        if (self.info.size or 0) > limit:
+            raise RemoteError(self._too_large(limit))
+        if self.info.has_ranges and self.info.size is not None:
+            return self.read(0, self.size) if self.size else b""
+        data = bytearray()
+        for chunk in self.chunks():
+            data += chunk
+            if len(data) > limit:
+                raise RemoteError(self._too_large(limit))
+        return bytes(data)
+
+    def _too_large(self, limit: int) -> str:
+        return f"{self.shown} is larger than {limit} bytes, which is too much for what it should be"
 
     def chunks(self, *, ahead: int = 4) -> Iterator[bytes]:
         """All bytes in order; a transfer that breaks goes on at its byte.
@@ -452,6 +470,8 @@ class RemoteFile:
                 self.remote.retried(stream.next, url=self.url, what=f"reading from byte {given} on")
             ):
                 given += len(chunk)
+                if given > (self.info.size or given):
+                    raise RemoteError(f"{self.shown}: more than the {self.info.size} bytes it has")
                 yield chunk
         finally:
             self.remote.run(stream.close())

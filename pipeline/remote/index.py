@@ -6,14 +6,22 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from cmae.errors import CmaeError
 from cmae.pipeline.errors import RemoteError
 from cmae.pipeline.formats.atomic import atomic_write
-from cmae.pipeline.formats.dataset_index import DatasetIndex, IndexResult
+from cmae.pipeline.formats.dataset_index import (
+    DatasetIndex,
+    IndexResult,
+    error_line,
+    index_result,
+)
+from cmae.pipeline.formats.index_file import MAX_INDEX_BYTES
 from cmae.pipeline.formats.parallel import no_progress, run_threads
 from cmae.pipeline.formats.shard_index import (
     DIGEST_BYTES,
@@ -35,6 +43,12 @@ from cmae.pipeline.remote.client import RemoteConfig, RemoteFile, Span, http_sta
 from cmae.pipeline.remote.progress import ProgressReporter
 
 _INDEX_WORKERS = 32
+
+MAX_CHECKSUM_BYTES = 64 << 10
+"""Largest `.sha256` file that is read."""
+
+_EXPECTED = (RemoteError, CacheFullError)
+"""Errors that name their shard."""
 
 
 def index_url(url: str) -> str:
@@ -82,7 +96,7 @@ def fetch_index(file: RemoteFile, cache: ShardCache) -> Path:
     if _is_index_of(target, file):
         return target
     try:
-        data = file.remote.file(index_url(file.url)).read_all()
+        data = file.remote.file(index_url(file.url)).read_all(limit=_index_limit(file))
     except RemoteError as error:
         if _is_missing(error):
             raise MissingIndexError(
@@ -130,7 +144,7 @@ def copy_unchecked(file: RemoteFile, cache: ShardCache, *, keep: Sequence[Remote
         RemoteError, CacheFullError: See `ShardCache.fetch`.
     """
     path = cache.fetch(file, check=lambda path: None, keep={cache.path(one.url) for one in keep})
-    data = _read_if_there(file.remote.file(index_url(file.url)))
+    data = _read_if_there(file.remote.file(index_url(file.url)), limit=_index_limit(file))
     if data is None:
         index_path(path).unlink(missing_ok=True)
     else:
@@ -155,11 +169,11 @@ def build_remote_indices(
     def ensure(file: RemoteFile) -> IndexResult:
         try:
             index, built = _ensure_index(file, cache, rebuild)
-        except (RemoteError, CacheFullError, ValueError, OSError) as error:
-            return IndexResult(file.shown, 0, 0, built=False, error=str(error))
-        return IndexResult(
-            file.shown, len(index), int((~index.valid).sum()), built=built, error=None
-        )
+        # Whatever trips over one shard, the others get their index.
+        except Exception as error:
+            line = str(error) if isinstance(error, _EXPECTED) else error_line(file.shown, error)
+            return IndexResult(file.shown, 0, 0, built=False, error=line)
+        return index_result(file.shown, index, built=built)
 
     return run_threads(ensure, files, workers=workers, progress=progress)
 
@@ -184,10 +198,15 @@ def _ensure_index(file: RemoteFile, cache: ShardCache, rebuild: bool) -> tuple[S
 def _checksum_check(file: RemoteFile) -> Check:
     """What a shard without an index is held to: `x.tar.sha256`, as sha256sum writes it, if it is there."""
     address, mark, query = file.url.partition("?")
-    line = _read_if_there(file.remote.file(f"{address}.sha256{mark}{query}"))
+    line = _read_if_there(
+        file.remote.file(f"{address}.sha256{mark}{query}"), limit=MAX_CHECKSUM_BYTES
+    )
     if line is None:
         return lambda path: None
-    return partial(check_sha256, expected=line.split()[0].decode().lower())
+    found = re.match(rb"[0-9a-fA-F]{64}\b", line)
+    if found is None:
+        raise CmaeError(f"{file.shown}.sha256 does not begin with a SHA-256: {line[:40]!r}")
+    return partial(check_sha256, expected=found[0].decode().lower())
 
 
 def check_sha256(path: Path, *, expected: str) -> None:
@@ -202,10 +221,15 @@ def check_sha256(path: Path, *, expected: str) -> None:
         raise ChecksumError(f"SHA-256 {found}, the .sha256 beside it says {expected}")
 
 
-def _read_if_there(file: RemoteFile) -> bytes | None:
+def _index_limit(file: RemoteFile) -> int:
+    """An index is smaller than its tar: a record has 1.5 KiB there at least, and keys a bound of 1 KiB."""
+    return min(MAX_INDEX_BYTES, (file.info.size or MAX_INDEX_BYTES) + (1 << 20))
+
+
+def _read_if_there(file: RemoteFile, *, limit: int) -> bytes | None:
     """A small object; None where there is none."""
     try:
-        return file.read_all()
+        return file.read_all(limit=limit)
     except RemoteError as error:
         if _is_missing(error):
             return None

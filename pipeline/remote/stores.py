@@ -12,7 +12,7 @@ import base64
 import re
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -24,11 +24,14 @@ from cmae.pipeline.remote.schemes import redact, split_scheme
 
 if TYPE_CHECKING:
     import aiohttp
+    from yarl import URL
 
 STALL_S = 20.0
 """A transfer that brings fewer than MIN_BYTES_PER_S in this many seconds is given up and begun again."""
 
 MIN_BYTES_PER_S = 32 * 1024
+
+MAX_REDIRECTS = 10
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
 
@@ -51,6 +54,10 @@ class ObjectInfo(NamedTuple):
 
 class ObjectChangedError(OSError):
     """The object is another one now than when the run began."""
+
+
+class UnusableAnswerError(OSError):
+    """The server compresses though it was asked not to, or redirects to nowhere: it would do so again."""
 
 
 class NoRangesError(OSError):
@@ -155,6 +162,8 @@ class HttpStore:
                 raise OSError(f"asked for bytes from {start}, the server sent them from {first[1]}")
             async for chunk in self._watched(response):
                 data += chunk
+                if len(data) > end - start:  # before an answer without an end fills the memory
+                    raise OSError(f"asked for {end - start} bytes, the server sends more")
         if len(data) != end - start:
             raise OSError(f"asked for {end - start} bytes, the server sent {len(data)}")
         return bytes(data)
@@ -170,19 +179,31 @@ class HttpStore:
     async def _get(self, headers: dict[str, str]) -> AsyncIterator[aiohttp.ClientResponse]:
         import aiohttp  # here: local shards need no http client
 
-        session = await self._fs.set_session()
-        options = dict(self._fs.kwargs)
         # A body that is compressed on the way has neither the offsets nor the size of the object.
-        headers = {**options.pop("headers", {}), "Accept-Encoding": "identity", **headers}
-        options.setdefault(
-            "timeout", aiohttp.ClientTimeout(total=None, sock_connect=STALL_S, sock_read=STALL_S)
-        )
-        url = self._fs.encode_url(self._url)
-        async with session.get(url, headers=headers, **options) as response:
-            if response.status == 404:
-                raise FileNotFoundError(f"404: {redact(self._url)} is not there")
-            response.raise_for_status()
-            yield response
+        headers = {"Accept-Encoding": "identity", **headers}
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=STALL_S, sock_read=STALL_S)
+        own = {"timeout": timeout, **self._fs.kwargs}
+        own["headers"] = {**own.get("headers", {}), **headers}
+        url = first = self._fs.encode_url(self._url)
+        session = await self._fs.set_session()
+        async with AsyncExitStack() as stack:
+            for _ in range(MAX_REDIRECTS + 1):
+                options = own
+                if (
+                    url.origin() != first.origin()
+                ):  # no header, cookie or password goes to another host
+                    session = await stack.enter_async_context(_bare_session(session))
+                    options = {"headers": headers, "timeout": own["timeout"]}
+                response = await stack.enter_async_context(
+                    session.get(url, **options, allow_redirects=False)
+                )
+                target = _redirected(response)
+                if target is None:
+                    _check_answer(response, self._url)
+                    yield response
+                    return
+                url = target
+        raise UnusableAnswerError(f"more than {MAX_REDIRECTS} redirects")
 
     async def _watched(self, response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
         """Chunks as they come; raises when they come too slowly (silence is the socket's timeout)."""
@@ -195,6 +216,43 @@ class HttpStore:
                 if num_bytes < MIN_BYTES_PER_S * elapsed:
                     raise TimeoutError(f"stalled: {num_bytes} bytes in {elapsed:.1f} s")
                 since, num_bytes = time.monotonic(), 0
+
+
+def _bare_session(session: aiohttp.ClientSession) -> aiohttp.ClientSession:
+    """A session over the same connections, without the user's headers, cookies and passwords."""
+    import aiohttp
+
+    return aiohttp.ClientSession(
+        connector=session.connector, connector_owner=False, trust_env=session.trust_env
+    )
+
+
+def _redirected(response: aiohttp.ClientResponse) -> URL | None:
+    """Where an answer sends the client.
+
+    Raises:
+        UnusableAnswerError: To something that is not http.
+    """
+    location = response.headers.get("Location", "")
+    if response.status not in (301, 302, 303, 307, 308) or not location:
+        return None
+    target = response.url.join(type(response.url)(location))
+    if target.scheme not in ("http", "https") or not target.host:
+        raise UnusableAnswerError(
+            f"the server redirects to {redact(str(target))!r}, which is no http URL"
+        )
+    return target
+
+
+def _check_answer(response: aiohttp.ClientResponse, url: str) -> None:
+    if response.status == 404:
+        raise FileNotFoundError(f"404: {redact(url)} is not there")
+    response.raise_for_status()
+    if response.headers.get("Content-Encoding", "identity").strip().lower() not in ("", "identity"):
+        raise UnusableAnswerError(
+            f"the server sends Content-Encoding {response.headers['Content-Encoding']!r:.40}, and was asked "
+            "for identity"
+        )
 
 
 class FilesystemStore:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,10 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from cmae.pipeline.formats.dataset_folder import load_classes
 from cmae.pipeline.formats.dataset_index import DatasetIndex
-from cmae.pipeline.formats.tar import NO_LABEL
+from cmae.pipeline.formats.jpeg import BadImageError
+from cmae.pipeline.formats.labels import NO_LABEL
+from cmae.pipeline.formats.pixels import decode_jpeg
+from cmae.pipeline.formats.printable import printable
 
 
 def contact_sheet(
@@ -59,13 +61,14 @@ def _draw_cell(index: DatasetIndex, row: int, side: int) -> Image.Image:
     path = index.paths[int(shard)]
     with open(path, "rb") as file:
         data = os.pread(file.fileno(), int(index.size[row]), int(index.byte_offset[row]))
-    with Image.open(io.BytesIO(data)) as image:
-        image.draft("RGB", (2 * side, 2 * side))
-        picture = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
+    try:
+        image = decode_jpeg(data, draft_px=2 * side)
+    except BadImageError:  # `cmae shards verify --decode pil` names it
+        image = Image.new("RGB", (side, side), _FAINT_INK)
+    picture = ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
     font = ImageFont.load_default(max(side // 14, 9))
-    assert isinstance(
-        font, ImageFont.FreeTypeFont
-    )  # the bitmap font is for Pillow without FreeType
+    # The bitmap font is for Pillow without FreeType.
+    assert isinstance(font, ImageFont.FreeTypeFont)
     line_px = int(1.35 * font.size)
     cell = Image.new("RGB", (side, side + 2 * line_px + 4), _BACKGROUND)
     cell.paste(picture)
@@ -74,9 +77,9 @@ def _draw_cell(index: DatasetIndex, row: int, side: int) -> Image.Image:
     names = load_classes(Path(path).parent)
     label_text = "no label" if label == NO_LABEL else str(label)
     if names and 0 <= label < len(names):
-        label_text += f" {names[label]}"
+        label_text += f" {printable(names[label])}"
     size_text = f"{index.width[row]}x{index.height[row]}"
-    key = _shorten(index.key(int(shard), int(record_number)), side, font)
+    key = _shorten(printable(index.key(int(shard), int(record_number))), side, font)
     draw.text((0, side + 4), key, fill=_INK, font=font)
     draw.text((0, side + 4 + line_px), label_text, fill=_FAINT_INK, font=font)
     draw.text((side, side + 4 + line_px), size_text, fill=_FAINT_INK, font=font, anchor="ra")

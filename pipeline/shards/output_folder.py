@@ -9,7 +9,7 @@ from typing import Any
 
 from cmae.errors import CmaeError
 from cmae.pipeline.formats.atomic import atomic_write
-from cmae.pipeline.formats.dataset_folder import DATASET_FILE
+from cmae.pipeline.formats.dataset_folder import DATASET_FILE, read_dataset
 from cmae.pipeline.formats.shard_index import StaleIndexError, load_index
 
 
@@ -24,7 +24,7 @@ def claim_folder(out: Path, settings: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     summary = out / DATASET_FILE
     if summary.exists():
-        before = json.loads(summary.read_text()).get("settings", {})
+        before = read_dataset(summary).get("settings", {})
         changed = [name for name in settings if before.get(name) != settings[name]]
         if changed:
             what = ", ".join(
@@ -85,15 +85,25 @@ def write_json(path: Path, value: Any) -> None:
         file.write(json.dumps(value, indent=1).encode() + b"\n")
 
 
-def tidy_skipped(path: Path) -> int:
-    """Sort the lines by shard and drop those of a shard that was begun twice; return how many are left."""
+def _parse_skipped(line: bytes) -> dict[str, Any] | None:
+    """A line of the skipped files; None where a kill cut it off."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    is_whole = isinstance(found, dict) and {"shard", "path", "reason"} <= found.keys()
+    return found if is_whole else None
+
+
+def tidy_skipped(path: Path) -> list[dict[str, Any]]:
+    """Sort the lines by shard and drop those of a shard that was begun twice; return those that are left."""
     if not path.exists():
-        return 0
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+        return []
+    lines = [one for line in path.read_bytes().split(b"\n") if (one := _parse_skipped(line))]
     unique = sorted(
         {line["path"]: line for line in lines}.values(),
         key=lambda line: (line["shard"], line["path"]),
     )
     with atomic_write(path) as file:
         file.writelines(json.dumps(line).encode() + b"\n" for line in unique)
-    return len(unique)
+    return unique

@@ -51,9 +51,9 @@ def downscale_jpeg(data: bytes, info: JpegInfo, *, max_size: int, quality: int) 
         BadImageError: Pillow cannot decode it.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
             image.load()
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # whatever Pillow's parser trips over
         raise BadImageError(f"Pillow cannot decode it, so it cannot be resized: {error}") from error
     ratio = max_size / min(image.size)
     width, height = (round(side * ratio) for side in image.size)

@@ -5,18 +5,22 @@ from __future__ import annotations
 import io
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from cmae.pipeline.formats.member_counts import DAMAGED, MemberCounts
 from cmae.pipeline.formats.tar import (
     TAR_BLOCK,
     TarError,
     TarGroup,
     TarMember,
+    TarRecord,
+    count_group,
     group_members,
     is_header,
     iter_entries,
+    loose_fate,
 )
 
 _MAGIC = b"ustar"  # at byte 257 of every header that a POSIX or GNU tar of the last 30 years wrote
@@ -71,8 +75,15 @@ def salvage_tar(path: str | Path) -> Iterator[TarMember | Damage]:
                 return
 
 
-def salvage_groups(path: str | Path) -> Iterator[TarGroup | Damage]:
-    """Members of one key together, and damages, in order; no group reaches across a damage."""
+def salvage_groups(
+    path: str | Path, *, on_loose: Callable[[TarMember], None] = lambda member: None
+) -> Iterator[TarGroup | Damage]:
+    """Members of one key together, and damages, in order; no group reaches across a damage.
+
+    Args:
+        path: A tar.
+        on_loose: Called with every entry that is in no group.
+    """
     items = salvage_tar(path)
     damage: list[Damage] = []
 
@@ -84,10 +95,25 @@ def salvage_groups(path: str | Path) -> Iterator[TarGroup | Damage]:
             yield item
 
     while True:
-        yield from group_members(members())
+        yield from group_members(members(), on_loose=on_loose)
         if not damage:
             return
         yield damage.pop()
+
+
+def salvage_records(path: str | Path, *, counts: MemberCounts) -> Iterator[TarRecord]:
+    """The samples that are left in a damaged tar; entries and damages are counted by what became of them."""
+
+    def count_loose(member: TarMember) -> None:
+        counts.add(loose_fate(member), member.name)
+
+    for group in salvage_groups(path, on_loose=count_loose):
+        if isinstance(group, Damage):
+            counts.add(DAMAGED, f"bytes {group.start} to {group.end}")
+            continue
+        record = count_group(group, counts)
+        if record is not None:
+            yield record
 
 
 def _members_from(file: io.BufferedReader, start: int, name: str) -> Iterator[TarMember]:

@@ -2,7 +2,8 @@
 
 A repaired folder holds a tar for each source shard (same name, same order of the records), its index,
 `classes.json` if the source has one, `dataset.json`, and `repaired.jsonl` with a line for everything that is
-not as it was. `cmae shards verify` finds no problem in it.
+not as it was, or that was left though it may be bad. Nothing is dropped on a suspicion. A shard without a
+fault is copied to the byte.
 """
 
 from __future__ import annotations
@@ -12,29 +13,21 @@ import io
 import json
 import os
 import threading
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-
-import numpy as np
-from PIL import Image
+from typing import IO, Any, NamedTuple
 
 from cmae.errors import CmaeError
 from cmae.pipeline.formats.atomic import atomic_write
 from cmae.pipeline.formats.dataset_folder import CLASSES_FILE, load_classes
-from cmae.pipeline.formats.jpeg import MAX_PIXELS, BadImageError, Decode
+from cmae.pipeline.formats.file_names import IMAGE_EXTENSIONS
+from cmae.pipeline.formats.labels import NO_LABEL
+from cmae.pipeline.formats.member_counts import DAMAGED, MemberCounts, sum_members
 from cmae.pipeline.formats.parallel import no_progress, run_threads
-from cmae.pipeline.formats.shard_index import (
-    build_index,
-    index_path,
-    load_index_unchecked,
-    save_index,
-    tar_digest,
-)
-from cmae.pipeline.formats.tar import IMAGE_EXTENSIONS, NO_LABEL, TarGroup, TarRecord, record_of
+from cmae.pipeline.formats.pixels import decode_any
+from cmae.pipeline.formats.shard_index import build_index, index_path, save_index, tar_digest
 from cmae.pipeline.shards.output_folder import (
     claim_folder,
     is_finished,
@@ -42,27 +35,31 @@ from cmae.pipeline.shards.output_folder import (
     mark_complete,
     write_json,
 )
-from cmae.pipeline.shards.recover import Damage, salvage_groups
-from cmae.pipeline.shards.shard_tar import ShardTar
-from cmae.pipeline.shards.verify import IndexedBytes, check_image
+from cmae.pipeline.shards.recover import Damage
+from cmae.pipeline.shards.repair_look import (
+    Kept,
+    Lost,
+    RepairPolicy,
+    Sample,
+    ShardLook,
+    look,
+)
+from cmae.pipeline.shards.shard_tar import ShardTar, padded
+from cmae.pipeline.shards.verify import Problem, verify_shards
+
+__all__ = ["REPAIRED_FILE", "RepairPolicy", "RepairReport", "reencode_as_jpeg", "repair_shards"]
 
 REPAIRED_FILE = "repaired.jsonl"
-_OTHER_IMAGES = frozenset({"png", "webp", "bmp", "gif", "tif", "tiff"})
 
+DEFAULT_POLICY = RepairPolicy()
 
-@dataclass(frozen=True)
-class RepairPolicy:
-    """What becomes of records that could be treated in more than one way."""
-
-    duplicates: Literal["rename", "drop"] = "rename"
-    """A key that occurs again: give it a new name, or keep the first record only. One with the same bytes as
-    before is dropped either way."""
-    unlabelled: Literal["drop", "keep"] = "drop"
-    """A record without a label, or with one beyond `classes.json`, where other records have one."""
-    reencode: bool = False
-    """Make JPEGs (quality 95, no chroma subsampling) of images in other formats, instead of dropping them."""
-    decode: Decode = "none"
-    """Also decode every image, and drop those that fail."""
+_COPIED, _JOINED, _RENAMED, _REENCODED = (
+    "copied",
+    "joined to its sample",
+    "renamed",
+    "encoded again",
+)
+_CHUNK = 16 << 20
 
 
 class RepairReport(NamedTuple):
@@ -71,137 +68,96 @@ class RepairReport(NamedTuple):
     num_shards: int
     num_samples: int
     num_dropped: int
-    """Records left out."""
+    """Entries and samples left out."""
     num_renamed: int
     num_reencoded: int
     num_damages: int
     """Stretches of the source tars in which nothing could be recognised."""
+    num_joined: int
+    """Parts of samples that lay apart."""
+    num_suspect: int
+    """Samples kept though something about them may be wrong."""
+    members: MemberCounts
+    """What became of every entry of the source tars."""
+    problems: tuple[Problem, ...]
+    """What `verify_shards` finds in the repaired ones."""
 
 
-class _Decision(NamedTuple):
-    """What to do with one group of members. `key` is None when it is dropped."""
+class _Piece(NamedTuple):
+    """Some bytes of a repaired tar."""
 
-    key: str | None
-    reencode: bool
-    label: int
+    start: int
+    """In the source."""
+    size: int
+    name: str = ""
+    """Of the member, for which a header is made; '' where whole blocks are copied, headers included."""
+    reencode: bool = False
+    data: bytes = b""
+    """What to write instead of bytes of the source."""
 
 
-class _Finding(NamedTuple):
-    """One group as the first pass saw it."""
+@dataclass
+class _Plan:
+    """What the repaired copy of one shard holds."""
 
-    key: str
-    offset: int
-    label: int
-    digest: bytes
-    """Of the image's bytes."""
-    fault: str
-    """Why the image cannot be used; '' when it can."""
-    reencode: bool
+    pieces: list[_Piece] = field(default_factory=list)
+    lines: list[dict[str, Any]] = field(default_factory=list)
+    """Of `repaired.jsonl`."""
+    members: MemberCounts = field(default_factory=MemberCounts)
+    num_samples: int = 0
+    is_unchanged: bool = True
 
 
 def repair_shards(
     shards: Sequence[str | Path],
     out_dir: str | Path,
-    policy: RepairPolicy = RepairPolicy(),  # frozen
+    policy: RepairPolicy = DEFAULT_POLICY,
     *,
     workers: int | None = None,
     progress: Callable[[int], None] = no_progress,
 ) -> RepairReport:
-    """Write clean copies of shards; reads the source twice, and can be stopped and run again.
+    """Write clean copies of shards, and verify them; can be stopped and run again.
 
     Good records keep their bytes, members and order. Records around a damage of a tar are recovered, images
-    that cannot be used are dropped, and keys become unique.
+    that cannot be used are dropped, parts of a sample that lie apart are joined, and keys become unique.
 
     Args:
         shards: Local tar files; an index beside one lends its CRC32 for each record that still lies where it
-            says, even if the tar has changed.
+            says, even if the tar has changed. A link is a shard of its own: its name, index and
+            `classes.json` are those of the place where it lies.
         out_dir: A folder of its own; made if missing.
-        policy: See there.
+        policy: What becomes of records that could be treated in more than one way.
         workers: Threads.
-        progress: Called with 1 after each shard of each of the two passes.
+        progress: Called with 1 after each shard of each of the three passes.
 
     Raises:
-        CmaeError: The folder holds something else; two shards have the same name; nothing usable is left.
+        CmaeError: The folder holds something else; two shards have the same name; nothing usable is left; a
+            shard changed meanwhile.
         OSError: A file that cannot be read or written.
     """
-    paths = [Path(shard).resolve() for shard in shards]
-    out = Path(out_dir).expanduser().resolve()
+    paths = [Path(shard).absolute() for shard in shards]
+    out = Path(out_dir).expanduser().absolute()
     _check_names(out, paths)
-    settings = _settings(paths, policy)
+    digests = [tar_digest(path) for path in paths]
+    settings = _settings(paths, digests, policy)
     claim_folder(out, settings)
     mark_begun(out, settings)
     classes = _common_classes(paths)
     stop = threading.Event()
-    found = run_threads(
-        lambda path: list(_look(path, policy, stop)),
-        paths,
-        workers=workers,
-        progress=progress,
-        stop=stop,
-    )
-    decisions, lines = _decide(paths, found, policy, num_classes=len(classes or ()))
+    threads: dict[str, Any] = {"workers": workers, "progress": progress, "stop": stop}
+    looks = run_threads(lambda path: look(path, policy, stop), paths, **threads)
+    plans = _Planner(looks, policy, num_classes=len(classes or ())).plans(paths, looks)
     if classes is not None:
         write_json(out / CLASSES_FILE, classes)
     with atomic_write(out / REPAIRED_FILE) as file:
+        lines = [line for plan in plans for line in plan.lines]
         file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
     run_threads(
         lambda item: _write_shard(*item, out=out, stop=stop),
-        list(zip(paths, decisions, strict=True)),
-        workers=workers,
-        progress=progress,
-        stop=stop,
+        list(zip(paths, digests, plans, strict=True)),
+        **threads,
     )
-    return _finish(out, paths, settings, decisions, lines, num_classes=len(classes or ()))
-
-
-def _look(path: Path, policy: RepairPolicy, stop: threading.Event) -> Iterator[_Finding | Damage]:
-    """First pass: judge every group of a shard."""
-    stored = IndexedBytes(load_index_unchecked(path))
-    for group in salvage_groups(path):
-        if stop.is_set():
-            raise InterruptedError(f"{path.name} was stopped")
-        yield group if isinstance(group, Damage) else _judge(group, stored, policy)
-
-
-def _judge(group: TarGroup, stored: IndexedBytes, policy: RepairPolicy) -> _Finding:
-    record = record_of(group) or _foreign_record(group)
-    if record is None:
-        first = next(iter(group.members.values()))
-        what = ", ".join(group.members)
-        return _Finding(
-            group.key, first.byte_offset, NO_LABEL, b"", f"no image, only {what}", False
-        )
-    fault, reencode = "", False
-    try:
-        stored.check(record)
-        try:
-            check_image(record.image, policy.decode)
-        except BadImageError:
-            if not (policy.reencode and _can_reencode(record.image)):
-                raise
-            reencode = True
-    except BadImageError as error:
-        fault = str(error)
-    label = stored.label(record) if record.label == NO_LABEL else record.label
-    digest = hashlib.sha256(record.image).digest()
-    return _Finding(group.key, record.byte_offset, label, digest, fault, reencode)
-
-
-def _foreign_record(group: TarGroup) -> TarRecord | None:
-    """The record of a group whose image is not even named as a JPEG."""
-    renamed = {
-        "jpg" if extension in _OTHER_IMAGES else extension: member
-        for extension, member in group.members.items()
-    }
-    return record_of(TarGroup(group.key, renamed))
-
-
-def _can_reencode(image: bytes) -> bool:
-    try:
-        _open_other(image)
-    except BadImageError:
-        return False
-    return True
+    return _finish(out, paths, settings, plans, policy, num_classes=len(classes or ()), **threads)
 
 
 def reencode_as_jpeg(image: bytes) -> bytes:
@@ -211,78 +167,126 @@ def reencode_as_jpeg(image: bytes) -> bytes:
         BadImageError: Pillow cannot read it, it is truncated, or above the pixel limit.
     """
     file = io.BytesIO()
-    _open_other(image).save(file, "JPEG", quality=95, subsampling=0)
+    decode_any(image).save(file, "JPEG", quality=95, subsampling=0)
     return file.getvalue()
 
 
-def _open_other(image: bytes) -> Image.Image:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is lower
-            with Image.open(io.BytesIO(image)) as opened:
-                if opened.width * opened.height > MAX_PIXELS:
-                    raise BadImageError(f"too large: {opened.width} x {opened.height}")
-                if opened.mode.startswith("I"):  # 16 bits: Pillow would clip at 255
-                    return Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8)).convert(
-                        "RGB"
-                    )
-                return opened.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BadImageError(f"Pillow cannot decode it: {error}") from error
-
-
-def _decide(
-    paths: Sequence[Path],
-    found: Sequence[Sequence[_Finding | Damage]],
-    policy: RepairPolicy,
-    *,
-    num_classes: int,
-) -> tuple[list[list[_Decision]], list[dict[str, Any]]]:
-    """What becomes of every group of every shard, and the lines of `repaired.jsonl`."""
-    labels = _Labels(found, policy, num_classes)
-    keys = _Keys(
-        policy, taken={one.key for shard in found for one in shard if isinstance(one, _Finding)}
-    )
-    decisions: list[list[_Decision]] = []
-    lines: list[dict[str, Any]] = []
-    for path, shard in zip(paths, found, strict=True):
-        decisions.append([])
-        for one in shard:
-            if isinstance(one, Damage):
-                what = f"bytes {one.start} to {one.end}: {one.what}"
-                lines.append({"shard": path.name, "action": "damage", "reason": what})
-                continue
-            reason = one.fault or labels.fault(one)
-            key, note = (None, reason) if reason else keys.claim(one)
-            decisions[-1].append(_Decision(key, one.reencode, one.label))
-            line = {"shard": path.name, "key": one.key, "offset": one.offset}
-            if key is None:
-                lines.append(line | {"action": "dropped", "reason": note})
-            elif key != one.key:
-                lines.append(line | {"action": "renamed", "reason": note, "new_key": key})
-            if key is not None and one.reencode:
-                lines.append(line | {"action": "reencoded", "reason": "now a JPEG of quality 95"})
-    return decisions, lines
-
-
-class _Labels:
-    """Which labels are a fault."""
+class _Planner:
+    """Decides over all shards together: labels and keys are those of a data set."""
 
     def __init__(
-        self, found: Sequence[Sequence[_Finding | Damage]], policy: RepairPolicy, num_classes: int
+        self, looks: Sequence[ShardLook], policy: RepairPolicy, *, num_classes: int
     ) -> None:
-        usable = (
-            one for shard in found for one in shard if isinstance(one, _Finding) and not one.fault
-        )
-        self._needed = policy.unlabelled == "drop" and any(one.label != NO_LABEL for one in usable)
+        samples = [one for look in looks for one in look.items if isinstance(one, Sample)]
+        self._policy = policy
         self._num_classes = num_classes
+        self._keys = _Keys(policy, taken={sample.key for sample in samples})
+        self._has_labels = any(one.label != NO_LABEL for one in samples if not one.entry.fault)
 
-    def fault(self, one: _Finding) -> str:
-        if self._needed and one.label == NO_LABEL:
+    def plans(self, paths: Sequence[Path], looks: Sequence[ShardLook]) -> list[_Plan]:
+        """What to write for each shard."""
+        return [self._plan(path, one) for path, one in zip(paths, looks, strict=True)]
+
+    def _plan(self, path: Path, look: ShardLook) -> _Plan:
+        plan = _Plan(is_unchanged=look.has_end)
+        line = {"shard": path.name}
+        for item in look.items:
+            if isinstance(item, Damage):
+                what = f"bytes {item.start} to {item.end}: {item.what}"
+                plan.lines.append(line | {"action": "damage", "reason": what})
+                plan.members.add(DAMAGED, what)
+                plan.is_unchanged = False
+            elif isinstance(item, Kept):
+                member = item.entry.member
+                plan.pieces.append(_Piece(member.start, member.end - member.start))
+                plan.members.add(_COPIED, member.name)
+            elif isinstance(item, Lost):
+                self._drop_entry(plan, line, item)
+            else:
+                self._add_sample(plan, line, item)
+        return plan
+
+    def _drop_entry(self, plan: _Plan, line: dict[str, Any], item: Lost) -> None:
+        member, text = item.entry.member, item.entry.label_text
+        about = {"member": member.name, "offset": member.byte_offset, "action": "dropped"}
+        label = {"label": text} if text else {}
+        reason = ": ".join(filter(None, (item.reason, item.detail)))
+        plan.lines.append(line | about | {"reason": reason} | label)
+        plan.members.add(f"dropped: {item.reason}", member.name)
+        plan.is_unchanged = False
+
+    def _add_sample(self, plan: _Plan, line: dict[str, Any], sample: Sample) -> None:
+        about = {"key": sample.key, "offset": sample.entry.member.byte_offset}
+        line = line | about
+        doubt = self._doubt(sample)
+        reason = sample.entry.fault or (doubt if self._policy.unlabelled == "drop" else "")
+        key, note = (None, reason) if reason else self._keys.claim(sample)
+        if key is None:
+            label = {} if sample.label == NO_LABEL else {"label": sample.label}
+            plan.lines.append(line | {"action": "dropped", "reason": note} | label)
+            for entry in sample.members.values():
+                plan.members.add("dropped: its image cannot be used", entry.member.name)
+            plan.is_unchanged = False
+            return
+        if sample.is_renamed or key != sample.key:
+            note = note or "the name has more than one dot, or WebDataset passes over it"
+            change = {"action": "renamed", "reason": note, "new_key": key}
+            plan.lines.append(line | {"member": sample.entry.member.name} | change)
+        for name, text in sample.joined.items():
+            what = {"action": "joined", "member": name, "reason": "lay apart from its image"}
+            plan.lines.append(line | what | ({"label": text} if text else {}))
+        if sample.entry.reencode:
+            what = {"action": "reencoded", "reason": "now a JPEG of quality 95"}
+            plan.lines.append(line | what)
+        for suspicion in filter(None, (sample.entry.suspicion, doubt)):
+            plan.lines.append(line | {"action": "kept", "reason": suspicion})
+        plan.num_samples += 1
+        _add_pieces(plan, line, sample, key)
+
+    def _doubt(self, sample: Sample) -> str:
+        """What is wrong with the label of a sample; '' if nothing is, or nobody needs it."""
+        if not self._has_labels:
+            return ""
+        if sample.label == NO_LABEL:
+            unread = [one for one in sample.members.values() if isinstance(one.label, str)]
+            if unread:
+                return f"{unread[0].label}: {unread[0].member.name} says {unread[0].label_text}"
             return "no integer label in .cls or .json, and other records have one"
-        if self._needed and self._num_classes and one.label >= self._num_classes:
-            return f"label {one.label} is beyond the {self._num_classes} names in {CLASSES_FILE}"
+        if self._num_classes and sample.label >= self._num_classes:
+            return f"label {sample.label} is beyond the {self._num_classes} names in {CLASSES_FILE}"
         return ""
+
+
+def _add_pieces(plan: _Plan, line: dict[str, Any], sample: Sample, key: str) -> None:
+    """The members of a sample: copied whole where they keep their name and payload."""
+    is_renamed = sample.is_renamed or key != sample.key
+    members = dict(sample.members)
+    if sample.label not in (NO_LABEL, sample.stated_label):
+        unread = members.pop("cls", None)
+        if unread is not None:
+            plan.members.add("dropped: replaced by the label of the index", unread.member.name)
+        label = str(sample.label).encode()
+        plan.pieces.append(_Piece(0, 0, f"{key}.cls", data=label))
+        if sample.label_of is None:
+            reason = f"label {sample.label} is that of the index"
+            plan.lines.append(line | {"action": "relabelled", "reason": reason})
+        plan.is_unchanged = False
+    for extension, entry in members.items():
+        is_image = extension == sample.image
+        to_jpg = is_image and (entry.reencode or extension not in IMAGE_EXTENSIONS)
+        member = entry.member
+        fate = _COPIED
+        if is_renamed or to_jpg or entry.is_link:
+            name = f"{key}.{'jpg' if to_jpg else extension}"
+            reencode = is_image and entry.reencode
+            plan.pieces.append(_Piece(member.byte_offset, member.size, name, reencode))
+            fate = _REENCODED if reencode else _RENAMED
+        else:
+            plan.pieces.append(_Piece(member.start, member.end - member.start))
+        if member.name in sample.joined:
+            fate = _JOINED
+        plan.members.add(fate, member.name)
+        plan.is_unchanged &= fate == _COPIED
 
 
 class _Keys:
@@ -293,12 +297,13 @@ class _Keys:
         self._taken = taken
         self._first: dict[str, bytes] = {}
 
-    def claim(self, one: _Finding) -> tuple[str | None, str]:
+    def claim(self, one: Sample) -> tuple[str | None, str]:
         """The key to write under (None = drop), and the reason where it is not the record's own."""
+        digest = one.entry.digest
         if one.key not in self._first:
-            self._first[one.key] = one.digest
+            self._first[one.key] = digest
             return one.key, ""
-        if self._first[one.key] == one.digest:
+        if self._first[one.key] == digest:
             return None, "the key and the image occur before"
         if self._policy.duplicates == "drop":
             return None, "the key occurs before"
@@ -310,35 +315,48 @@ class _Keys:
         return key, "the key occurs before with another image"
 
 
-def _write_shard(
-    path: Path, decisions: Sequence[_Decision], *, out: Path, stop: threading.Event
-) -> None:
-    """Second pass: copy the kept groups of a shard, and index it."""
+def _write_shard(path: Path, digest: str, plan: _Plan, *, out: Path, stop: threading.Event) -> None:
+    """Second pass: write the repaired copy of a shard, and index it."""
     target = out / path.name
-    if all(one.key is None for one in decisions) or is_finished(target):
+    if (not plan.num_samples and not plan.is_unchanged) or is_finished(target):
         return
-    groups = (group for group in salvage_groups(path) if not isinstance(group, Damage))
-    with atomic_write(target) as file:
-        tar = ShardTar(file)
-        for group, decision in zip(groups, decisions, strict=True):
-            if stop.is_set():
-                raise InterruptedError(f"{path.name} was stopped")
-            if decision.key is not None:
-                for extension, data in sorted(_members(group, decision).items()):
-                    tar.add(f"{decision.key}.{extension}", data)
-        tar.end()
+    with atomic_write(target) as file, open(path, "rb") as source:
+        if plan.is_unchanged:
+            _copy(source, file, 0, os.fstat(source.fileno()).st_size, stop)
+        else:
+            tar = ShardTar(file)
+            for piece in plan.pieces:
+                _write_piece(tar, source, piece, stop)
+            tar.end()
+        if tar_digest(path) != digest:
+            raise CmaeError(
+                f"{path} changed while it was read: repair it again when it is complete"
+            )
     save_index(build_index(target), index_path(target))
 
 
-def _members(group: TarGroup, decision: _Decision) -> dict[str, bytes]:
-    members = {extension: member.data for extension, member in group.members.items()}
-    record = record_of(group) or _foreign_record(group)
-    if record is not None and record.label != decision.label:  # the index remembers it
-        members["cls"] = str(decision.label).encode()
-    if not decision.reencode:
-        return members
-    name = next(extension for extension in members if extension in IMAGE_EXTENSIONS | _OTHER_IMAGES)
-    return {"jpg": reencode_as_jpeg(members.pop(name)), **members}
+def _write_piece(tar: ShardTar, source: IO[bytes], piece: _Piece, stop: threading.Event) -> None:
+    if piece.name:
+        data = piece.data or os.pread(source.fileno(), piece.size, piece.start)
+        tar.add(piece.name, reencode_as_jpeg(data) if piece.reencode else data)
+        return
+    _copy(source, tar, piece.start, piece.size, stop)
+    tar.add_raw(bytes(padded(tar.size) - tar.size))  # the last member of a file that was cut
+
+
+def _copy(
+    source: IO[bytes], out: IO[bytes] | ShardTar, start: int, size: int, stop: threading.Event
+) -> None:
+    """Copy bytes as they are."""
+    source.seek(start)
+    while size and (data := source.read(min(size, _CHUNK))):
+        if stop.is_set():
+            raise InterruptedError("stopped")
+        if isinstance(out, ShardTar):
+            out.add_raw(data)
+        else:
+            out.write(data)
+        size -= len(data)
 
 
 def _check_names(out: Path, paths: Sequence[Path]) -> None:
@@ -348,16 +366,21 @@ def _check_names(out: Path, paths: Sequence[Path]) -> None:
         raise CmaeError(
             f"{len(twice)} shard name(s) occur twice, such as {twice[0]}: repair each folder by itself"
         )
-    if any(path.parent == out for path in paths):
+    folders = {
+        folder for path in paths for folder in (path.parent.resolve(), path.resolve().parent)
+    }
+    if out.resolve() in folders:
         raise CmaeError(
             f"{out} is the folder of the shards: write the repaired ones to another one"
         )
 
 
-def _settings(paths: Sequence[Path], policy: RepairPolicy) -> dict[str, Any]:
+def _settings(
+    paths: Sequence[Path], digests: Sequence[str], policy: RepairPolicy
+) -> dict[str, Any]:
     digest = hashlib.sha256()
-    for path in paths:
-        digest.update(f"{path.name}\0{tar_digest(path)}\n".encode())
+    for path, one in zip(paths, digests, strict=True):
+        digest.update(f"{path.name}\0{one}\n".encode(errors="surrogateescape"))
     return {"source_shards": digest.hexdigest()[:16], **vars(policy)}
 
 
@@ -374,30 +397,38 @@ def _finish(
     out: Path,
     paths: Sequence[Path],
     settings: dict[str, Any],
-    decisions: Sequence[Sequence[_Decision]],
-    lines: Sequence[dict[str, Any]],
+    plans: Sequence[_Plan],
+    policy: RepairPolicy,
     *,
     num_classes: int,
+    workers: int | None,
+    progress: Callable[[int], None],
+    stop: threading.Event,
 ) -> RepairReport:
-    actions = Counter(line["action"] for line in lines)
     written = [out / path.name for path in paths if (out / path.name).exists()]
-    report = RepairReport(
-        num_shards=len(written),
-        num_samples=sum(one.key is not None for shard in decisions for one in shard),
-        num_dropped=actions["dropped"],
-        num_renamed=actions["renamed"],
-        num_reencoded=actions["reencoded"],
-        num_damages=actions["damage"],
-    )
-    if not report.num_samples:
+    num_samples = sum(plan.num_samples for plan in plans)
+    if not num_samples and not written:
         raise CmaeError(
             f"no record of the {len(paths)} shards can be used; {out / REPAIRED_FILE} says why"
         )
+    checked = verify_shards(written, decode=policy.decode, workers=workers, progress=progress)
+    actions = Counter(line["action"] for plan in plans for line in plan.lines)
     facts = {
-        "num_samples": report.num_samples,
-        "num_shards": report.num_shards,
+        "num_samples": num_samples,
+        "num_shards": len(written),
         "num_bytes": sum(os.path.getsize(path) for path in written),
         "num_classes": num_classes,
     }
     mark_complete(out, settings, facts)
-    return report
+    return RepairReport(
+        num_shards=len(written),
+        num_samples=num_samples,
+        num_dropped=actions["dropped"],
+        num_renamed=actions["renamed"],
+        num_reencoded=actions["reencoded"],
+        num_damages=actions["damage"],
+        num_joined=actions["joined"],
+        num_suspect=actions["kept"],
+        members=sum_members(plan.members for plan in plans),
+        problems=checked.problems,
+    )

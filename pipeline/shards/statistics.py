@@ -11,7 +11,8 @@ import numpy as np
 
 from cmae.pipeline.formats.dataset_index import DatasetIndex
 from cmae.pipeline.formats.jpeg import JpegKind
-from cmae.pipeline.formats.tar import NO_LABEL
+from cmae.pipeline.formats.labels import NO_LABEL
+from cmae.pipeline.formats.member_counts import MemberCounts, sum_members
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class ShardStatistics:
     num_unlabelled: int
     class_counts: dict[int, int]
     """Images of each label that occurs."""
+    members: MemberCounts
+    """What became of every entry of the tars."""
 
 
 def shard_statistics(shards: Sequence[str | Path]) -> ShardStatistics:
@@ -72,4 +75,5 @@ def shard_statistics(shards: Sequence[str | Path]) -> ShardStatistics:
         orientations=dict(sorted(Counter(index.orientation.tolist()).items())),
         num_unlabelled=int((index.label == NO_LABEL).sum()),
         class_counts=dict(zip(labels.tolist(), counts.tolist(), strict=True)),
+        members=sum_members(index.members),
     )

@@ -7,13 +7,12 @@ import os
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from cmae.pipeline.formats.dataset_folder import CLASSES_FILE, load_classes
 from cmae.pipeline.formats.jpeg import (
@@ -22,10 +21,14 @@ from cmae.pipeline.formats.jpeg import (
     JpegInfo,
     JpegKind,
     build_cpu_decoder,
-    find_zero_block,
     inspect_decodable,
+    lacks_adobe_marker,
 )
+from cmae.pipeline.formats.jpeg_scan import find_zero_block
+from cmae.pipeline.formats.labels import NO_LABEL
+from cmae.pipeline.formats.member_counts import LOST_LABELS, MemberCounts, sum_members
 from cmae.pipeline.formats.parallel import no_progress, run_threads
+from cmae.pipeline.formats.pixels import decode_jpeg
 from cmae.pipeline.formats.presized import downscaled_line, sum_counts
 from cmae.pipeline.formats.shard_index import (
     ShardIndex,
@@ -35,8 +38,8 @@ from cmae.pipeline.formats.shard_index import (
     load_index,
     load_index_unchecked,
 )
-from cmae.pipeline.formats.tar import NO_LABEL, TAR_BLOCK, TarError, TarRecord, record_of
-from cmae.pipeline.shards.recover import Damage, salvage_groups
+from cmae.pipeline.formats.tar import TAR_BLOCK, TarError, TarRecord
+from cmae.pipeline.shards.recover import salvage_records
 
 
 class Problem(NamedTuple):
@@ -57,6 +60,10 @@ class VerifyReport:
     problems: tuple[Problem, ...]
     notes: tuple[str, ...]
     """Facts worth knowing that are no faults."""
+    suspects: tuple[Problem, ...] = ()
+    """Images with one sign of damage, which is no proof."""
+    members: MemberCounts = field(default_factory=MemberCounts)
+    """What became of every entry of the tars."""
 
     @property
     def ok(self) -> bool:
@@ -74,9 +81,9 @@ def verify_shards(
     """Read every byte of every shard and compare it with its index.
 
     Checked: the tar's structure up to its end marker; that an index is there and belongs to it; every CRC32,
-    offset, size and header; images that cannot be decoded, or lost a block; keys that occur twice; labels
-    that are missing for some of the samples, or beyond `classes.json`. What can be recovered from a damaged
-    tar is checked like the rest.
+    offset, size and header; images that cannot be decoded, or lost a block; images and labels that no sample
+    holds; keys that occur twice; labels that are missing for some of the samples, or beyond `classes.json`.
+    What can be recovered from a damaged tar is checked like the rest.
 
     Args:
         shards: Local tar files.
@@ -86,30 +93,53 @@ def verify_shards(
     """
     paths = [str(shard) for shard in shards]
     checks = run_threads(
-        lambda path: _verify_shard(path, decode), paths, workers=workers, progress=progress
+        lambda path: _verify_or_report(path, decode), paths, workers=workers, progress=progress
     )
     problems = [problem for check in checks for problem in check.problems]
     problems += _duplicate_keys(paths, [check.keys for check in checks])
-    labels = np.concatenate([check.labels for check in checks]) if checks else np.empty(0, np.int64)
-    notes = []
-    if len(labels) and (labels == NO_LABEL).all():
-        notes.append("no sample has a label: enough for pretraining, not for evaluation")
-    else:
-        problems += [
-            Problem(path, None, f"{missing} sample(s) have no integer label in .cls or .json")
-            for path, check in zip(paths, checks, strict=True)
-            if (missing := int((check.labels == NO_LABEL).sum()))
-        ]
-    notes += _unusual([check.records for check in checks if check.records is not None])
-    if line := downscaled_line(sum_counts(check.downscaled for check in checks), len(labels)):
-        notes.append(line)
+    problems += _missing_labels(paths, checks)
+    num_samples = sum(len(check.labels) for check in checks)
     return VerifyReport(
         num_shards=len(paths),
-        num_samples=len(labels),
+        num_samples=num_samples,
         num_bytes=sum(os.path.getsize(path) for path in paths if os.path.exists(path)),
         problems=tuple(problems),
-        notes=tuple(notes),
+        notes=tuple(_notes(checks, num_samples)),
+        suspects=tuple(one for check in checks for one in check.suspects),
+        members=sum_members(check.members for check in checks),
     )
+
+
+def _missing_labels(paths: Sequence[str], checks: Sequence[_ShardCheck]) -> Iterator[Problem]:
+    """Samples without a label, where others have one."""
+    if _has_no_label(checks):
+        return
+    for path, check in zip(paths, checks, strict=True):
+        if missing := int((check.labels == NO_LABEL).sum()):
+            yield Problem(path, None, f"{missing} sample(s) have no integer label in .cls or .json")
+
+
+def _has_no_label(checks: Sequence[_ShardCheck]) -> bool:
+    return all((check.labels == NO_LABEL).all() for check in checks)
+
+
+def _notes(checks: Sequence[_ShardCheck], num_samples: int) -> Iterator[str]:
+    lost = sum_members(check.members for check in checks).lost
+    unread = sum(lost.get(fate, 0) for fate in LOST_LABELS)
+    if num_samples and _has_no_label(checks) and unread:
+        yield f"no sample has a label that is read, though {unread} are there: see the problems"
+    elif num_samples and _has_no_label(checks):
+        yield "no sample has a label: enough for pretraining, not for evaluation"
+    if empty := sum(check.records is not None and not len(check.records) for check in checks):
+        yield f"{empty} shard(s) hold no sample"
+    yield from _unusual([check.records for check in checks if check.records is not None])
+    if plain := sum(check.num_plain_cmyk for check in checks):
+        yield (
+            f"{plain} CMYK image(s) without a marker of Adobe: 0 is taken as no ink; where they look like "
+            "negatives, encode them again"
+        )
+    if line := downscaled_line(sum_counts(check.downscaled for check in checks), num_samples):
+        yield line
 
 
 def _unusual(indices: Sequence[ShardIndex]) -> Iterator[str]:
@@ -133,6 +163,9 @@ class _ShardCheck(NamedTuple):
     problems: list[Problem]
     records: ShardIndex | None
     """Of the records that were found; None when the tar could not be read at all."""
+    suspects: tuple[Problem, ...] = ()
+    num_plain_cmyk: int = 0
+    """CMYK images without a marker of Adobe."""
 
     @property
     def keys(self) -> npt.NDArray[np.str_]:
@@ -146,6 +179,19 @@ class _ShardCheck(NamedTuple):
     def downscaled(self) -> dict[str, int]:
         return {} if self.records is None else self.records.downscaled
 
+    @property
+    def members(self) -> MemberCounts:
+        return MemberCounts() if self.records is None else self.records.members
+
+
+def _verify_or_report(path: str, decode: Decode) -> _ShardCheck:
+    """Check a shard; whatever trips the check is about this shard, and the others have their results."""
+    try:
+        return _verify_shard(path, decode)
+    except Exception as error:
+        what = f"cannot be checked: {type(error).__name__}: {error}"
+        return _ShardCheck([Problem(path, None, what)], None)
+
 
 def _verify_shard(path: str, decode: Decode) -> _ShardCheck:
     found: list[tuple[str | None, str]] = []
@@ -156,44 +202,55 @@ def _verify_shard(path: str, decode: Decode) -> _ShardCheck:
         found.append((None, str(error)))
     try:
         now = build_index(path)
+        if not has_end_marker(path):
+            what = "no end marker (1024 zero bytes): the tar may have been cut between two members"
+            found.append((None, what))
     except TarError as error:
-        message = str(error).removeprefix(f"{path}: ")
         now = _salvage(path)
-        found.append(
-            (None, f"{message}; {len(now)} record(s) can be recovered (`cmae shards repair`)")
-        )
+        found.append((None, f"{str(error).removeprefix(f'{path}: ')}; {_recoverable(len(now))}"))
     except OSError as error:
         return _ShardCheck([Problem(path, None, str(error))], None)
-    else:
-        if not _has_end_marker(path):
-            found.append(
-                (
-                    None,
-                    "no end marker (1024 zero bytes): the tar may have been cut between two members",
-                )
-            )
+    found += [(None, line) for line in now.members.lost_lines() if not line.startswith("damaged")]
     if stored is not None:
         found += _differences(stored, now)
     elif (before := load_index_unchecked(path)) is not None:
         found += _changed_since(before, now)
-    found += _unusable(path, now, decode)
-    num_classes = len(load_classes(Path(path).parent) or ())
+    images = _check_images(path, now, decode)
+    found += images.unusable
+    num_classes = 0
+    try:
+        num_classes = len(load_classes(Path(path).parent) or ())
+    except ValueError as error:
+        found.append((None, str(error)))
     if num_classes and (too_large := int((now.label >= num_classes).sum())):
-        found.append(
-            (None, f"{too_large} label(s) are beyond the {num_classes} names in {CLASSES_FILE}")
-        )
-    return _ShardCheck([Problem(path, key, what) for key, what in found], now)
+        what = f"{too_large} label(s) are beyond the {num_classes} names in {CLASSES_FILE}"
+        found.append((None, what))
+    return _ShardCheck(
+        [Problem(path, key, what) for key, what in found],
+        now,
+        suspects=tuple(Problem(path, key, what) for key, what in images.suspect),
+        num_plain_cmyk=images.num_plain_cmyk,
+    )
+
+
+def _recoverable(num_records: int) -> str:
+    if not num_records:
+        return "no record can be recovered: write the shard again"
+    return f"{num_records} record(s) can be recovered (`cmae shards repair`)"
 
 
 def _salvage(path: str) -> ShardIndex:
     """Index of the records that are left in a damaged tar."""
-    groups = (group for group in salvage_groups(path) if not isinstance(group, Damage))
-    records = (record for record in map(record_of, groups) if record is not None)
-    return ShardIndex.from_rows(map(index_record, records), tar_path=path)
+    members = MemberCounts()
+    rows = [index_record(record) for record in salvage_records(path, counts=members)]
+    return ShardIndex.from_rows(rows, tar_path=path, members=members)
 
 
-def _has_end_marker(path: str) -> bool:
+def has_end_marker(path: str) -> bool:
+    """Whether the file ends with the two zero blocks of a tar."""
     with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size < 2 * TAR_BLOCK:
+            return False
         file.seek(-2 * TAR_BLOCK, os.SEEK_END)
         return not any(file.read())
 
@@ -210,6 +267,11 @@ def _differences(stored: ShardIndex, now: ShardIndex) -> Iterator[tuple[str | No
         yield (
             None,
             f"downscaled images are {now.downscaled or 'none'}, the index says {stored.downscaled or 'none'}",
+        )
+    if stored.members.total and stored.members.counts != now.members.counts:
+        yield (
+            None,
+            f"the index counts {stored.members.line()}; now {now.members.line()}; index it again",
         )
     changed = stored.crc32 != now.crc32
     for row in np.flatnonzero(changed):
@@ -269,28 +331,46 @@ class IndexedBytes:
         return row if is_same else None
 
 
-def check_image(image: bytes, decode: Decode) -> None:
+def check_image(image: bytes, decode: Decode) -> str:
     """Look at an image as closely as `verify_shards` does.
 
+    Returns:
+        A sign of damage that is no proof; '' where there is none.
+
     Raises:
-        BadImageError: It cannot be used, or a block of zeros lies in its compressed pixels.
+        BadImageError: It cannot be used, or a block of its compressed pixels was lost.
     """
     info = inspect_decodable(image)
-    if (start := find_zero_block(image)) is not None:
-        raise BadImageError(
-            f"4096 zero bytes from byte {start} on: a block was lost or overwritten"
-        )
+    zeros = find_zero_block(image)
+    if zeros is not None and zeros.fault:
+        raise BadImageError(str(zeros))
     if decode != "none":
         _decode_fully(image, info, decode)
+    return "" if zeros is None else str(zeros)
 
 
-def _unusable(path: str, index: ShardIndex, decode: Decode) -> Iterator[tuple[str | None, str]]:
+class _Images(NamedTuple):
+    """What `_check_images` found, by key."""
+
+    unusable: list[tuple[str | None, str]]
+    suspect: list[tuple[str | None, str]]
+    num_plain_cmyk: int
+
+
+def _check_images(path: str, index: ShardIndex, decode: Decode) -> _Images:
+    unusable: list[tuple[str | None, str]] = []
+    suspect: list[tuple[str | None, str]] = []
+    num_plain_cmyk = 0
     with open(path, "rb") as file:
         for row in range(len(index)):
+            image, key = _read_image(file, index, row), str(index.keys[row])
             try:
-                check_image(_read_image(file, index, row), decode)
+                if suspicion := check_image(image, decode):
+                    suspect.append((key, suspicion))
+                num_plain_cmyk += index.kind[row] == JpegKind.CMYK and lacks_adobe_marker(image)
             except BadImageError as error:
-                yield str(index.keys[row]), str(error)
+                unusable.append((key, str(error)))
+    return _Images(unusable, suspect, int(num_plain_cmyk))
 
 
 def _read_image(file: io.BufferedReader, index: ShardIndex, row: int) -> bytes:
@@ -304,11 +384,7 @@ def _decode_fully(data: bytes, info: JpegInfo, decode: Decode) -> None:
         BadImageError: The decoder fails, or gives another size than the header states.
     """
     if decode == "pil":
-        try:
-            with Image.open(io.BytesIO(data)) as image:
-                width, height = image.convert("RGB").size
-        except (OSError, SyntaxError, ValueError) as error:
-            raise BadImageError(f"Pillow cannot decode it: {error}") from error
+        width, height = decode_jpeg(data).size
     else:
         height, width = _decode_with_nvimgcodec(data)
     if (height, width) != (info.height, info.width):

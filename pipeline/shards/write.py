@@ -29,7 +29,8 @@ from cmae.errors import CmaeError
 from cmae.pipeline.formats.atomic import atomic_write
 from cmae.pipeline.formats.dataset_folder import CLASSES_FILE, SKIPPED_FILE
 from cmae.pipeline.formats.jpeg import BadImageError, JpegInfo, inspect_decodable
-from cmae.pipeline.formats.member_counts import IMAGE, LABEL, MemberCounts
+from cmae.pipeline.formats.labels import NO_LABEL
+from cmae.pipeline.formats.member_counts import IMAGE, LABEL, MemberCounts, sum_members
 from cmae.pipeline.formats.parallel import no_progress, run_threads
 from cmae.pipeline.formats.presized import downscale_mark, sum_counts
 from cmae.pipeline.formats.shard_index import (
@@ -40,7 +41,7 @@ from cmae.pipeline.formats.shard_index import (
     load_index,
     save_index,
 )
-from cmae.pipeline.formats.tar import NO_LABEL, TAR_BLOCK, TarRecord
+from cmae.pipeline.formats.tar import TAR_BLOCK, TarRecord
 from cmae.pipeline.shards.image_folder import ImageSource, SourceImage
 from cmae.pipeline.shards.output_folder import (
     check_space,
@@ -68,6 +69,8 @@ class WriteReport(NamedTuple):
     """Size of all tars."""
     downscaled: dict[str, int]
     """Images that were encoded again, in this run or before, by setting."""
+    files: MemberCounts
+    """What became of every file of the source."""
 
 
 class _Shard(NamedTuple):
@@ -125,7 +128,7 @@ def write_shards(
             f"samples_per_shard={samples_per_shard} and max_shard_bytes={max_shard_bytes} must be at least 1"
         )
     check_downscale(max_size, quality)
-    out = Path(out_dir).expanduser().resolve()
+    out = Path(out_dir).expanduser().absolute()
     settings = {
         "samples_per_shard": samples_per_shard,
         "max_shard_bytes": max_shard_bytes,
@@ -244,7 +247,8 @@ def _finish(
     *,
     num_already_written: int,
 ) -> WriteReport:
-    num_skipped = tidy_skipped(out / SKIPPED_FILE)
+    skipped = tidy_skipped(out / SKIPPED_FILE)
+    num_skipped = len(skipped)
     report = WriteReport(
         num_shards=len(shards),
         num_already_written=num_already_written,
@@ -252,6 +256,7 @@ def _finish(
         num_skipped=num_skipped,
         num_bytes=sum(shard.path.stat().st_size for shard in shards),
         downscaled=sum_counts(load_index(shard.path).downscaled for shard in shards),
+        files=_account(source, skipped),
     )
     if not report.num_samples:
         raise CmaeError(
@@ -269,6 +274,16 @@ def _finish(
     }
     mark_complete(out, settings, facts)
     return report
+
+
+def _account(source: ImageSource, skipped: Sequence[dict[str, Any]]) -> MemberCounts:
+    """What became of every file: images that were skipped count by the reason, which ends at a colon."""
+    files = sum_members([source.files])
+    if not files.total:
+        files.add(IMAGE, source.images[0].path, len(source.images))
+    for line in skipped:
+        files.move(IMAGE, f"skipped, {line['reason'].split(':')[0]}", 1, line["path"])
+    return files
 
 
 def _plan_shards(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import re
 from collections import Counter
@@ -11,19 +12,30 @@ from pathlib import Path
 from typing import Any
 
 from cmae.errors import CmaeError
+from cmae.pipeline.formats.printable import printable
 from cmae.pipeline.remote.client import Remote, RemoteConfig
 from cmae.pipeline.remote.schemes import is_local, is_remote, redact, split_scheme
 from cmae.pipeline.remote.stores import open_filesystem
+
+logger = logging.getLogger(__name__)
 
 _RANGE = re.compile(r"^(\d+)\.\.(\d+)$")
 
 _BRACES = re.compile(r"\{(\d+\.\.\d+|[^{}]*,[^{}]*)\}")
 
-_TAR_NAME = re.compile(r"\.(tar(\.\w+)?|tgz)$")
+_TAR_NAME = re.compile(r"\.tar$")
+
+_COMPRESSED_NAME = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4)|tgz|tbz2|txz)$")
+
+MAX_SHARDS = 1_000_000
+"""Shards that braces may name, over all patterns."""
 
 _GLOB_CHARACTERS = re.compile(r"[*?\[]")
 
 _LIST_DEADLINE_S = 60.0
+
+_MAX_DIGITS = 18
+"""Of a number in braces."""
 
 
 def expand_shards(
@@ -51,11 +63,16 @@ def expand_shards(
     shards: list[str] = []
     for one in map(str, patterns):
         shards += _expand_one(one, storage_options or {})
+    if compressed := [shard for shard in shards if _is_compressed(shard)]:
+        raise CmaeError(
+            f"shards names {len(compressed)} compressed tar(s) such as {redact(compressed[0])!r}, which have "
+            "no fixed offsets: unpack them (gunzip) to .tar, or stream each with 'pipe:gunzip -c x.tar.gz'"
+        )
     repeated = [shard for shard, count in Counter(shards).items() if count > 1]
     if repeated:
         raise CmaeError(
-            f"shards lists {len(repeated)} file(s) twice, for example {min(repeated)}: every sample would be "
-            "read twice an epoch; remove the overlap between the patterns"
+            f"shards lists {len(repeated)} file(s) twice, for example {redact(min(repeated))!r}: every "
+            "sample would be read twice an epoch; remove the overlap between the patterns"
         )
     return shards
 
@@ -63,6 +80,10 @@ def expand_shards(
 def _expand_one(pattern: str, storage_options: Mapping[str, Any]) -> list[str]:
     shards: list[str] = []
     missing: list[str] = []
+    if _num_expanded(pattern) > MAX_SHARDS:
+        raise CmaeError(
+            f"shards={redact(pattern)!r} names more than {MAX_SHARDS} files: correct the range in braces"
+        )
     for url in _expand_braces(pattern):
         if url.startswith("file:"):
             url = re.sub("^file:(//)?", "", url)
@@ -91,7 +112,7 @@ def _expand_url(url: str, storage_options: Mapping[str, Any]) -> list[str]:
     found = remote.run(
         remote.retried(lambda: filesystem._glob(wanted), url=url, what="listing the shards")
     )
-    shards = sorted(filesystem.unstrip_protocol(name) for name in found if _TAR_NAME.search(name))
+    shards = [filesystem.unstrip_protocol(name) for name in _tars_of(found, redact(wanted))]
     if not shards:
         raise CmaeError(
             f"shards={redact(url)!r} matches no tar file there: {redact(wanted)} is empty. Correct the URL, "
@@ -102,13 +123,27 @@ def _expand_url(url: str, storage_options: Mapping[str, Any]) -> list[str]:
 
 def _expand_path(path: str) -> list[str]:
     if os.path.isdir(path):
-        return sorted(glob.glob(os.path.join(glob.escape(path), "*.tar")))
+        return _tars_of(glob.glob(os.path.join(glob.escape(path), "*")), path)
     if os.path.exists(path):  # before the glob: a file name may hold brackets
         return [path]
     if _GLOB_CHARACTERS.search(path):
         matches = glob.glob(path, recursive=True)
-        return sorted(match for match in matches if _TAR_NAME.search(match))
+        return _tars_of(matches, path)
     return []
+
+
+def _tars_of(found: Sequence[str], where: str) -> list[str]:
+    """The tars among some files; compressed ones, which are refused later, only where there are no others."""
+    tars = sorted(one for one in found if _TAR_NAME.search(one))
+    compressed = sorted(filter(_is_compressed, found))
+    if tars and compressed:
+        logger.warning(
+            "%s: %d compressed tar(s) such as %s are not read: unpack them",
+            printable(where),
+            len(compressed),
+            printable(os.path.basename(compressed[0])),
+        )
+    return tars or compressed
 
 
 def _expand_braces(text: str) -> list[str]:
@@ -120,6 +155,31 @@ def _expand_braces(text: str) -> list[str]:
     return [
         full for choice in _choices(match[1]) for full in _expand_braces(before + choice + after)
     ]
+
+
+def _num_expanded(text: str) -> int:
+    """How many strings the braces stand for; counted before any is made."""
+    count = 1
+    while match := _BRACES.search(text):
+        bounds = _RANGE.match(match[1])
+        if bounds is not None:
+            if max(len(bounds[1]), len(bounds[2])) > _MAX_DIGITS:
+                return MAX_SHARDS + 1
+            count *= abs(int(bounds[2]) - int(bounds[1])) + 1
+        else:
+            count *= match[1].count(",") + 1
+        if count > MAX_SHARDS:
+            break
+        text = text[: match.start()] + text[match.end() :]
+    return count
+
+
+def _is_compressed(shard: str) -> bool:
+    """By its name, a query behind it left aside; what a pipe gives is its own affair."""
+    if shard.startswith("pipe:"):
+        return False
+    address = shard if is_local(shard) else shard.partition("?")[0]
+    return _COMPRESSED_NAME.search(address.lower()) is not None
 
 
 def _choices(inside: str) -> list[str]:

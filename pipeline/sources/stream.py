@@ -19,16 +19,31 @@ from cmae.pipeline.bad_samples import BadSample
 from cmae.pipeline.batch import LoaderState
 from cmae.pipeline.errors import DataError
 from cmae.pipeline.formats.jpeg import BadImageError, inspect_jpeg
-from cmae.pipeline.formats.tar import TarError, TarRecord, iter_records
+from cmae.pipeline.formats.member_counts import MemberCounts
+from cmae.pipeline.formats.printable import printable
+from cmae.pipeline.formats.shard_index import index_path
+from cmae.pipeline.formats.tar import TarRecord, iter_records
 from cmae.pipeline.remote.client import Remote, RemoteConfig, open_stream
-from cmae.pipeline.remote.schemes import is_remote, redact
+from cmae.pipeline.remote.schemes import is_local, is_remote, redact
 from cmae.pipeline.sampling.counter_rng import hash_words
+from cmae.pipeline.sources.left_out import lost_members
 from cmae.pipeline.sources.records import RawBatch, Record
 from cmae.pipeline.stage_stats import Stage, State
 
 logger = logging.getLogger(__name__)
 
 _STREAM_DRAW = 1 << 21  # away from the draws of views and plan
+
+_SHARD_FAULTS = (ValueError, OSError, MemoryError, RecursionError, OverflowError)
+"""What a shard's bytes can bring about: the rest of it is lost, and the run goes on."""
+
+
+class NoSamplesError(DataError):
+    """An epoch of a stream has not one batch; `bad` are the faults that were met."""
+
+    def __init__(self, message: str, bad: Sequence[BadSample]) -> None:
+        super().__init__(message)
+        self.bad = tuple(bad)
 
 
 class StreamSource:
@@ -91,8 +106,9 @@ class StreamSource:
         if rank == 0:
             logger.warning(
                 "streaming %d shards: resume is by shard, so a run that is continued sees samples of the "
-                "shard it was reading again; `cmae shards index` makes it exact",
+                "shard it was reading again; `cmae shards index` makes it exact%s",
                 len(urls),
+                _without_index(urls),
             )
 
     def batches(self, state: LoaderState) -> Iterator[RawBatch]:
@@ -104,11 +120,21 @@ class StreamSource:
                 num_batches += 1
                 yield raw
             if num_batches == 0 and done == 0:
-                raise DataError(
-                    f"rank {self._rank}'s shards hold fewer than batch_size={self._batch_size} good samples "
-                    f"in epoch {epoch}; lower the batch size or the number of ranks"
-                )
+                raise NoSamplesError(self._no_batch(epoch), self._bad)
             epoch, done = epoch + 1, 0
+
+    def _no_batch(self, epoch: int) -> str:
+        """Why an epoch has no batch: the first fault, where there is one, is the likeliest cause."""
+        few = (
+            f"rank {self._rank}'s shards hold fewer than batch_size={self._batch_size} good samples in "
+            f"epoch {epoch}"
+        )
+        if not self._bad:
+            return f"{few}; lower the batch size or the number of ranks"
+        first = self._bad[0]
+        where = first.shard if first.shard not in first.reason else ""
+        cause = ": ".join(filter(None, (where, first.key, first.reason)))
+        return f"{few}. The first of {len(self._bad)} faults: {printable(cause, limit=600)}"
 
     def replace(self, raw: RawBatch, bad: dict[int, str]) -> None:
         """Fill each slot with the next good record of the batch."""
@@ -177,18 +203,21 @@ class StreamSource:
         """Good records of one shard; where the rest of it is lost, the other shards are not."""
         name = redact(self._urls[number])
         record_number = -1
+        members = MemberCounts()
         try:
-            for record_number, found in enumerate(self._found(number, name)):
+            for record_number, found in enumerate(self._found(number, name, members)):
                 try:
                     record = _record(found, sample_id=(number << 32) | record_number)
                 except BadImageError as error:
                     self._bad.append(BadSample(name, found.key, record_number, str(error), epoch))
                 else:
                     yield record
-        except (TarError, OSError) as error:
-            self._bad.append(BadSample(name, "", record_number + 1, str(error), epoch))
+        except _SHARD_FAULTS as error:
+            reason = str(error) or type(error).__name__
+            self._bad.append(BadSample(name, "", record_number + 1, reason, epoch))
+        self._bad += lost_members(name, members)
 
-    def _found(self, number: int, name: str) -> Iterator[TarRecord]:
+    def _found(self, number: int, name: str, members: MemberCounts) -> Iterator[TarRecord]:
         """All records of one shard, which stays open for as long."""
         if self._is_closed:
             return
@@ -196,7 +225,15 @@ class StreamSource:
             self._stream = stream
             if self._is_closed:  # by another thread, which may not have seen this stream
                 self.close()
-            yield from iter_records(stream, name=name)
+            yield from iter_records(stream, name=name, members=members)
+
+
+def _without_index(urls: Sequence[str]) -> str:
+    """Which local shards lack an index, where others have one."""
+    missing = [url for url in urls if is_local(url) and not index_path(url).exists()]
+    if not 0 < len(missing) < len(urls):
+        return ""
+    return f" ({len(missing)} have no index, such as {printable(missing[0])})"
 
 
 def _record(found: TarRecord, *, sample_id: int) -> Record:

@@ -5,14 +5,13 @@ Slow and simple on purpose. The fast paths are held to it by tests; where they d
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 import torch
 from jaxtyping import UInt8
 from PIL import Image
 from torchvision.transforms import functional as tv
 
+from cmae.pipeline.formats.pixels import decode_jpeg
 from cmae.pipeline.views.config import ViewConfig
 from cmae.pipeline.views.params import JITTER_ORDERS, ViewParams
 
@@ -24,7 +23,7 @@ def reference_views(
 
     EXIF orientation is ignored; grey and CMYK files become RGB.
     """
-    image = Image.open(io.BytesIO(jpeg)).convert("RGB")
+    image = decode_jpeg(jpeg)
     source = _window(
         image, params.crop[row], size=views.source_crop_size, flip=bool(params.flip[row])
     )

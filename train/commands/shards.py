@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cmae.errors import CmaeError
 from cmae.pipeline.formats.jpeg import Decode
+from cmae.pipeline.formats.printable import printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,9 +24,13 @@ if TYPE_CHECKING:
     from cmae.pipeline.remote.client import RemoteFile
     from cmae.pipeline.shards.image_folder import ImageSource
     from cmae.pipeline.shards.statistics import ShardStatistics
+    from cmae.pipeline.shards.verify import Problem
 
 _MAX_LINES = 20
 """Problems that are printed; the rest are counted."""
+
+_MAX_LINE = 4000
+"""Characters of a line that is printed."""
 
 _INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT."""
@@ -36,6 +41,7 @@ def write(
     out: Path,
     *,
     list_file: Path | None = None,
+    layout: Literal["auto", "classes", "flat"] = "auto",
     samples_per_shard: int = 1000,
     max_shard_mib: int | None = None,
     seed: int = 0,
@@ -54,6 +60,8 @@ def write(
         images: Folder with one subfolder for each class; or with images only, for a set without labels.
         out: Folder of its own for the shards. They are named after it: shards/train -> train-000000.tar.
         list_file: Lines `path<TAB or space>label` to write instead of all images; paths start at `images`.
+        layout: One class a subfolder (classes), or all images without labels (flat). With auto the folder
+            decides, and images beside subfolders are an error that names both.
         samples_per_shard: Largest number of images in a shard.
         max_shard_mib: Largest size of a shard in MiB; null means no limit.
         seed: Of the shuffle.
@@ -69,7 +77,7 @@ def write(
     from cmae.pipeline.shards.write import write_shards
 
     start = time.perf_counter()
-    source = _read_source(images, list_file)
+    source = _read_source(images, list_file, layout)
     try:
         with _progress("writing images", len(source.images)) as advance:
             report = write_shards(
@@ -94,18 +102,17 @@ def write(
         raise CmaeError(f"cannot write shards of {images} to {out}: {error}") from error
     seconds = time.perf_counter() - start
     classes = f", {len(source.classes)} classes" if source.classes else ""
-    print(
+    _say(
         f"{_count(report.num_samples, 'image')}{classes} in {_count(report.num_shards, 'shard')}, "
         f"{_gib(report.num_bytes)}, {seconds:.1f} s: {out}"
     )
     if report.downscaled:
-        print(downscaled_line(report.downscaled, report.num_samples))
+        _say(downscaled_line(report.downscaled, report.num_samples))
     if report.num_already_written:
-        print(f"{_count(report.num_already_written, 'shard')} written before")
-    if source.num_ignored:
-        print(f"{_count(source.num_ignored, 'file')} passed over: not named as images")
+        _say(f"{_count(report.num_already_written, 'shard')} written before")
+    _say(report.files.line("files"))
     if report.num_skipped:
-        print(
+        _say(
             f"{_count(report.num_skipped, 'file')} skipped, no usable JPEG: see {out / SKIPPED_FILE}"
         )
     return 0
@@ -132,6 +139,7 @@ def index(
         storage_options: Of fsspec's file system, such as {anon: true}, for URLs.
     """
     from cmae.pipeline.formats.dataset_index import build_indices
+    from cmae.pipeline.formats.member_counts import sum_members
     from cmae.pipeline.remote.index import build_remote_indices
     from cmae.pipeline.sources.expand import expand_shards
 
@@ -146,19 +154,23 @@ def index(
             results = build_indices(paths, rebuild=rebuild, workers=workers, progress=advance)
     failed = [result for result in results if result.error is not None]
     built = sum(result.built for result in results)
+    members = sum_members(result.members for result in results)
     bad = sum(result.num_bad for result in results)
-    print(
+    _say(
         f"{_count(sum(result.num_samples for result in results), 'sample')} in "
         f"{_count(len(results), 'shard')}: {built} indexed, "
         f"{len(results) - built - len(failed)} fresh already, {time.perf_counter() - start:.1f} s"
     )
     if bad:
-        print(
-            f"{_count(bad, 'image')} left out, cannot be decoded: `cmae shards verify` says which"
-        )
+        _say(f"{_count(bad, 'image')} left out, cannot be decoded: `cmae shards verify` says which")
+    if members.total:
+        _say(members.line())
+    _report_lines([f"left out: {line}" for line in members.lost_lines()])
+    if empty := sum(result.error is None and not result.num_samples for result in results):
+        _say(f"{_count(empty, 'shard')} without a sample")
     _report_lines([f"{result.error}" for result in failed])
     if failed:
-        print(f"{_count(len(failed), 'shard')} without an index")
+        _say(f"{_count(len(failed), 'shard')} without an index")
     return 1 if failed else 0
 
 
@@ -187,19 +199,21 @@ def verify(
     paths = _local_copies(shards, cache_dir, storage_options, unchecked=True)
     with _progress("verifying shards", len(paths)) as advance:
         report = verify_shards(paths, decode=decode, workers=workers, progress=advance)
-    _report_lines(
-        [
-            f"{Path(problem.shard).name}{f', {problem.key}' if problem.key else ''}: {problem.what}"
-            for problem in report.problems
-        ]
-    )
+    _report_lines([problem_line(problem) for problem in report.problems])
     verdict = _count(len(report.problems), "problem") if report.problems else "no problem"
-    print(
+    _say(
         f"{verdict} in {_count(report.num_samples, 'sample')}, {_count(report.num_shards, 'shard')}, "
         f"{_gib(report.num_bytes)}, {time.perf_counter() - start:.1f} s"
     )
+    _say(report.members.line())
+    _report_lines(
+        [
+            f"suspected, not counted as a problem: {Path(one.shard).name}, {one.key}: {one.what}"
+            for one in report.suspects
+        ]
+    )
     for note in report.notes:
-        print(f"note: {note}")
+        _say(f"note: {note}")
     return 0 if report.ok else 1
 
 
@@ -208,24 +222,27 @@ def repair(
     out: Path,
     *,
     duplicates: Literal["rename", "drop"] = "rename",
-    unlabelled: Literal["drop", "keep"] = "drop",
+    unlabelled: Literal["keep", "drop"] = "keep",
     reencode: bool = False,
     decode: Decode = "none",
+    drop_suspect: bool = False,
     workers: int | None = None,
     cache_dir: Path | None = None,
     storage_options: dict[str, Any] | None = None,
 ) -> int:
     """Write clean copies of shards: good records keep their bytes, the others are left out and listed.
 
-    Damaged tars are read on from the next whole header. Stop it at any time: the same command continues.
+    Damaged tars are read on from the next whole header, and parts of a sample that lie apart are joined. What
+    is only suspected stays. The result is verified. Stop it at any time: the same command continues.
 
     Args:
         shards: Tar file, folder, quoted glob, braces such as train-{000000..000099}.tar, or a list of them.
         out: Folder of its own for the clean shards, which keep their names; repaired.jsonl says what changed.
         duplicates: A key that occurs again with another image gets a new name (rename) or is dropped.
-        unlabelled: Records without a label, where others have one, are dropped or kept.
+        unlabelled: Records without a label that can be read, where others have one, are kept or dropped.
         reencode: Make JPEGs of PNG, WebP and other images that Pillow reads, instead of dropping them.
         decode: Also decode every image, with Pillow (pil) or nvImageCodec (nvimgcodec), and drop what fails.
+        drop_suspect: Also drop images with a sign of damage that is no proof.
         workers: Threads; null means one for each CPU core, at most 16.
         cache_dir: Folder for copies of remote shards, with room for all of them.
         storage_options: Of fsspec's file system, such as {anon: true}, for URLs.
@@ -234,16 +251,16 @@ def repair(
 
     start = time.perf_counter()
     paths = _local_copies(shards, cache_dir, storage_options, unchecked=True)
-    policy = RepairPolicy(duplicates, unlabelled, reencode, decode)
+    policy = RepairPolicy(duplicates, unlabelled, reencode, decode, drop_suspect)
     try:
-        with _progress("repairing shards", 2 * len(paths)) as advance:
+        with _progress("repairing shards", 3 * len(paths)) as advance:
             report = repair_shards(paths, out, policy, workers=workers, progress=advance)
     except KeyboardInterrupt:
         _report(
             f"interrupted; finished shards stay in {out}: run the same command again to continue"
         )
         return _INTERRUPTED
-    print(
+    _say(
         f"{_count(report.num_samples, 'sample')} in {_count(report.num_shards, 'shard')}, "
         f"{time.perf_counter() - start:.1f} s: {out}"
     )
@@ -251,13 +268,21 @@ def repair(
         "dropped": report.num_dropped,
         "renamed": report.num_renamed,
         "encoded again": report.num_reencoded,
+        "joined": report.num_joined,
+        "kept though suspected": report.num_suspect,
         "damaged stretches passed over": report.num_damages,
     }
     changed = [f"{number} {what}" for what, number in changes.items() if number]
-    print(
+    _say(
         f"{', '.join(changed)}: see {out / REPAIRED_FILE}"
         if changed
         else "nothing had to be changed"
+    )
+    _say(report.members.line())
+    left = [problem_line(problem) for problem in report.problems]
+    _report_lines([f"left as it was: {line}" for line in left])
+    _say(
+        f"verified: {_count(len(left), 'problem')} left" if left else "verified: no problem is left"
     )
     return 0
 
@@ -294,13 +319,24 @@ def inspect(
     console = Console()
     console.print(_count_table(statistics, load_classes(Path(paths[0]).parent)))
     console.print(_percentile_table(statistics))
+    if statistics.members.total:
+        _say(statistics.members.line())
+    _report_lines([f"left out: {line}" for line in statistics.members.lost_lines()])
     if sheet is not None:
         contact_sheet(paths, sheet, num_images=num_images, columns=columns)
-        print(f"contact sheet: {sheet}")
+        _say(f"contact sheet: {sheet}")
     return 0
 
 
-def _read_source(images: Path, list_file: Path | None) -> ImageSource:
+def problem_line(problem: Problem) -> str:
+    """Shard, key and what is wrong."""
+    key = f", {problem.key}" if problem.key else ""
+    return f"{Path(problem.shard).name}{key}: {problem.what}"
+
+
+def _read_source(
+    images: Path, list_file: Path | None, layout: Literal["auto", "classes", "flat"]
+) -> ImageSource:
     from rich.console import Console
 
     from cmae.pipeline.shards.image_folder import read_image_list, scan_image_folder
@@ -308,7 +344,7 @@ def _read_source(images: Path, list_file: Path | None) -> ImageSource:
     with Console(stderr=True).status("looking for images"):
         if list_file is not None:
             return read_image_list(list_file, root=images)
-        return scan_image_folder(images)
+        return scan_image_folder(images, layout=layout)
 
 
 def _local_copies(
@@ -392,8 +428,13 @@ def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda amount: progress.advance(task, amount)
 
 
+def _say(line: str) -> None:
+    """Print a line with names from files or stores in it."""
+    print(printable(line, limit=_MAX_LINE))
+
+
 def _report(line: str) -> None:
-    print(line, file=sys.stderr)
+    print(printable(line, limit=_MAX_LINE), file=sys.stderr)
 
 
 def _report_lines(lines: Sequence[str]) -> None:
@@ -412,8 +453,8 @@ def _gib(num_bytes: float) -> str:
 
 
 def _count_table(facts: ShardStatistics, classes: list[str] | None) -> Table:
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     from cmae.pipeline.formats.presized import downscaled_line
 
@@ -423,14 +464,15 @@ def _count_table(facts: ShardStatistics, classes: list[str] | None) -> Table:
     table.add_row("samples", f"{facts.num_samples}")
     if facts.num_bad:
         table.add_row("left out", f"[red]{facts.num_bad} images cannot be decoded")
-    mean = facts.image_bytes / facts.num_samples
+    mean = facts.image_bytes / max(facts.num_samples, 1)
     table.add_row("image bytes", f"{_gib(facts.image_bytes)}, {mean / 1e3:.1f} kB an image")
     if facts.downscaled:
-        table.add_row("downscaled", downscaled_line(facts.downscaled, facts.num_samples))
+        line = downscaled_line(facts.downscaled, facts.num_samples)
+        table.add_row("downscaled", Text(printable(line)))
     table.add_row("kinds", ", ".join(f"{count} {kind}" for kind, count in facts.kinds.items()))
     turned = [f"{count} stored as {o}" for o, count in facts.orientations.items() if o != 1]
     table.add_row("EXIF orientation", ", ".join(turned) or "all upright")
-    table.add_row("labels", escape(_label_line(facts, classes)))
+    table.add_row("labels", Text(printable(_label_line(facts, classes))))
     return table
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from itertools import islice
@@ -18,7 +17,9 @@ from torch import Tensor
 from cmae.errors import CmaeError
 from cmae.model import CMAE
 from cmae.pipeline import expand_shards
-from cmae.pipeline.formats.tar import NO_LABEL, TarRecord, iter_records
+from cmae.pipeline.formats.labels import NO_LABEL
+from cmae.pipeline.formats.pixels import decode_jpeg
+from cmae.pipeline.formats.tar import TarRecord, iter_records
 
 
 class EvalImages(NamedTuple):
@@ -122,8 +123,7 @@ def _records(shards: Sequence[str]) -> Iterator[TarRecord]:
 
 
 def _centre_square(data: bytes, size: int, keep: float) -> UInt8[Tensor, "S S 3"]:
-    with Image.open(io.BytesIO(data)) as opened:
-        image = opened.convert("RGB")
+    image = decode_jpeg(data)
     side = min(image.size) * keep
     left, top = (image.width - side) / 2, (image.height - side) / 2
     square = image.resize(

@@ -10,13 +10,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Int, UInt8
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from cmae.errors import CmaeError
 from cmae.model import CMAE
 from cmae.model.export.images import to_pixels
 from cmae.pipeline import Batch
+from cmae.pipeline.formats.jpeg import BadImageError
+from cmae.pipeline.formats.pixels import decode_any
 
 Panel = UInt8[np.ndarray, "S S 3"]
 
@@ -120,16 +122,14 @@ def load_square(path: Path, size: int) -> UInt8[Tensor, "S S 3"]:
     """An image file, turned as its EXIF says, cropped to a square around its middle and resized.
 
     Raises:
-        CmaeError: There is no such file, or it is no image.
+        CmaeError: There is no such file, or it is no image that can be read.
     """
     if not path.is_file():
-        raise CmaeError(f"{path}: there is no such file", key=str(path))
+        raise CmaeError(f"{path}: there is no such file")
     try:
-        opened = Image.open(path)
-    except UnidentifiedImageError as error:
-        raise CmaeError(f"{path} is no image that Pillow can read", key=str(path)) from error
-    with opened:
-        image = ImageOps.fit(ImageOps.exif_transpose(opened).convert("RGB"), (size, size))
+        image = ImageOps.fit(decode_any(path.read_bytes(), turn=True), (size, size))
+    except BadImageError as error:
+        raise CmaeError(f"{path}: {error}") from error
     return torch.from_numpy(np.array(image))
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from cmae.errors import CmaeError
+
 
 @dataclass(frozen=True)
 class ProfileConfig:
@@ -34,4 +36,4 @@ class ProfileConfig:
         }
         for name, (ok, allowed) in checks.items():
             if not ok:
-                raise ValueError(f"profile.{name} is {getattr(self, name)}; it must be {allowed}")
+                raise CmaeError(f"profile.{name} is {getattr(self, name)}; it must be {allowed}")

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.shard_data import assert_equal, indexed_shard, jpeg, shard, write_tar
 
 from cmae.pipeline.formats.atomic import atomic_write
+from cmae.pipeline.formats.dataset_index import DatasetIndex, build_indices
 from cmae.pipeline.formats.shard_index import (
     StaleIndexError,
     build_index,
@@ -20,6 +23,7 @@ from cmae.pipeline.formats.shard_index import (
     save_index,
     tar_digest,
 )
+from cmae.pipeline.shards.verify import verify_shards
 
 
 @pytest.mark.parametrize(
@@ -165,3 +169,92 @@ def test_index_columns_have_the_documented_types(tmp_path: Path) -> None:
     }
     assert {name: str(getattr(index, name).dtype) for name in types} == types
     assert json.dumps(index.keys.tolist())
+
+
+def _rewrite(path: Path, changes: dict[str, object]) -> None:
+    with np.load(index_path(path)) as archive:
+        columns = {name: archive[name] for name in archive.files}
+    for name, change in changes.items():
+        if change is None:
+            del columns[name]
+        else:
+            columns[name] = np.asarray(change(columns[name]) if callable(change) else change)
+    np.savez(index_path(path), **columns)
+
+
+NONSENSE: dict[str, dict[str, object]] = {
+    "column size is missing": {"size": None},
+    "column tar_digest is missing": {"tar_digest": None},
+    "columns have the shapes": {"label": lambda column: column[:-1]},
+    "height holds float64": {"height": lambda column: column * np.nan},
+    "label holds <U1": {"label": lambda column: column.astype("U1")},
+    "size holds": {"size": lambda column: column.astype(np.uint64) + (1 << 63)},
+    "unknown kind": {"kind": lambda column: column + 77},
+    "height outside of 1..65535": {"height": lambda column: column * 0},
+    "width outside of": {"width": lambda column: column * 0 - 64},
+    "above the limit of": {
+        "height": lambda column: column * 0 + 20000,
+        "width": lambda column: column * 0 + 20000,
+    },
+    "orientation outside": {"orientation": lambda column: column * 0},
+    "a label below -1": {"label": lambda column: column - 5},
+    "sizes or offsets that no file has": {"offset": lambda column: column * 0 - 100},
+    "images behind the end of the tar": {"offset": lambda column: column + (1 << 50)},
+    "not in the order of the tar": {"offset": lambda column: column[::-1]},
+    "tar_size is not one value": {"tar_size": [1, 2]},
+    "member_fates and member_counts": {"member_counts": lambda column: column[:1]},
+    "member_counts holds negative": {"member_counts": lambda column: -column},
+    "has format None": {"format_version": None},
+    "has format 77": {"format_version": 77},
+}
+
+
+@pytest.mark.parametrize("message", NONSENSE)
+def test_an_index_that_makes_no_sense_is_stale_and_the_command_mends_it(
+    tmp_path: Path, message: str
+) -> None:
+    path = indexed_shard(tmp_path / "a.tar")
+    _rewrite(path, NONSENSE[message])
+    with pytest.raises(StaleIndexError, match="cmae shards index") as caught:
+        load_index(path)
+    assert message in str(caught.value)
+    with pytest.raises(StaleIndexError):
+        DatasetIndex.load([path])
+    build_indices([str(path)])
+    load_index(path)
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_any_bytes_in_an_index_file_are_an_index_or_a_stale_one(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    path = indexed_shard(tmp_path_factory.mktemp("index") / "a.tar")
+    content = bytearray(index_path(path).read_bytes())
+    for _ in range(data.draw(st.integers(1, 6))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.sampled_from([len(content), len(content) // 2, 100, 0]))
+    index_path(path).write_bytes(bytes(content[:cut]))
+    try:
+        load_index(path)
+    except StaleIndexError:
+        build_indices([str(path)])
+        load_index(path)
+
+
+def test_a_compressed_index_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
+    path = indexed_shard(tmp_path / "a.tar")
+    np.savez_compressed(index_path(path), keys=np.zeros(1 << 20))
+    with pytest.raises(StaleIndexError, match="damaged"):
+        load_index(path)
+
+
+def test_an_empty_shard_has_a_valid_index_and_does_not_stop_the_others(tmp_path: Path) -> None:
+    empty, full = write_tar(tmp_path / "a.tar", {}), shard(tmp_path / "b.tar", 3)
+    results = build_indices([str(empty), str(full)])
+    assert [(one.error, one.num_samples) for one in results] == [(None, 0), (None, 3)]
+    assert len(DatasetIndex.load([empty, full])) == 3
+    assert DatasetIndex.load([empty, full]).shard_sizes.tolist() == [0, 3]
+    report = verify_shards([empty, full])
+    assert report.ok
+    assert "1 shard(s) hold no sample" in report.notes

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
+import tarfile
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -255,3 +257,35 @@ def test_rate_below_the_limit_is_no_error():
         health.add(0, [BadSample("x.tar", "k", 0, "broken", 0)])
     with pytest.raises(DataError):
         health.add(0, [BadSample("x.tar", "k", 0, "broken", 0)])
+
+
+def test_a_stream_without_a_usable_sample_names_the_first_cause_and_keeps_a_ledger(tmp_path):
+    path = tmp_path / "shard" / "a.tar"
+    path.parent.mkdir()
+    path.write_bytes(gzip.compress(bytes(20000)))
+    ledger = tmp_path / "bad.jsonl"
+    with (
+        open_loader(path.parent, ledger=ledger, source="stream") as loader,
+        pytest.raises(DataError, match=r"The first of 1 faults: .*a compressed tar.*unpack it"),
+    ):
+        next(loader)
+    assert "a compressed tar" in read(ledger)[0]["reason"]
+
+
+@pytest.mark.parametrize("source", ["stream", "indexed"])
+def test_images_that_no_sample_holds_are_in_the_ledger_and_do_not_count(tmp_path, source):
+    path = write(tmp_path / "shard", {})
+    with tarfile.open(path, "a") as tar:
+        for name in ("a.png", "b.png", "c.d.jpg"):
+            tar.addfile(tarfile.TarInfo(name))
+    if source == "indexed":
+        build_indices([str(path)])
+    ledger = tmp_path / "bad.jsonl"
+    _, bad = take(open_loader(path.parent, ledger=ledger, source=source), 9)
+    lines = [line for line in read(ledger) if line["record_number"] < 0]
+    assert bad == 0
+    assert [(line["key"], line["epoch"], line["record_number"]) for line in lines] == [
+        ("a.png", -1, -1),
+        ("c.d.jpg", -1, -2),
+    ]
+    assert lines[0]["reason"].startswith("2 x png image, such as a.png")

@@ -18,7 +18,7 @@ from cmae.pipeline.shards import output_folder
 from cmae.pipeline.shards.image_folder import ImageSource, scan_image_folder
 from cmae.pipeline.shards.shard_tar import ShardTar
 from cmae.pipeline.shards.verify import VerifyReport, verify_shards
-from cmae.pipeline.shards.write import WriteReport, write_shards
+from cmae.pipeline.shards.write import write_shards
 
 
 def test_keys_are_unique_and_survive_webdataset(tmp_path: Path) -> None:
@@ -39,7 +39,9 @@ def test_keys_are_unique_and_survive_webdataset(tmp_path: Path) -> None:
 def test_webdataset_reads_back_every_byte_and_label(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "train"
     report = write(images, out)
-    assert report == WriteReport(5, 0, NUM_IMAGES, 0, sum(p.stat().st_size for p in tars(out)), {})
+    num_bytes = sum(path.stat().st_size for path in tars(out))
+    assert report[:-1] == (5, 0, NUM_IMAGES, 0, num_bytes, {})
+    assert report.files.counts == {"image": NUM_IMAGES}
     assert [path.name for path in tars(out)] == [f"train-{i:06d}.tar" for i in range(5)]
     classes = json.loads((out / "classes.json").read_text())
     expected = {
@@ -50,8 +52,10 @@ def test_webdataset_reads_back_every_byte_and_label(images: Path, tmp_path: Path
         for path in images.rglob("*.*")
     }
     assert read_with_webdataset(out) == expected
-    assert verify_shards(tars(out), decode="pil") == VerifyReport(
-        5, NUM_IMAGES, report.num_bytes, problems=(), notes=()
+    found = verify_shards(tars(out), decode="pil")
+    assert found.members.counts == {"image": NUM_IMAGES, "label": NUM_IMAGES}
+    assert found == VerifyReport(
+        5, NUM_IMAGES, report.num_bytes, problems=(), notes=(), members=found.members
     )
 
 
@@ -239,7 +243,7 @@ def test_a_full_disk_is_noticed_before_writing(
 @pytest.mark.parametrize("value", [{"samples_per_shard": 0}, {"max_shard_bytes": 0}])
 def test_settings_out_of_range_are_refused(tmp_path: Path, value: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="at least 1"):
-        write_shards(ImageSource((), (), 0), tmp_path / "out", **value)  # type: ignore[arg-type]
+        write_shards(ImageSource((), ()), tmp_path / "out", **value)  # type: ignore[arg-type]
 
 
 def test_real_imagenet_goes_through_shards_unchanged(

@@ -102,3 +102,29 @@ def test_a_shard_listed_twice_is_refused(folder: Path) -> None:
 def test_an_empty_list_is_refused() -> None:
     with pytest.raises(ValueError, match="empty list"):
         expand_shards([])
+
+
+def test_compressed_tars_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "a.tar.gz").touch()
+    for pattern in (tmp_path, tmp_path / "a.tar.gz", f"{tmp_path}/*", "https://host/a.tgz?x=1"):
+        with pytest.raises(ValueError, match=r"1 compressed tar.*unpack them"):
+            expand_shards(pattern)
+    assert expand_shards("pipe:gunzip -c a.tar.gz") == ["pipe:gunzip -c a.tar.gz"]
+
+
+def test_compressed_tars_beside_others_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.tar.gz").touch()
+    (tmp_path / "b.tar").touch()
+    assert names(expand_shards(tmp_path)) == ["b.tar"]
+    assert "1 compressed tar(s) such as a.tar.gz are not read" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["x-{000000000..999999999}.tar", "{0..999}{0..999}{0..99}.tar", "{1..9" + "9" * 5000 + "}"],
+)
+def test_braces_that_name_too_many_files_are_refused_before_they_are_made(pattern: str) -> None:
+    with pytest.raises(ValueError, match="names more than"):
+        expand_shards(pattern)

@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -150,3 +151,66 @@ def test_the_shard_tools_load_neither_torch_nor_dali(module: str, light: set[str
     )
     unwanted = {"torch", "nvidia.dali", "nvidia.nvimgcodec", "webdataset", "jaxtyping"} | light
     assert not unwanted & set(run.stdout.split())
+
+
+def test_every_command_prints_the_same_account(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (images / "class0" / "notes.txt").touch()
+    (images / "class1" / ".hidden.jpg").touch()
+    (images / "class1" / "bad.jpg").write_bytes(b"<html>")
+    out = tmp_path / "train"
+    shards_cli.write(images, out)
+    printed = capsys.readouterr().out
+    assert "15 files = 12 images + 1 x skipped, not a JPEG (" in printed
+    assert "1 x hidden or side file (" in printed
+    assert "1 x file named .txt (" in printed
+
+    path = out / "train-000000.tar"
+    with tarfile.open(path, "a") as tar:
+        for name in ("a.png", "folder.x/._b.jpg", "c\x1b[2J.png"):
+            tar.addfile(tarfile.TarInfo(name))
+    account = "27 entries = 12 images + 12 labels + 2 x png image (a.png) + 1 x hidden or side file"
+    assert shards_cli.index(str(out)) == 0
+    captured = capsys.readouterr()
+    assert account in captured.out
+    assert "left out: 2 x png image, such as a.png: the loader reads JPEG only" in captured.err
+    assert shards_cli.verify(str(out)) == 1
+    captured = capsys.readouterr()
+    assert account in captured.out
+    assert "1 problem in 12 samples" in captured.out
+    shards_cli.inspect(str(out))
+    assert account in capsys.readouterr().out
+    assert shards_cli.repair(str(out), tmp_path / "clean") == 0
+    printed = capsys.readouterr().out
+    assert "27 entries = 25 x copied" in printed
+    assert "2 x dropped: its image cannot be used (a.png)" in printed
+    assert "verified: no problem is left" in printed
+
+
+def test_a_key_cannot_write_to_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.tar"
+    evil = "x\n\x1b[2Jno problem in 5 samples[/x]"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for name, data in ((f"{evil}.jpg", b"<html>"), ("0.jpg", _jpeg())):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    (tmp_path / "classes.json").write_text(json.dumps([evil]))
+    shards_cli.index(str(path))
+    shards_cli.verify(str(path))
+    shards_cli.inspect(str(path), sheet=tmp_path / "sheet.png")
+    shards_cli.repair(str(path), tmp_path / "out")
+    captured = capsys.readouterr()
+    for text in (captured.out, captured.err):
+        assert "\x1b[2J" not in text
+        assert "\nno problem in 5 samples[/x]" not in text
+    assert r"x\n\x1b[2Jno problem" in captured.err
+
+
+def _jpeg() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (20, 20), "red").save(file, "JPEG")
+    return file.getvalue()

@@ -155,7 +155,7 @@ def _resized(raw: RawBatch, side: int) -> RawBatch:
 
 def _resize(record: Record, side: int) -> Record:
     """The same image with its shorter side scaled down to `side`, as JPEG."""
-    image = Image.open(io.BytesIO(record.data.tobytes()))
+    image = Image.open(io.BytesIO(record.data.tobytes()), formats=("JPEG",))
     shorter = min(image.size)
     if shorter <= side:
         return record
