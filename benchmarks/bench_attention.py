@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from bench_kernels import time_us
-from harness import summarise, write_result
+from lib.harness import summarise, write_result
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import sdpa_kernel

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from harness import summarise, write_result
+from lib.harness import summarise, write_result
 from PIL import Image
 from PIL.Image import Exif
 

@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from bench_data import MAX_UNPACKED, Data, prepare_shards, unpack_images, write_presized
-from harness import Measurement, interleave, summarise, time_batches, write_result
+from lib.data import MAX_UNPACKED, Data, prepare_shards, unpack_images, write_presized
+from lib.harness import Measurement, interleave, summarise, time_batches, write_result
 from peers import Absent, Job, Peer, check_peer, find_peers
 
 from cmae.model import ModelConfig, draw_mask

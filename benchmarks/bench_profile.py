@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_data import prepare_shards
-from harness import write_result
+from lib.data import prepare_shards
+from lib.harness import write_result
 
 from cmae.train.config import Config, DataConfig, OptimConfig, SpeedConfig
 from cmae.train.distributed import World

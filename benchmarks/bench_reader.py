@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_data import prepare_shards
-from harness import Measurement, interleave, summarise, time_batches, write_result
+from lib.data import prepare_shards
+from lib.harness import Measurement, interleave, summarise, time_batches, write_result
 
 from cmae.pipeline import EpochPlan, LoaderState
 from cmae.pipeline.formats.dataset_index import DatasetIndex

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_loader import prepare_shards
+from lib.data import prepare_shards
 from bench_step import SIZES, Case, build
-from harness import Measurement, interleave, summarise, time_batches, write_result
+from lib.harness import Measurement, interleave, summarise, time_batches, write_result
 
 from cmae.model import ModelConfig, draw_mask
 from cmae.pipeline import ViewConfig, build_loader

@@ -15,7 +15,7 @@ import os
 import sys
 
 import torch
-from suite import ROOT, build_parser, run_suite
+from lib.suites import ROOT, build_parser, run_suite
 
 PYTHON = sys.executable
 TESTS = (PYTHON, "-m", "pytest", "-vv", "--tb=short", "-p", "no:cacheprovider")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import webdataset as wds
-from harness import ROOT
+from lib.harness import ROOT
 from PIL import Image
 
 from cmae.pipeline import expand_shards

@@ -27,7 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from harness import ROOT, write_result
+from lib.harness import ROOT, write_result
 
 PYTHON = sys.executable
 SECTIONS: dict[str, list[str]] = {

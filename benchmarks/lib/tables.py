@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from harness import RESULTS, ROOT
-from plots import PLOTS, draw_plots
+from lib.harness import RESULTS, ROOT
+from lib.plots import PLOTS, draw_plots
 
 README = ROOT / "README.md"
 Result = dict[str, Any]
