@@ -4,10 +4,10 @@
 
 Indices are synthetic: sparse tars that hold only their size, with the sidecar index of samples that look like
 ImageNet's. Each size runs in a process of its own, so that peak memory is its own. Measured: start-up (all
-indices read and checked), the epoch plan, a batch's positions, memory, the state that a checkpoint keeps.
+indices read and checked), the epoch plan, a batch's rows, memory, the state that a checkpoint keeps.
 
 Predictions, written before the first run: everything grows in proportion but the state (< 100 bytes) and a
-batch's positions; start-up 10 s and the plan 6 s at 10^7 (its two sorts of 10^7 keys), 42 bytes a sample.
+batch's rows; start-up 10 s and the plan 6 s at 10^7 (its two sorts of 10^7 keys), 42 bytes a sample.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _write_shard(path: Path, n: int, rng: np.random.Generator) -> None:
     save_index(
         ShardIndex(
             keys=np.char.mod("n%08d", np.arange(n)),
-            offset=np.cumsum(sizes) - sizes,
+            byte_offset=np.cumsum(sizes) - sizes,
             size=sizes,
             height=rng.integers(300, 600, n, dtype=np.int32),
             width=rng.integers(300, 600, n, dtype=np.int32),
@@ -77,20 +77,20 @@ def measure(folder: Path) -> dict[str, float]:
     plan = EpochPlan(len(index), min(BATCH_SIZE, len(index)))
     _, plan_s = _timed(lambda: plan.order(0))
     steps = np.linspace(0, plan.steps_per_epoch - 1, 200).astype(int) * plan.global_batch_size
-    _, positions_s = _timed(lambda: [_positions(plan, index, int(step)) for step in steps])
+    _, rows_s = _timed(lambda: [_rows(plan, index, int(step)) for step in steps])
     state = LoaderState(0, epoch=3, next_sample=int(steps[-1]), digest=index.digest)
     return {
         "startup_s": startup_s,
         "plan_s": plan_s,
-        "positions_us_per_batch": 1e6 * positions_s / len(steps),
+        "positions_us_per_batch": 1e6 * rows_s / len(steps),
         "index_mib": loaded - before,
         "peak_mib": _peak_mib() - before,
         "state_bytes": len(json.dumps(state.to_dict())),
     }
 
 
-def _positions(plan: EpochPlan, index: DatasetIndex, step: int) -> None:
-    rows = plan.positions(0, step, rank=0, world_size=1, batch_size=plan.global_batch_size)
+def _rows(plan: EpochPlan, index: DatasetIndex, step: int) -> None:
+    rows = plan.rows(0, step, rank=0, world_size=1, batch_size=plan.global_batch_size)
     assert rows is not None
     index.sample_id(rows)
 

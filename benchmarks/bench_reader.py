@@ -70,7 +70,7 @@ def build_parts(index: DatasetIndex) -> Iterator[tuple[str, Callable[[int], Any]
     shards = index.locate(np.arange(len(index)))[0]
 
     def copy(number: int) -> int:
-        return os.preadv(files[shards[number]], [slots[number]], index.offset[number])
+        return os.preadv(files[shards[number]], [slots[number]], index.byte_offset[number])
 
     for number in range(len(index)):
         copy(number)

@@ -163,7 +163,7 @@ class Place(NamedTuple):
     """Where a JPEG lies, and its size in pixels."""
 
     shard: str
-    offset: int
+    byte_offset: int
     num_bytes: int
     height: int
     width: int
@@ -173,7 +173,7 @@ def image_places(shards: list[str]) -> Iterator[Place]:
     """Every decodable image of the shards."""
     for shard in shards:
         index = load_index(shard)
-        columns = (index.offset, index.size, index.height, index.width)
+        columns = (index.byte_offset, index.size, index.height, index.width)
         for row in np.flatnonzero(index.valid):
             yield Place(shard, *(int(column[row]) for column in columns))
 
@@ -182,7 +182,7 @@ def read_image(place: Place) -> bytes:
     """The bytes of a JPEG."""
     descriptor = os.open(place.shard, os.O_RDONLY)
     try:
-        return os.pread(descriptor, place.num_bytes, place.offset)
+        return os.pread(descriptor, place.num_bytes, place.byte_offset)
     finally:
         os.close(descriptor)
 

@@ -40,8 +40,11 @@ from PIL import Image
 
 from cmae.model import ModelConfig, draw_mask
 from cmae.pipeline import Batch, ViewConfig
+from cmae.pipeline.formats.dataset_index import Place
 from cmae.pipeline.formats.shard_index import build_index, index_path, save_index
+from cmae.pipeline.sources.indexed import IndexedSource
 from cmae.pipeline.sources.records import Extent, Source
+from cmae.pipeline.sources.shard_reader import LostShard
 from cmae.pipeline.views.backend import ViewBackend
 from cmae.train.commands.demo_data import PHOTOGRAPHS, load_photograph
 from cmae.train.config import Config, DataConfig, OptimConfig, RunConfig, SpeedConfig
@@ -57,15 +60,17 @@ STEP_S = 0.06
 
 
 class SlowFiles:
-    """Files whose reads take longer. Stands in the place of the source's own.
+    """Local files whose reads take longer. A `ShardReader`.
 
     Args:
-        files: the source's files.
-        latency_s: of every read; reads wait side by side.
-        bytes_per_s: of all reads together, one after another.
-        open_s: when a file is opened that is not among the last 64.
-        cold_only: leave reads alone that the page cache answers.
+        files: The source's reader of local files.
+        latency_s: Seconds of every read; reads wait side by side.
+        bytes_per_s: Rate of all reads together, one after another.
+        open_s: Seconds where a file is opened that is not among the last 64.
+        cold_only: Leave reads alone that the page cache answers.
     """
+
+    is_local = True
 
     def __init__(
         self,
@@ -82,17 +87,33 @@ class SlowFiles:
         self._lock = threading.Lock()
         self._opened: OrderedDict[int, None] = OrderedDict()
 
-    def read_into(self, data: np.ndarray, number: int, *, offset: int) -> int:
-        """Read, late."""
-        path = self._files.paths[number]
-        if not (self._cold_only and _is_cached(path, offset + data.size // 2)):
-            time.sleep(self._latency_s)
-            if self._open_s and not self._is_open(number):
-                time.sleep(self._open_s)
-            if self._bytes_per_s:
-                with self._lock:
-                    time.sleep(data.size / self._bytes_per_s)
-        return int(self._files.read_into(data, number, offset=offset))
+    def read_batch(
+        self, places: Sequence[Place], buffer: np.ndarray
+    ) -> Iterator[np.ndarray | LostShard]:
+        """Read, each record late."""
+        found = self._files.read_batch(places, buffer)
+        for place in places:
+            self._delay(place)
+            yield next(found)
+
+    def check_unchanged(self, shard: int) -> None:
+        """See `ShardReader`."""
+        self._files.check_unchanged(shard)
+
+    def close(self) -> None:
+        """See `ShardReader`."""
+        self._files.close()
+
+    def _delay(self, place: Place) -> None:
+        path = self._files.paths[place.shard]
+        if self._cold_only and _is_cached(path, place.byte_offset + place.size // 2):
+            return
+        time.sleep(self._latency_s)
+        if self._open_s and not self._is_open(place.shard):
+            time.sleep(self._open_s)
+        if self._bytes_per_s:
+            with self._lock:
+                time.sleep(place.size / self._bytes_per_s)
 
     def _is_open(self, number: int) -> bool:
         with self._lock:
@@ -121,7 +142,8 @@ def slow_files(**settings: Any) -> Callable[[Source, ViewBackend], tuple[Source,
     """A `wrap` that makes a source's reads slow."""
 
     def wrap(source: Source, view_backend: ViewBackend) -> tuple[Source, ViewBackend]:
-        source._files = SlowFiles(source._files, **settings)  # type: ignore[attr-defined]
+        assert isinstance(source, IndexedSource)
+        source.reader = SlowFiles(source.reader, **settings)
         return source, view_backend
 
     return wrap

@@ -23,7 +23,7 @@ class BadSample:
 
     shard: str
     key: str
-    position: int
+    record_number: int
     """Number of the sample in its shard."""
     reason: str
     epoch: int
@@ -128,13 +128,15 @@ class Health:
 def read_ledger(path: Path) -> Iterator[BadSample]:
     """Records of a ledger in the order in which they were met, without the ranks.
 
-    A line that a killed run left unfinished is passed over.
+    A line that a killed run left unfinished is passed over. Older ledgers call `record_number` position.
     """
     with path.open(encoding="utf-8") as file:
         for line in filter(str.strip, file):
             try:
                 values = json.loads(line)
                 del values["rank"]
+                if "position" in values:
+                    values["record_number"] = values.pop("position")
                 yield BadSample(**values)
             except (json.JSONDecodeError, KeyError, TypeError):
                 logger.warning("%s: passed over a line that is no record: %.60s", path, line)
@@ -144,7 +146,7 @@ Identity = tuple[str, int, int]
 
 
 def _identity(one: BadSample) -> Identity:
-    return one.shard, one.position, one.epoch
+    return one.shard, one.record_number, one.epoch
 
 
 def _listed_since(ledger: Path, epoch: int) -> set[Identity]:
@@ -164,4 +166,4 @@ def _lacks_last_newline(ledger: Path) -> bool:
 
 
 def _describe(bad: BadSample) -> str:
-    return f"{bad.reason} in {bad.shard}, key {bad.key!r}, position {bad.position}"
+    return f"{bad.reason} in {bad.shard}, key {bad.key!r}, record {bad.record_number}"

@@ -14,7 +14,7 @@ from torch import Tensor
 class LoaderState:
     """Where the data stands: everything that is needed to continue with the very next sample.
 
-    It holds no rank and no world size. `next_sample` is a position in the permuted epoch for an indexed
+    It holds no rank and no world size. `next_sample` is an offset in the permuted epoch for an indexed
     source, and the number of shards done by all ranks together for a stream. `to_dict` makes at most 99
     bytes of JSON without blanks (63-bit seed, 6 digits of epoch, 13 of next_sample).
     """
@@ -45,12 +45,12 @@ class Batch:
     ids_keep: Int32[Tensor, "B K"]
     ids_mask: Int32[Tensor, "B M"]
     sample_id: Int64[Tensor, " B"]
-    """(shard number << 32) | position in the shard."""
+    """(shard number << 32) | record number in the shard."""
     label: Int64[Tensor, " B"]
     """-1 where the data has none."""
     epoch: int
     state: LoaderState
-    """The position after this batch: what a checkpoint taken now has to hold."""
+    """The place in the data after this batch: what a checkpoint taken now has to hold."""
 
 
 DrawMask = Callable[[Int64[Tensor, " B"], int], tuple[Tensor, Tensor]]

@@ -60,7 +60,7 @@ def unpack_images(shards: list[str], folder: Path) -> Path:
     for number, shard in enumerate(shards):
         index, data = load_index(shard), np.memmap(shard, dtype=np.uint8, mode="r")
         for row in np.flatnonzero(index.valid):
-            start = index.offset[row]
+            start = index.byte_offset[row]
             path = root / "all" / f"{number:04d}-{row:06d}.jpg"
             path.write_bytes(data[start : start + index.size[row]].tobytes())
     return root

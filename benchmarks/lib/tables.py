@@ -149,7 +149,7 @@ def e2e_table(result: Result) -> list[list[str]]:
 
 def growth_table(result: Result) -> list[list[str]]:
     """Costs that grow with the number of samples, and those that do not."""
-    head = ["samples", "start-up, CPU-s", "epoch plan, CPU-s", "a batch's positions, us"]
+    head = ["samples", "start-up, CPU-s", "epoch plan, CPU-s", "a batch's rows, us"]
     rows = [[*head, "peak of loading, MiB", "peak with the plan, MiB", "state, bytes"]]
     for row in result["rows"]:
         seconds = [_spread(row[name], 3) for name in ("startup_s", "plan_s")]

@@ -20,7 +20,7 @@ def load_classes(folder: str | Path) -> list[str] | None:
 
 
 def stated_downscaled(shards: Sequence[str | Path]) -> str:
-    """What `dataset.json` beside these local tars says of pre-resized images; '' where there is no such file.
+    """What `dataset.json` beside these local tars says of downscaled images; '' where there is no such file.
 
     For tars that are read without an index. The counts are those of the whole folder.
     """

@@ -74,11 +74,21 @@ def _load_if_fresh(tar_path: str) -> ShardIndex | None:
         return None
 
 
+class Place(NamedTuple):
+    """Where the bytes of one record lie."""
+
+    shard: int
+    """Number of the shard in the data set."""
+    byte_offset: int
+    size: int
+    """Bytes of the record's image."""
+
+
 class LeftOut(NamedTuple):
     """A record that no epoch takes; `kind` is why."""
 
     shard: int
-    position: int
+    record_number: int
     kind: JpegKind
 
 
@@ -86,8 +96,8 @@ class LeftOut(NamedTuple):
 class DatasetIndex:
     """The decodable images of many shards as one sequence of n samples, 42 bytes each.
 
-    A *global position* 0..n-1 counts valid samples, shard after shard. `position` is the record's number in
-    its shard, bad records counted, and with the shard number makes the sample id: it does not change when
+    A `dataset_row` 0..n-1 counts valid samples, shard after shard. A `record_number` counts the records of
+    one shard, bad ones included, and with the shard number makes the sample id: it does not change when
     another image of the shard is found to be bad.
     """
 
@@ -99,13 +109,13 @@ class DatasetIndex:
     """16 hex digits over sizes, offsets, CRCs and kinds of all shards in order; not over their paths."""
     left_out: tuple[LeftOut, ...]
     """Records that are in no epoch because their image cannot be decoded."""
-    presized: dict[str, int]
+    downscaled: dict[str, int]
     """Images re-encoded by `cmae shards write --max-size`, by setting; empty where all are original files."""
     tar_digests: tuple[str, ...]
     """`tar_digest` of every shard as it was when it was indexed."""
-    position: npt.NDArray[np.int32]
+    record_number: npt.NDArray[np.int32]
     """(n,) Record number in its shard."""
-    offset: npt.NDArray[np.int64]
+    byte_offset: npt.NDArray[np.int64]
     size: npt.NDArray[np.int64]
     height: npt.NDArray[np.int32]
     width: npt.NDArray[np.int32]
@@ -117,7 +127,7 @@ class DatasetIndex:
     """Index file of every shard."""
 
     def __len__(self) -> int:
-        return len(self.offset)
+        return len(self.byte_offset)
 
     @property
     def num_bad(self) -> int:
@@ -152,7 +162,7 @@ class DatasetIndex:
         """
         digest = hashlib.sha256()
         for shard in shards:
-            for name in ("tar_size", "offset", "crc32", "kind"):
+            for name in ("tar_size", "byte_offset", "crc32", "kind"):
                 digest.update(np.ascontiguousarray(shard[name]).tobytes())
         valid = [np.flatnonzero(is_decodable(shard["kind"])).astype(np.int32) for shard in shards]
         columns = {
@@ -177,34 +187,34 @@ class DatasetIndex:
             shard_sizes=sizes,
             digest=digest.hexdigest()[:16],
             left_out=left_out,
-            presized=sum_counts(downscaled_counts(shard) for shard in shards),
-            position=np.concatenate(valid),
+            downscaled=sum_counts(downscaled_counts(shard) for shard in shards),
+            record_number=np.concatenate(valid),
             index_files=tuple(map(str, index_files)),
             tar_digests=tuple(str(shard["tar_digest"]) for shard in shards),
             **columns,
         )
 
     def locate(
-        self, global_position: npt.ArrayLike
+        self, dataset_row: npt.ArrayLike
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Shard number and position in the shard of one or many global positions (same shape)."""
-        rows = np.asarray(global_position, np.int64)
+        """Shard and record number of one or many rows (same shape)."""
+        rows = np.asarray(dataset_row, np.int64)
         shard = np.searchsorted(np.cumsum(self.shard_sizes), rows, side="right")
-        return shard, self.position[rows].astype(np.int64)
+        return shard, self.record_number[rows].astype(np.int64)
 
-    def sample_id(self, global_position: npt.ArrayLike) -> npt.NDArray[np.int64]:
-        """Sample ids (shard number << 32) | position of one or many global positions (same shape)."""
-        shard, position = self.locate(global_position)
-        return np.asarray(shard << 32 | position, np.int64)
+    def sample_id(self, dataset_row: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """Sample ids (shard number << 32) | record number of one or many rows (same shape)."""
+        shard, record_number = self.locate(dataset_row)
+        return np.asarray(shard << 32 | record_number, np.int64)
 
-    def key(self, shard: int, position: int) -> str:
+    def key(self, shard: int, record_number: int) -> str:
         """WebDataset key of a record; '' when the index file is gone.
 
         The keys of a shard are read when first asked for, and then the tar may be damaged or gone: that is
         often why somebody asks.
         """
         try:
-            return str(_shard_keys(self.index_files[shard])[position])
+            return str(_shard_keys(self.index_files[shard])[record_number])
         except (OSError, IndexError):
             return ""
 

@@ -9,7 +9,10 @@ compressed pixels: decoders do not either, and the index keeps a CRC32 for them.
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+Decode = Literal["none", "pil", "nvimgcodec"]
+"""Who decodes images for a check: nobody, Pillow, or nvImageCodec on the CPU."""
 
 MAX_PIXELS = 100_000_000
 """Default pixel limit; such an image is 300 MB once decoded."""
@@ -221,3 +224,15 @@ def inspect_decodable(data: bytes) -> JpegInfo:
     if not info.kind.decodable:
         raise BadImageError(f"a {info.kind.name.lower()} JPEG, which GPU decoders refuse")
     return info
+
+
+def build_cpu_decoder(*, options: str = "") -> Any:
+    """NvImageCodec's decoder on one thread of the CPU; slow to make, and for one thread at a time."""
+    import nvidia.nvimgcodec as nvimgcodec  # here, so that only those who decode load it
+
+    return nvimgcodec.Decoder(
+        device_id=nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY,
+        max_num_cpu_threads=1,
+        backends=[nvimgcodec.Backend(nvimgcodec.CPU_ONLY)],
+        options=options,
+    )

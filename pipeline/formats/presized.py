@@ -15,7 +15,7 @@ _MARK = re.compile(
 
 
 def downscale_mark(data: bytes) -> str:
-    """What `presize_jpeg` did to this file, '640x600 -> 546x512, max_size 512, quality 95'; '' if nothing."""
+    """What was done to this file: '640x600 -> 546x512, max_size 512, quality 95'; '' if nothing."""
     found = _MARK.match(data, JFIF_BYTES)
     return found[1].decode() if found else ""
 
@@ -35,11 +35,11 @@ def sum_counts(counts: Iterable[dict[str, int]]) -> dict[str, int]:
 
 
 def downscaled_line(counts: dict[str, int], num_samples: int) -> str:
-    """For people: '42 of 1000 images pre-resized (max_size 512, quality 95)'; '' if there is none."""
+    """For people: '42 of 1000 images downscaled (max_size 512, quality 95)'; '' if there is none."""
     if not counts:
         return ""
     how = "; ".join(counts) if len(counts) == 1 else _each(counts)
-    return f"{sum(counts.values())} of {num_samples} images pre-resized ({how})"
+    return f"{sum(counts.values())} of {num_samples} images downscaled ({how})"
 
 
 def _each(counts: dict[str, int]) -> str:

@@ -13,7 +13,6 @@ import os
 import threading
 import zipfile
 import zlib
-from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,13 +23,14 @@ import numpy.typing as npt
 
 from cmae.pipeline.formats.atomic import atomic_write
 from cmae.pipeline.formats.jpeg import MAX_PIXELS, BadImageError, JpegInfo, JpegKind, inspect_jpeg
+from cmae.pipeline.formats.member_counts import MemberCounts, from_arrays, to_arrays
 from cmae.pipeline.formats.presized import downscale_mark, summarise_marks
-from cmae.pipeline.formats.tar import KEY_AND_EXTENSION, TarError, TarRecord, iter_records, iter_tar
+from cmae.pipeline.formats.tar import TarError, TarRecord, iter_records
 
 FORMAT_VERSION = 1
 
-PRESIZED_FORMAT_VERSION = 2
-"""Of the index of a shard with pre-resized images, whose label an older reader would not pass on."""
+DOWNSCALED_FORMAT_VERSION = 2
+"""Of the index of a shard with downscaled images, whose label an older reader would not pass on."""
 
 INDEX_SUFFIX = ".index.npz"
 
@@ -52,7 +52,7 @@ class IndexRow(NamedTuple):
     """One record as the index stores it; see ShardIndex for the columns."""
 
     key: str
-    offset: int
+    byte_offset: int
     size: int
     height: int
     width: int
@@ -68,7 +68,7 @@ class ShardIndex:
 
     keys: npt.NDArray[np.str_]
     """(n,) WebDataset keys."""
-    offset: npt.NDArray[np.int64]
+    byte_offset: npt.NDArray[np.int64]
     """(n,) Start of the image payload in the tar, in bytes."""
     size: npt.NDArray[np.int64]
     """(n,) Length of the image payload, in bytes."""
@@ -88,11 +88,13 @@ class ShardIndex:
     """Bytes of the tar."""
     tar_digest: str
     """See `tar_digest`."""
-    presized: dict[str, int] = field(default_factory=dict)
+    downscaled: dict[str, int] = field(default_factory=dict)
     """Images that `cmae shards write --max-size` has re-encoded, by setting; see `summarise_marks`."""
+    members: MemberCounts = field(default_factory=MemberCounts)
+    """What became of every entry of the tar; empty in an index that an earlier version made."""
 
     def __len__(self) -> int:
-        return len(self.offset)
+        return len(self.byte_offset)
 
     @property
     def valid(self) -> npt.NDArray[np.bool_]:
@@ -101,14 +103,20 @@ class ShardIndex:
 
     @classmethod
     def from_rows(
-        cls, rows: Iterable[IndexRow], *, tar_path: str | Path, marks: Iterable[str] = ()
+        cls,
+        rows: Iterable[IndexRow],
+        *,
+        tar_path: str | Path,
+        marks: Iterable[str] = (),
+        members: MemberCounts | None = None,
     ) -> ShardIndex:
         """Turn rows into columns; size and digest are read from the finished tar.
 
         Args:
-            rows: of the records, in tar order.
-            tar_path: of the finished tar.
-            marks: `presize_mark` of the images.
+            rows: Entries of the records, in tar order.
+            tar_path: Path of the finished tar.
+            marks: `downscale_mark` of the images.
+            members: Counts of all entries of the tar.
         """
         columns = list(zip(*rows, strict=True)) or [()] * len(COLUMNS)
         arrays = {
@@ -119,7 +127,8 @@ class ShardIndex:
             **arrays,
             tar_size=os.path.getsize(tar_path),
             tar_digest=tar_digest(tar_path),
-            presized=summarise_marks(marks),
+            downscaled=summarise_marks(marks),
+            members=members or MemberCounts(),
         )
 
 
@@ -130,7 +139,7 @@ def is_decodable(kind: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
 
 COLUMNS: dict[str, type[np.generic]] = {
     "keys": np.str_,
-    "offset": np.int64,
+    "byte_offset": np.int64,
     "size": np.int64,
     "height": np.int32,
     "width": np.int32,
@@ -139,6 +148,10 @@ COLUMNS: dict[str, type[np.generic]] = {
     "crc32": np.uint32,
     "label": np.int64,
 }
+
+
+_STORED_AS = {"byte_offset": "offset"}
+"""Columns that have another name in an index file."""
 
 
 def index_path(tar_path: str | Path) -> Path:
@@ -172,7 +185,7 @@ def index_row(record: TarRecord, info: JpegInfo | None) -> IndexRow:
     crc32 = zlib.crc32(record.image)
     return IndexRow(
         record.key,
-        record.offset,
+        record.byte_offset,
         len(record.image),
         height,
         width,
@@ -192,17 +205,17 @@ def build_index(tar_path: str | Path, *, max_pixels: int = MAX_PIXELS) -> ShardI
     """Read a whole shard and index it; a record whose image is bad is kept with kind BAD.
 
     Raises:
-        TarError: The tar is damaged (see `iter_tar`) or no record holds a `.jpg` or `.jpeg`.
+        TarError: The tar is damaged (see `iter_entries`), or the file is empty.
         FileNotFoundError: There is no such file.
     """
-    rows, marks = [], []
+    if os.path.getsize(tar_path) == 0:
+        raise TarError(f"{tar_path}: an empty file: not even the end marker of a tar is there")
+    rows, marks, members = [], [], MemberCounts()
     with open(tar_path, "rb", buffering=1 << 20) as file:
-        for record in iter_records(file, name=str(tar_path)):
+        for record in iter_records(file, name=str(tar_path), members=members):
             rows.append(index_record(record, max_pixels=max_pixels))
             marks.append(downscale_mark(record.image))
-    if not rows:
-        raise TarError(_no_images(tar_path))
-    return ShardIndex.from_rows(rows, tar_path=tar_path, marks=marks)
+    return ShardIndex.from_rows(rows, tar_path=tar_path, marks=marks, members=members)
 
 
 def _inspect(image: bytes, max_pixels: int) -> JpegInfo | None:
@@ -212,30 +225,22 @@ def _inspect(image: bytes, max_pixels: int) -> JpegInfo | None:
         return None
 
 
-def _no_images(tar_path: str | Path) -> str:
-    with open(tar_path, "rb") as file:
-        names = [member.name for member in iter_tar(file, name=str(tar_path))]
-    matches = (KEY_AND_EXTENSION.match(name) for name in names)
-    common = Counter(match[2] if match else "(none)" for match in matches).most_common(5)
-    found = ", ".join(f"{count} x {extension}" for extension, count in common) or "no files at all"
-    return f"{tar_path}: no member ends in .jpg or .jpeg right after its key; extensions found: {found}"
-
-
 def save_index(index: ShardIndex, path: str | Path) -> None:
     """Write the index as a plain .npz (no pickle), atomically.
 
     Raises:
         PermissionError: The folder cannot be written; says what to do instead.
     """
-    columns = {name: getattr(index, name) for name in (*COLUMNS, "tar_size", "tar_digest")}
+    names = (*COLUMNS, "tar_size", "tar_digest")
+    columns = {_STORED_AS.get(name, name): getattr(index, name) for name in names}
     version = FORMAT_VERSION
-    if index.presized:
-        version = PRESIZED_FORMAT_VERSION
-        columns["presized_settings"] = np.asarray(list(index.presized), np.str_)
-        columns["presized_counts"] = np.asarray(list(index.presized.values()), np.int64)
-    columns["keys"] = np.char.encode(
-        index.keys, "utf-8", "surrogateescape"
-    )  # a quarter of numpy's UCS-4
+    if index.downscaled:
+        version = DOWNSCALED_FORMAT_VERSION
+        columns["presized_settings"] = np.asarray(list(index.downscaled), np.str_)
+        columns["presized_counts"] = np.asarray(list(index.downscaled.values()), np.int64)
+    columns |= {name: np.asarray(values) for name, values in to_arrays(index.members).items()}
+    # A quarter of numpy's UCS-4.
+    columns["keys"] = np.char.encode(index.keys, "utf-8", "surrogateescape")
     try:
         with atomic_write(path) as file:
             np.savez(file, allow_pickle=False, format_version=version, **columns)
@@ -260,7 +265,7 @@ def load_index_unchecked(tar_path: str | Path) -> ShardIndex | None:
     """The index of a shard as it is, whether or not the tar has changed since; None where there is none."""
     try:
         columns = _read_archive(index_path(tar_path), without=())
-        if columns.pop("format_version") not in (FORMAT_VERSION, PRESIZED_FORMAT_VERSION):
+        if columns.pop("format_version") not in (FORMAT_VERSION, DOWNSCALED_FORMAT_VERSION):
             return None
         return _from_columns(columns)
     except (OSError, KeyError):
@@ -288,13 +293,28 @@ def read_keys(index_file: str | Path) -> npt.NDArray[np.str_]:
 def _from_columns(columns: Columns) -> ShardIndex:
     keys = _decode_keys(columns.pop("keys"))
     size, digest = int(columns.pop("tar_size").item()), str(columns.pop("tar_digest"))
-    presized = downscaled_counts(columns)
+    downscaled, members = downscaled_counts(columns), member_counts(columns)
     arrays = {name: columns[name] for name in COLUMNS if name != "keys"}
-    return ShardIndex(keys=keys, **arrays, tar_size=size, tar_digest=digest, presized=presized)
+    return ShardIndex(
+        keys=keys,
+        **arrays,
+        tar_size=size,
+        tar_digest=digest,
+        downscaled=downscaled,
+        members=members,
+    )
+
+
+def member_counts(columns: Columns) -> MemberCounts:
+    """What became of the tar's entries, from the arrays of an index file."""
+    names = ("member_fates", "member_counts", "member_examples")
+    if any(name not in columns for name in names):
+        return MemberCounts()
+    return from_arrays(*(columns[name].tolist() for name in names))
 
 
 def downscaled_counts(columns: Columns) -> dict[str, int]:
-    """Pre-resized images by setting, from the arrays of an index file of either version."""
+    """Downscaled images by setting, from the arrays of an index file of either version."""
     if "presized_settings" not in columns:
         return {}
     settings, counts = columns["presized_settings"].tolist(), columns["presized_counts"].tolist()
@@ -330,10 +350,10 @@ def read_index_file(
     except OSError as error:
         raise StaleIndexError(f"{path} is damaged or no index; {repair}") from error
     version = columns.pop("format_version")
-    if version not in (FORMAT_VERSION, PRESIZED_FORMAT_VERSION):
+    if version not in (FORMAT_VERSION, DOWNSCALED_FORMAT_VERSION):
         raise StaleIndexError(
             f"{path} has format {version}, this version reads {FORMAT_VERSION} and "
-            f"{PRESIZED_FORMAT_VERSION}; {repair}"
+            f"{DOWNSCALED_FORMAT_VERSION}; {repair}"
         )
     if size is not None and columns["tar_size"] != size:
         raise StaleIndexError(
@@ -353,6 +373,8 @@ def _read_archive(path: Path, without: Collection[str]) -> Columns:
     try:
         content = io.BytesIO(Path(path).read_bytes())
         with _parsing, np.load(content, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files if name not in without}
+            names = {stored: name for name, stored in _STORED_AS.items()}
+            wanted = [stored for stored in archive.files if stored not in without]
+            return {names.get(stored, stored): archive[stored] for stored in wanted}
     except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError) as error:
         raise OSError(f"{path} is damaged or no index") from error

@@ -132,7 +132,7 @@ def build_loader(
         opened = IndexedSource(
             index, plan=plan, check_crc=check_crc, num_readers=num_readers, remote=files, **place
         )
-        presized = downscaled_line(index.presized, len(index))
+        downscaled = downscaled_line(index.downscaled, len(index))
     elif last_batch == "pad":
         raise ValueError(
             "last_batch='pad' needs to know the samples of an epoch beforehand, and a stream does not: make "
@@ -140,7 +140,7 @@ def build_loader(
         )
     else:
         opened = StreamSource(paths, seed=seed, shuffle=shuffle, remote=Remote(remote), **place)
-        presized = stated_downscaled([path for path in paths if is_local(path)])
+        downscaled = stated_downscaled([path for path in paths if is_local(path)])
     with ExitStack() as undo:  # what is open is closed again where a later part cannot be had
         undo.callback(opened.close)
         if state is None:
@@ -168,7 +168,12 @@ def build_loader(
         )
         undo.pop_all()
     return Loader(
-        opened, view_backend, prefetcher=prefetcher, health=health, state=state, presized=presized
+        opened,
+        view_backend,
+        prefetcher=prefetcher,
+        health=health,
+        state=state,
+        downscaled=downscaled,
     )
 
 
@@ -203,12 +208,12 @@ def _left_out(index: DatasetIndex) -> list[BadSample]:
     return [
         BadSample(
             index.paths[shard],
-            index.key(shard, position),
-            position,
+            index.key(shard, record_number),
+            record_number,
             f"left out by the index: {kind.name.lower()} JPEG (`cmae shards verify` says more)",
             BEFORE_FIRST_EPOCH,
         )
-        for shard, position, kind in index.left_out
+        for shard, record_number, kind in index.left_out
     ]
 
 

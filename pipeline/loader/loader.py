@@ -31,7 +31,7 @@ class Loader:
     """Samples in the data set; None for a stream."""
     steps_per_epoch: int | None
     """Optimiser steps in an epoch, equal on every rank; None for a stream."""
-    presized: str
+    downscaled: str
     """Says which of the images are not the original files (`cmae shards write --max-size`); '' if all are."""
 
     def __init__(
@@ -42,11 +42,11 @@ class Loader:
         prefetcher: Prefetcher,
         health: Health,
         state: LoaderState,
-        presized: str = "",
+        downscaled: str = "",
     ) -> None:
         self.num_samples = source.num_samples
         self.steps_per_epoch = source.steps_per_epoch
-        self.presized = presized
+        self.downscaled = downscaled
         self._source = source
         self._view_backend = view_backend
         self._prefetcher = prefetcher
@@ -74,7 +74,7 @@ class Loader:
 
     @property
     def state(self) -> LoaderState:
-        """The position after the last batch handed out; batches made ahead do not count."""
+        """The place in the data after the last batch handed out; batches made ahead do not count."""
         return self._state
 
     @property

@@ -26,9 +26,12 @@ import zlib
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 from cmae.pipeline.errors import RemoteError
+from cmae.pipeline.formats.parallel import no_progress
 from cmae.pipeline.formats.shard_index import INDEX_SUFFIX
+from cmae.pipeline.remote import client
 from cmae.pipeline.remote.client import RemoteFile
 from cmae.pipeline.remote.schemes import redact
 from cmae.pipeline.remote.stores import ObjectInfo
@@ -52,9 +55,9 @@ class ShardCache:
     """The folder and its quota.
 
     Args:
-        folder: made if missing; on a local disk, where file locks are cheap and reliable.
-        quota_bytes: of all shards, finished or not. None: nine tenths of what the disk has free, what already
-            lies here included.
+        folder: Folder of the copies, made if missing; on a local disk, where file locks are cheap.
+        quota_bytes: Largest size of all shards, finished or not. None: nine tenths of what the disk has
+            free, what already lies here included.
     """
 
     def __init__(self, folder: str | Path, *, quota_bytes: int | None = None) -> None:
@@ -103,63 +106,71 @@ class ShardCache:
         *,
         check: Check,
         keep: Collection[Path] = (),
-        wait: bool = True,
         stop: threading.Event | None = None,
-        progress: Callable[[int], None] = lambda amount: None,
-    ) -> Path | None:
+        progress: Callable[[int], None] = no_progress,
+    ) -> Path:
         """Make sure that the copy is there; of several processes one copies and the others wait.
 
         Args:
-            file: the shard.
-            check: looks at the complete copy before it takes its name.
-            keep: copies that are not removed for this one.
-            wait: for another process that is copying it; otherwise return None then.
-            stop: ends the copying early, with InterruptedError.
-            progress: called with numbers of bytes as they come.
+            file: The shard.
+            check: Looks at the complete copy before it takes its name.
+            keep: Copies that are not removed for this one.
+            stop: Ends the waiting and the copying early, with InterruptedError.
+            progress: Called with numbers of bytes as they come.
 
         Raises:
             RemoteError: The shard cannot be read, or is not what it must be, twice.
             CacheFullError: There is no room.
         """
-        path = self.path(file.url)
-        path.parent.mkdir(exist_ok=True)
-        stop = stop or threading.Event()
-        with self._only_one(path, file, wait=wait, stop=stop) as mine:
-            if not mine:
-                return None
-            if path.exists() and _is_copy_of(path, file.info):
-                return path
-            self._make_room(path, file.size, keep)
-            _copy_checked(file, path, check, stop=stop, progress=progress)
+        path, stop = self._prepare(file), stop or threading.Event()
+        with _lock_file(_beside(path, ".lock")) as lock:
+            _wait_for(lock, path, file, stop)
+            self._copy_locked(file, path, check, keep, stop=stop, progress=progress)
         return path
 
-    @contextmanager
-    def _only_one(
-        self, path: Path, file: RemoteFile, *, wait: bool, stop: threading.Event
-    ) -> Iterator[bool]:
-        """Hold the lock of a shard; False if another process has it and we do not wait."""
-        handle = os.open(_beside(path, ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            since, seen = time.monotonic(), -1.0
-            while not (mine := _try_lock(handle)) and wait:
-                if stop.wait(_POLL_S):
-                    raise InterruptedError(f"stopped waiting for {path.name}")
-                moved = _modified(_beside(path, ".parts"))
-                if moved != seen:
-                    since, seen = time.monotonic(), moved
-                if time.monotonic() - since > file.remote.config.deadline_s:
-                    raise RemoteError(
-                        f"{file.shown}: another process of this node holds {_beside(path, '.lock')} and has "
-                        f"not come further for {file.remote.config.deadline_s:g} s; end it, and start again"
-                    )
-            yield mine
-        finally:
-            os.close(handle)  # with the lock
+    def try_fetch(
+        self,
+        file: RemoteFile,
+        *,
+        check: Check,
+        keep: Collection[Path] = (),
+        stop: threading.Event | None = None,
+        progress: Callable[[int], None] = no_progress,
+    ) -> Path | None:
+        """As `fetch`, but None at once where another process is copying the shard."""
+        path, stop = self._prepare(file), stop or threading.Event()
+        with _lock_file(_beside(path, ".lock")) as lock:
+            if not _try_lock(lock):
+                return None
+            self._copy_locked(file, path, check, keep, stop=stop, progress=progress)
+        return path
+
+    def _prepare(self, file: RemoteFile) -> Path:
+        path = self.path(file.url)
+        path.parent.mkdir(exist_ok=True)
+        return path
+
+    def _copy_locked(
+        self,
+        file: RemoteFile,
+        path: Path,
+        check: Check,
+        keep: Collection[Path],
+        *,
+        stop: threading.Event,
+        progress: Callable[[int], None],
+    ) -> None:
+        """Copy unless the copy is there; the shard's lock is held."""
+        if path.exists() and _is_copy_of(path, file.info):
+            return
+        self._make_room(path, file.size, keep)
+        _copy_checked(file, path, check, stop=stop, progress=progress)
 
     def _make_room(self, path: Path, size: int, keep: Collection[Path]) -> None:
         """Reserve `size` bytes for a copy, by giving its partial file the final size."""
         partial = _beside(path, ".partial")
-        with self._lock_all():
+        with _lock_file(self.folder / ".lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # held for the time of a directory listing
             has = partial.stat().st_size if partial.exists() else 0
             on_disk = partial.stat().st_blocks * 512 if has else 0
             entries = sorted(self._entries())
@@ -178,15 +189,6 @@ class ShardCache:
                 )
             with open(partial, "ab") as file:
                 file.truncate(size)
-
-    @contextmanager
-    def _lock_all(self) -> Iterator[None]:
-        handle = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)  # held for the time of a directory listing
-            yield
-        finally:
-            os.close(handle)
 
     def _entries(self) -> Iterator[tuple[float, int, Path]]:
         """Time of last use, size and path of shards and partial copies; indices are small and stay."""
@@ -211,6 +213,38 @@ def _modified(path: Path) -> float:
         return path.stat().st_mtime
     except FileNotFoundError:
         return 0.0
+
+
+@contextmanager
+def _lock_file(path: Path) -> Iterator[int]:
+    """Handle of a file whose lock, once taken, ends with the block."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _wait_for(lock: int, path: Path, file: RemoteFile, stop: threading.Event) -> None:
+    """Take the lock of a shard.
+
+    Raises:
+        InterruptedError: Stopped.
+        RemoteError: Another process holds it and does not come further.
+    """
+    deadline_s = file.remote.config.deadline_s
+    since, seen = time.monotonic(), -1.0
+    while not _try_lock(lock):
+        if stop.wait(_POLL_S):
+            raise InterruptedError(f"stopped waiting for {path.name}")
+        modified = _modified(_beside(path, ".parts"))
+        if modified != seen:
+            since, seen = time.monotonic(), modified
+        if time.monotonic() - since > deadline_s:
+            raise RemoteError(
+                f"{file.shown}: another process of this node holds {_beside(path, '.lock')} and has not come "
+                f"further for {deadline_s:g} s; end it, and start again"
+            )
 
 
 def _try_lock(handle: int) -> bool:
@@ -277,12 +311,11 @@ def _copy_checked(
                     f"{file.shown}: the copy is wrong, twice: {error}. The object in the store is damaged or "
                     "belongs to another index: upload it again, or index it again with `cmae shards index`"
                 ) from error
-    # A copy of another version must not be taken for what `.meta` says next.
+    # A copy of another version must not be taken for what `.meta` says next. Without a copy, a `.meta` that a
+    # kill cut short does no harm.
     path.unlink(missing_ok=True)
     meta = {"url": redact(file.url), "size": file.size, "version": file.info.version}
-    draft = _beside(path, ".meta.new")  # one name: a kill leaves no second file
-    draft.write_text(json.dumps(meta) + "\n")
-    os.replace(draft, _beside(path, ".meta"))
+    _beside(path, ".meta").write_text(json.dumps(meta) + "\n")
     os.replace(partial, path)
     parts.unlink(missing_ok=True)
 
@@ -296,29 +329,37 @@ def _copy(
     progress: Callable[[int], None],
 ) -> None:
     """Fill the partial file, going on where an earlier process stopped if the server has ranges."""
+    copy = _copy_parts if file.info.has_ranges else _copy_whole
     with open(partial, "r+b") as out:
-        if not file.info.has_ranges:
-            for chunk in file.chunks():
-                _raise_if(stop, partial)
-                out.write(chunk)
-                parts.touch()  # those who wait look at its time
-                progress(len(chunk))
-            if out.tell() != file.size:
-                raise RemoteError(f"{file.shown}: {out.tell()} of {file.size} bytes came")
-        else:
-            done = _read_parts(parts, out.fileno(), file)
-            progress(sum(end - start for start, end in map(file.part_ends, done)))
-            todo = [number for number in range(file.num_parts) if number not in done]
-            with open(parts, "a", buffering=1) as notes:
-                for number, data in file.parts(todo, ahead=_PARTS_AHEAD):
-                    out.seek(file.part_ends(number)[0])
-                    out.write(data)
-                    out.flush()
-                    notes.write(f"{number} {zlib.crc32(data)}\n")
-                    progress(len(data))
-                    _raise_if(stop, partial)
+        for num_bytes in copy(file, parts, out):
+            progress(num_bytes)
+            _raise_if(stop, partial)
         out.flush()
         os.fsync(out.fileno())
+
+
+def _copy_whole(file: RemoteFile, parts: Path, out: IO[bytes]) -> Iterator[int]:
+    """Copy from front to back; numbers of bytes as they come."""
+    for chunk in file.chunks():
+        out.write(chunk)
+        parts.touch()  # those who wait look at its time
+        yield len(chunk)
+    if out.tell() != file.size:
+        raise RemoteError(f"{file.shown}: {out.tell()} of {file.size} bytes came")
+
+
+def _copy_parts(file: RemoteFile, parts: Path, out: IO[bytes]) -> Iterator[int]:
+    """Copy the parts that are missing and note each; numbers of bytes, those that were there first."""
+    done = _read_parts(parts, out.fileno(), file)
+    yield sum(end - start for start, end in map(file.part_ends, done))
+    todo = [number for number in range(file.num_parts) if number not in done]
+    with open(parts, "a", buffering=1) as notes:
+        for number, data in file.parts(todo, ahead=_PARTS_AHEAD):
+            out.seek(file.part_ends(number)[0])
+            out.write(data)
+            out.flush()
+            notes.write(f"{number} {zlib.crc32(data)}\n")
+            yield len(data)
 
 
 def _raise_if(stop: threading.Event, partial: Path) -> None:
@@ -328,7 +369,7 @@ def _raise_if(stop: threading.Event, partial: Path) -> None:
 
 def _read_parts(parts: Path, handle: int, file: RemoteFile) -> set[int]:
     """Parts of this version that an earlier process wrote and that are on the disk as it wrote them."""
-    head = f"{file.info.version}|{file.size}|{file.remote.config.part_bytes}"
+    head = f"{file.info.version}|{file.size}|{client.PART_BYTES}"
     lines = parts.read_text().splitlines() if parts.exists() else []
     if not lines or lines[0] != head or not file.info.version:
         parts.write_text(head + "\n")

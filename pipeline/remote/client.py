@@ -26,11 +26,21 @@ from cmae.pipeline.remote.stores import (
     NoRangesError,
     ObjectChangedError,
     ObjectInfo,
-    Pace,
     open_store,
 )
 
 logger = logging.getLogger(__name__)
+
+CONNECTIONS = 64
+"""Reads of samples at the same time."""
+
+PART_BYTES = 8 * 1024 * 1024
+"""Whole shards are read in parts of this size, several at a time."""
+
+FIRST_DELAY_S = 0.2
+"""Wait before the first retry; doubles with each, with jitter."""
+
+_LONGEST_DELAY_S = 20.0
 
 Result = TypeVar("Result")
 
@@ -76,13 +86,6 @@ class RemoteConfig:
     """Longest time to read one batch, retries included."""
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """Given to fsspec's file system."""
-    connections: int = 64
-    """Reads of samples at the same time."""
-    part_bytes: int = 8 * 1024 * 1024
-    """Whole shards are read in parts of this size, several at a time."""
-    first_delay_s: float = 0.2
-    """Wait before the first retry; doubles with each, up to 20 s, with jitter."""
-    pace: Pace = field(default_factory=Pace)
     progress: Callable[[FillProgress], None] | None = field(default=None, repr=False)
     """Called about once a second from a background thread while shards or indices are copied."""
 
@@ -92,7 +95,7 @@ class RemoteConfig:
             raise ValueError(f"remote={self.mode!r} must be auto, cache, range or stream")
         if self.mode == "cache" and self.cache_dir is None:
             raise ValueError("remote='cache' needs cache_dir: name a folder on a disk of this node")
-        for name in ("cache_quota_gib", "deadline_s", "connections", "part_bytes", "first_delay_s"):
+        for name in ("cache_quota_gib", "deadline_s"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name}={value} must be > 0")
@@ -112,11 +115,7 @@ class Remote:
     def __init__(self, config: RemoteConfig) -> None:
         self.config = config
         self._loop = fsspec.asyn.get_loop()
-        self._slots = asyncio.Semaphore(config.connections)
-        self.num_reads = 0
-        """Read requests that succeeded."""
-        self.num_bytes = 0
-        """Bytes that they brought."""
+        self._slots = asyncio.Semaphore(CONNECTIONS)
         self.num_retries = 0
         """Attempts that failed and were made again."""
         self._quiet_until = 0.0
@@ -225,7 +224,7 @@ class Remote:
 
     def _delay(self, attempts: int, error: BaseException) -> float:
         """Exponential backoff, spread over its upper half so that ranks do not come back together."""
-        backoff = min(self.config.first_delay_s * 2 ** (attempts - 1), 20.0)
+        backoff = min(FIRST_DELAY_S * 2 ** (attempts - 1), _LONGEST_DELAY_S)
         jittered: float = backoff * random.uniform(0.5, 1.0)
         return max(jittered, _retry_after(error))
 
@@ -322,10 +321,9 @@ class RemoteFile:
     """One object, read with retries."""
 
     def __init__(self, url: str, remote: Remote) -> None:
-        config = remote.config
         self.url = url
         self.remote = remote
-        self._store = open_store(url, storage_options=config.storage_options, pace=config.pace)
+        self._store = open_store(url, storage_options=remote.config.storage_options)
         self._info: ObjectInfo | None = None
 
     @property
@@ -382,15 +380,12 @@ class RemoteFile:
     async def read_async(self, start: int, end: int, *, deadline: float | None = None) -> bytes:
         """Bytes start..end-1, exactly."""
         version = self._info.version if self._info is not None else ""
-        data = await self.remote.retried(
+        return await self.remote.retried(
             lambda: self._store.read(start, end, version=version),
             url=self.url,
             what=f"reading bytes {start}..{end - 1}",
             deadline=deadline,
         )
-        self.remote.num_reads += 1
-        self.remote.num_bytes += len(data)
-        return data
 
     def read(self, start: int, end: int) -> bytes:
         """Bytes start..end-1, exactly.
@@ -412,7 +407,7 @@ class RemoteFile:
         Where the server has no ranges, it starts over and what was given already is left out.
 
         Args:
-            ahead: parts in flight.
+            ahead: Parts in flight.
         """
         if self.info.has_ranges:
             yield from (data for _, data in self.parts(range(self.num_parts), ahead=ahead))
@@ -441,11 +436,11 @@ class RemoteFile:
     @property
     def num_parts(self) -> int:
         """Parts of the object; the last one may be short."""
-        return -(-self.size // self.remote.config.part_bytes)
+        return -(-self.size // PART_BYTES)
 
     def part_ends(self, number: int) -> tuple[int, int]:
         """First byte of a part, and one past its last."""
-        length = self.remote.config.part_bytes
+        length = PART_BYTES
         return number * length, min((number + 1) * length, self.size)
 
     def _whole(self) -> Iterator[bytes]:
@@ -456,7 +451,6 @@ class RemoteFile:
                 self.remote.retried(stream.next, url=self.url, what=f"reading from byte {given} on")
             ):
                 given += len(chunk)
-                self.remote.num_bytes += len(chunk)
                 yield chunk
         finally:
             self.remote.run(stream.close())

@@ -13,18 +13,18 @@ import os
 import resource
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 from jaxtyping import UInt8
+from numpy import ndarray
 
 from cmae.pipeline.errors import RemoteError
-from cmae.pipeline.formats.dataset_index import DatasetIndex
+from cmae.pipeline.formats.dataset_index import DatasetIndex, Place
 from cmae.pipeline.formats.parallel import no_progress
 from cmae.pipeline.remote.cache import CacheFullError, ShardCache
 from cmae.pipeline.remote.client import Remote, RemoteFile, Span
@@ -63,9 +63,9 @@ def choose_reading(urls: Sequence[str], remote: Remote, *, needs_index: bool) ->
     """Find the indices and what the server can do, and choose between cache and range; None is the stream.
 
     Args:
-        urls: all remote.
-        remote: with the wish of the configuration.
-        needs_index: raise where an index is missing, rather than choose the stream.
+        urls: Remote shards.
+        remote: Connection, with the wish of the configuration.
+        needs_index: Raise where an index is missing, rather than choose the stream.
 
     Raises:
         ValueError: The server or the quota does not allow the mode that the configuration names.
@@ -100,14 +100,16 @@ def choose_reading(urls: Sequence[str], remote: Remote, *, needs_index: bool) ->
 
 
 class RemoteFiles:
-    """Reads at offsets of remote shards; with a cache, its copies as soon as they are there.
+    """Remote shards; with a cache, its copies as soon as they are there. A `ShardReader` of the sources.
 
     Args:
-        files: the shards.
-        index: of them; what a copy is checked against.
-        cache: None: by range alone.
-        order: numbers of the shards, those needed first at the front.
+        files: The shards.
+        index: Their index, against which a copy is checked.
+        cache: Where copies lie; None = read by range alone.
+        order: Numbers of the shards, those needed first at the front.
     """
+
+    is_local = False
 
     def __init__(
         self,
@@ -122,62 +124,73 @@ class RemoteFiles:
         self._index_files = index.index_files
         self._cache = cache
         self._copies: dict[int, io.FileIO] = {}  # open, which also keeps them from removal
-        self._batch = threading.local()
         self._stop = threading.Event()
         self._order: Sequence[int] | None = order
         self._order_lock = threading.Lock()
         self._keep = {cache.path(file.url) for file in files} if cache is not None else set()
         self._fillers: list[threading.Thread] = []
-        self.num_copy_bytes = 0
-        """Bytes read from copies."""
 
-    def fetch(self, places: Sequence[tuple[int, int, int]]) -> None:
-        """Read (shard, offset, size) of a batch that no copy holds, at once, for this thread's next reads.
+    def read_batch(
+        self, places: Sequence[Place], buffer: UInt8[ndarray, " n"]
+    ) -> Iterator[UInt8[ndarray, " size"]]:
+        """The bytes of each place in turn, written to `buffer` one after another.
+
+        What no copy holds is asked for at once, neighbours in one request.
 
         Raises:
             RemoteError: Not before the deadline.
         """
         if self._cache is not None:
             self._start_filling(self._cache)
-        missing = sorted(place for place in places if not self._has_copy(place[0]))
-        if not missing:
-            return
-        spans: list[tuple[int, int, int]] = []
-        inside: list[tuple[tuple[int, int], int]] = []  # (shard, offset) and number of its span
-        for number, offset, size in missing:
-            if spans and spans[-1][0] == number and offset - spans[-1][2] <= _MAX_GAP:
-                spans[-1] = (number, spans[-1][1], max(spans[-1][2], offset + size))
+        ranges = self._read_ranges([place for place in places if not self._has_copy(place.shard)])
+        end = 0
+        for place in places:
+            start, end = end, end + place.size
+            data = buffer[start:end]
+            if place in ranges:
+                data.data[:] = ranges[place]
+                yield data
             else:
-                spans.append((number, offset, offset + size))
-            inside.append(((number, offset), len(spans) - 1))
-        blobs = self._remote.read_spans([Span(self._files[n], *ends) for n, *ends in spans])
-        self._batch.read = {
-            key: memoryview(blobs[span])[key[1] - spans[span][1] :] for key, span in inside
+                yield data[: self._read_copy(place, data)]
+
+    def _read_ranges(self, places: Sequence[Place]) -> dict[Place, memoryview]:
+        """Read places of any shards at the same time; what lies close together is one range."""
+        if not places:
+            return {}
+        ranges: list[Span] = []
+        number_of: dict[Place, int] = {}
+        for place in sorted(places):
+            file, start, end = (
+                self._files[place.shard],
+                place.byte_offset,
+                place.byte_offset + place.size,
+            )
+            if ranges and ranges[-1].file is file and start - ranges[-1].end <= _MAX_GAP:
+                ranges[-1] = Span(file, ranges[-1].start, max(ranges[-1].end, end))
+            else:
+                ranges.append(Span(file, start, end))
+            number_of[place] = len(ranges) - 1
+        blobs = self._remote.read_spans(ranges)
+        return {
+            place: memoryview(blobs[number])[place.byte_offset - ranges[number].start :][
+                : place.size
+            ]
+            for place, number in number_of.items()
         }
 
-    def read_into(self, data: UInt8[np.ndarray, " n"], number: int, *, offset: int) -> int:
-        """Fill `data` from a shard; returns how much there was.
-
-        Raises:
-            RemoteError: Not before the deadline.
-        """
-        fetched = getattr(self._batch, "read", {}).pop((number, offset), None)
-        if fetched is not None:
-            data.data[:] = fetched[: data.size]
-            return data.size
-        copy = self._copies.get(number)
+    def _read_copy(self, place: Place, data: UInt8[ndarray, " size"]) -> int:
+        """Fill `data` from a copy, or from the store where it cannot be read; returns how much came."""
+        copy = self._copies.get(place.shard)
         if copy is not None:
             try:
-                count = os.preadv(copy.fileno(), [data.data], offset)
-            except (
-                OSError
-            ) as error:  # the local disk's fault, not the sample's: the store still has it
-                self._forget_copy(number, error)
-            else:
-                self.num_copy_bytes += count
-                return count
-        data.data[:] = self._files[number].read(offset, offset + data.size)
-        return data.size
+                return os.preadv(copy.fileno(), [data.data], place.byte_offset)
+            except OSError as error:
+                # The local disk's fault, not the sample's: the store still has it.
+                self._forget_copy(place.shard, error)
+        data.data[:] = self._files[place.shard].read(
+            place.byte_offset, place.byte_offset + place.size
+        )
+        return place.size
 
     def _forget_copy(self, number: int, error: OSError) -> None:
         if self._copies.pop(number, None) is not None:
@@ -188,13 +201,13 @@ class RemoteFiles:
                 error,
             )
 
-    def check_unchanged(self, number: int) -> None:
+    def check_unchanged(self, shard: int) -> None:
         """Compare the shard with what it was at the beginning.
 
         Raises:
             RemoteError: It is another one.
         """
-        self._files[number].check_unchanged()
+        self._files[shard].check_unchanged()
 
     def close(self) -> None:
         """Stop copying and let go of the copies."""
@@ -209,29 +222,22 @@ class RemoteFiles:
         if number in self._copies:
             return True
         if self._cache is not None and not self._files[number].info.has_ranges:
-            self._copy(number, self._cache, wait=True)
+            self._copy(number, self._cache, self._cache.fetch)
         return number in self._copies
 
     def _copy(
         self,
         number: int,
         cache: ShardCache,
+        fetch: Callable[..., Path | None],
         *,
-        wait: bool,
         progress: Callable[[int], None] = no_progress,
     ) -> bool:
-        """Copy a shard and open the copy; False if another process is at it."""
+        """Copy a shard and open the copy; False if another process is at it and `fetch` does not wait."""
         file = self._files[number]
         check = partial(check_copy, index_file=Path(self._index_files[number]))
         for _ in range(3):  # another run may remove the copy before we hold it
-            path = cache.fetch(
-                file,
-                check=check,
-                keep=self._keep,
-                wait=wait,
-                stop=self._stop,
-                progress=progress,
-            )
+            path = fetch(file, check=check, keep=self._keep, stop=self._stop, progress=progress)
             if path is None:
                 return False
             copy = cache.open(file.url, file.info)
@@ -289,13 +295,8 @@ class RemoteFiles:
                 number = todo.popleft()
             except IndexError:
                 break
-            size, came = self._files[number].size, ByteCounter(report)
             try:
-                if self._copy(number, cache, wait=False, progress=came.add):
-                    came.wait_until_idle(size)
-                    report.add_items(1)
-                    elsewhere = 0
-                    continue
+                is_copied = self._copy_counted(number, cache, report)
             except CacheFullError as error:
                 todo.clear()
                 logger.warning(
@@ -306,15 +307,26 @@ class RemoteFiles:
                 )
                 break
             except (RemoteError, CancelledError, OSError, ValueError) as error:
-                if self._stop.is_set():
-                    break
-                logger.warning("not copied, its samples are read by range: %s", error)
+                if not self._stop.is_set():
+                    logger.warning("not copied, its samples are read by range: %s", error)
+                continue
+            if is_copied:
+                elsewhere = 0
                 continue
             todo.append(number)
             elsewhere += 1
             if elsewhere >= len(todo):
                 self._stop.wait(0.5)
         report.close()
+
+    def _copy_counted(self, number: int, cache: ShardCache, report: ProgressReporter) -> bool:
+        """Copy a shard and report its bytes; False if another process is at it."""
+        arrived = ByteCounter(report)
+        if not self._copy(number, cache, cache.try_fetch, progress=arrived.add):
+            return False
+        arrived.complete(self._files[number].size)
+        report.add_items(1)
+        return True
 
 
 def _allow_open_files(count: int) -> None:

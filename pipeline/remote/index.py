@@ -102,9 +102,9 @@ def copy_shard(file: RemoteFile, cache: ShardCache, *, keep: Sequence[RemoteFile
     """Copy a whole shard to the cache, and its index where the store has one; return the copy.
 
     Args:
-        file: the shard.
-        cache: where to.
-        keep: shards whose copies are not removed for this one.
+        file: The shard.
+        cache: Where the copy is put.
+        keep: Shards whose copies are not removed for this one.
 
     Raises:
         RemoteError, CacheFullError: See `ShardCache.fetch`.
@@ -114,24 +114,21 @@ def copy_shard(file: RemoteFile, cache: ShardCache, *, keep: Sequence[RemoteFile
         check: Check = partial(check_copy, index_file=fetch_index(file, cache))
     except FileNotFoundError:
         check = _checksum_check(file)
-    path = cache.fetch(file, check=check, keep={cache.path(one.url) for one in keep})
-    assert path is not None  # it waits
-    return path
+    return cache.fetch(file, check=check, keep={cache.path(one.url) for one in keep})
 
 
 def copy_unchecked(file: RemoteFile, cache: ShardCache, *, keep: Sequence[RemoteFile] = ()) -> Path:
     """Copy a shard and its index as they are, for a look at what is wrong with them; return the copy.
 
     Args:
-        file: the shard.
-        cache: where to; not the one that runs read, for whatever lies there is taken for checked.
-        keep: shards whose copies are not removed for this one.
+        file: The shard.
+        cache: Where the copy is put; not the one that runs read, where what lies there is taken for checked.
+        keep: Shards whose copies are not removed for this one.
 
     Raises:
         RemoteError, CacheFullError: See `ShardCache.fetch`.
     """
     path = cache.fetch(file, check=lambda path: None, keep={cache.path(one.url) for one in keep})
-    assert path is not None  # it waits
     data = _read_if_there(file.remote.file(index_url(file.url)))
     if data is None:
         index_path(path).unlink(missing_ok=True)
@@ -172,7 +169,6 @@ def _ensure_index(file: RemoteFile, cache: ShardCache, rebuild: bool) -> tuple[S
         with contextlib.suppress(FileNotFoundError, StaleIndexError):
             return load_index_file(fetch_index(file, cache)), False
     path = cache.fetch(file, check=_checksum_check(file))
-    assert path is not None  # it waits
     copy = cache.open(file.url, file.info)  # held, so that no other process removes it
     try:
         index = build_index(path)
@@ -223,12 +219,8 @@ def _is_missing(error: RemoteError) -> bool:
 
 def _remote_digest(file: RemoteFile) -> str:
     size = file.size
-    head, tail = file.remote.read_spans(
-        [
-            Span(file, 0, min(DIGEST_BYTES, size)),
-            Span(file, max(size - DIGEST_BYTES, 0), size),
-        ]
-    )
+    ends = [(0, min(DIGEST_BYTES, size)), (max(size - DIGEST_BYTES, 0), size)]
+    head, tail = file.remote.read_spans([Span(file, *span) for span in ends])
     return digest_of_ends(size, head, tail)
 
 
@@ -263,10 +255,10 @@ def check_copy(path: Path, index_file: Path) -> None:
         raise ChecksumError(
             f"digest {digest[:16]} over size and both ends, its index says {expected[:16]}"
         )
-    rows = zip(*(stored[name].tolist() for name in ("offset", "size", "crc32")), strict=True)
+    rows = zip(*(stored[name].tolist() for name in ("byte_offset", "size", "crc32")), strict=True)
     with open(path, "rb") as file:
-        for row, (offset, size, crc32) in enumerate(rows):
-            found = zlib.crc32(os.pread(file.fileno(), size, offset))
+        for row, (byte_offset, size, crc32) in enumerate(rows):
+            found = zlib.crc32(os.pread(file.fileno(), size, byte_offset))
             if found != crc32:
                 key = read_keys(index_file)[row]
                 raise ChecksumError(f"CRC32 {found:08x} of image {key}, its index says {crc32:08x}")

@@ -25,7 +25,7 @@ class FillProgress:
 
 
 class ProgressReporter:
-    """Tells a callback how far a transfer is, at most once a second, from whatever thread."""
+    """Reports to a callback how far a transfer is, at most once a second, from whatever thread."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class ProgressReporter:
         self._num = [num_done, num_total]
         self._bytes = [bytes_done, bytes_total]
         self._before = (num_done, bytes_done)
-        self._begun = self._told = time.monotonic()
+        self._begun = self._reported = time.monotonic()
         self._lock = threading.Lock()
 
     def add_items(self, amount: int) -> None:
@@ -54,21 +54,21 @@ class ProgressReporter:
         self._add(0, amount)
 
     def close(self) -> None:
-        """Tell the last state, if anything was told or done for longer than a moment."""
-        if self._told > self._begun or time.monotonic() > self._begun + 1:
-            self._tell()
+        """Report the last state, if anything was reported or done for longer than a moment."""
+        if self._reported > self._begun or time.monotonic() > self._begun + 1:
+            self._report()
 
     def _add(self, num: int, num_bytes: int) -> None:
         with self._lock:
             self._num[0] += num
             self._bytes[0] += num_bytes
             now = time.monotonic()
-            if now < self._told + 1:
+            if now < self._reported + 1:
                 return
-            self._told = now
-        self._tell()
+            self._reported = now
+        self._report()
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         if self._callback is None:
             return
         elapsed = max(time.monotonic() - self._begun, 1e-9)
@@ -97,6 +97,6 @@ class ByteCounter:
         self._counted += amount
         self._report.add_bytes(amount)
 
-    def wait_until_idle(self, size: int) -> None:
+    def complete(self, size: int) -> None:
         """The shard is complete: other processes may have brought it, or parts came twice."""
         self._report.add_bytes(size - self._counted)

@@ -1,4 +1,4 @@
-"""Objects behind URLs, through fsspec: one attempt at a time. Retries and deadlines are `remote`'s.
+"""Objects behind URLs, through fsspec: one attempt at a time. Retries and deadlines are the client's.
 
 http(s) goes over fsspec's session, request by request, because its file system hides what we need: whether
 the server honoured the range, which version it sent, and how fast the bytes come. Every other scheme (s3, gs
@@ -13,7 +13,6 @@ import re
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -25,6 +24,11 @@ from cmae.pipeline.remote.schemes import redact, split_scheme
 if TYPE_CHECKING:
     import aiohttp
 
+STALL_S = 20.0
+"""A transfer that brings fewer than MIN_BYTES_PER_S in this many seconds is given up and begun again."""
+
+MIN_BYTES_PER_S = 32 * 1024
+
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
 
 
@@ -35,11 +39,11 @@ class ObjectInfo(NamedTuple):
     """What a store says of an object."""
 
     size: int | None
-    """Bytes; None where the server does not tell."""
+    """Bytes; None where the server does not say."""
     version: str
     """ETag, or what the store has instead; changes when the object does. Empty: unknown."""
     md5: str
-    """Of the contents, in hex; empty where the store does not tell."""
+    """MD5 of the contents, in hex; empty where the store does not say."""
     has_ranges: bool
     """Whether parts of the object can be read."""
 
@@ -50,21 +54,6 @@ class ObjectChangedError(OSError):
 
 class NoRangesError(OSError):
     """The server sends the whole object whatever range is asked for."""
-
-
-@dataclass(frozen=True)
-class Pace:
-    """How slow a transfer may be before it is given up and begun again.
-
-    Every `stall_s` seconds a connection must bring `min_bytes_per_s` on average.
-    """
-
-    stall_s: float = 20.0
-    min_bytes_per_s: float = 32 * 1024
-
-    def limit_s(self, num_bytes: int) -> float:
-        """Longest time for a transfer whose progress cannot be watched."""
-        return self.stall_s + num_bytes / self.min_bytes_per_s
 
 
 class Store(Protocol):
@@ -123,7 +112,7 @@ def _stale_package(scheme: str) -> str:
     return f" ({package} {found} beside fsspec {ours}: pip install --upgrade {package} fsspec)"
 
 
-def open_store(url: str, *, storage_options: Mapping[str, Any] | None, pace: Pace) -> Store:
+def open_store(url: str, *, storage_options: Mapping[str, Any] | None) -> Store:
     """The object behind a URL.
 
     Raises:
@@ -131,17 +120,16 @@ def open_store(url: str, *, storage_options: Mapping[str, Any] | None, pace: Pac
     """
     filesystem = open_filesystem(url, storage_options)
     if split_scheme(url) in ("http", "https"):
-        return HttpStore(filesystem, url, pace=pace)
-    return FilesystemStore(filesystem, url, pace=pace)
+        return HttpStore(filesystem, url)
+    return FilesystemStore(filesystem, url)
 
 
 class HttpStore:
     """An object behind http(s)."""
 
-    def __init__(self, filesystem: Any, url: str, *, pace: Pace) -> None:
+    def __init__(self, filesystem: Any, url: str) -> None:
         self._fs = filesystem
         self._url = url
-        self._pace = pace
 
     async def stat(self) -> ObjectInfo:
         """Ask for the first byte: the answer shows size and version, and proves that ranges work."""
@@ -185,9 +173,8 @@ class HttpStore:
         options = dict(self._fs.kwargs)
         # A body that is compressed on the way has neither the offsets nor the size of the object.
         headers = {**options.pop("headers", {}), "Accept-Encoding": "identity", **headers}
-        stall = self._pace.stall_s
         options.setdefault(
-            "timeout", aiohttp.ClientTimeout(total=None, sock_connect=stall, sock_read=stall)
+            "timeout", aiohttp.ClientTimeout(total=None, sock_connect=STALL_S, sock_read=STALL_S)
         )
         url = self._fs.encode_url(self._url)
         async with session.get(url, headers=headers, **options) as response:
@@ -203,8 +190,8 @@ class HttpStore:
             yield chunk
             num_bytes += len(chunk)
             elapsed = time.monotonic() - since
-            if elapsed > self._pace.stall_s:
-                if num_bytes < self._pace.min_bytes_per_s * elapsed:
+            if elapsed > STALL_S:
+                if num_bytes < MIN_BYTES_PER_S * elapsed:
                     raise TimeoutError(f"stalled: {num_bytes} bytes in {elapsed:.1f} s")
                 since, num_bytes = time.monotonic(), 0
 
@@ -212,15 +199,14 @@ class HttpStore:
 class FilesystemStore:
     """An object behind any other file system that fsspec knows."""
 
-    def __init__(self, filesystem: Any, url: str, *, pace: Pace) -> None:
+    def __init__(self, filesystem: Any, url: str) -> None:
         self._fs = filesystem
         self._path = filesystem._strip_protocol(url)
         self._is_s3 = _EXTRAS.get(split_scheme(url)) == "s3"
-        self._pace = pace
 
     async def stat(self) -> ObjectInfo:
         """Size, version, and the MD5 where the store keeps one of plain contents."""
-        async with asyncio.timeout(self._pace.stall_s):
+        async with asyncio.timeout(STALL_S):
             if self._is_s3:
                 return await self._stat_s3()
             found = await self._fs._info(self._path)
@@ -239,7 +225,7 @@ class FilesystemStore:
 
     async def read(self, start: int, end: int, *, version: str) -> bytes:
         """See `Store.read`; these file systems do not tell the version of what they read."""
-        async with asyncio.timeout(self._pace.limit_s(end - start)):
+        async with asyncio.timeout(STALL_S + (end - start) / MIN_BYTES_PER_S):
             data: bytes = await self._fs._cat_file(self._path, start=start, end=end)
         if len(data) != end - start:
             raise OSError(f"asked for {end - start} bytes, the store sent {len(data)}")

@@ -1,8 +1,8 @@
-"""Counter-based randomness: uniforms that are a pure function of (seed, epoch, sample, lane).
+"""Counter-based randomness: uniforms that are a pure function of (seed, epoch, sample, draw index).
 
 No state is kept, so a sample gets the same numbers on any rank, in any order and after any resume.
 The generator is SplitMix64 (Steele, Lea and Flood 2014): one 64-bit state for each (seed, epoch, sample), one
-output for each lane. Integer arithmetic only, hence the same bits on every machine.
+output for each draw index. Integer arithmetic only, hence the same bits on every machine.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def hash_words(
     num_draws: int,
     first_draw: int = 0,
 ) -> UInt64[np.ndarray, "B L"]:
-    """64 random bits for each sample and each lane in [first_lane, first_lane + num_lanes)."""
+    """64 random bits for each sample and each draw index in [first_draw, first_draw + num_draws)."""
     # Arrays of one element: numpy warns of overflow in scalars, and wrapping is what is wanted here.
     seed_word, epoch_word = np.array([[seed % 2**64], [epoch % 2**64]], dtype=np.uint64)
     state = _mix(_mix(seed_word + _GAMMA) + _GAMMA * epoch_word)
     per_sample = _mix(state ^ _mix(sample_id.astype(np.uint64) + _GAMMA))  # (B,)
-    lanes = np.arange(first_draw + 1, first_draw + num_draws + 1, dtype=np.uint64) * _GAMMA
-    return _mix(per_sample[:, None] + lanes)
+    draws = np.arange(first_draw + 1, first_draw + num_draws + 1, dtype=np.uint64) * _GAMMA
+    return _mix(per_sample[:, None] + draws)
 
 
 def uniforms(
@@ -48,6 +48,6 @@ def uniforms(
     num_draws: int,
     first_draw: int = 0,
 ) -> Float64[np.ndarray, "B L"]:
-    """Numbers in [0, 1), multiples of 2**-53, one for each sample and lane."""
+    """Numbers in [0, 1), multiples of 2**-53, one for each sample and draw index."""
     words = hash_words(seed, epoch, sample_id=sample_id, num_draws=num_draws, first_draw=first_draw)
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -11,24 +11,24 @@ from jaxtyping import Int64
 
 from cmae.pipeline.sampling.counter_rng import hash_words
 
-# Far from the lanes of the views: a sample's place in the epoch must say nothing about its crop.
-_BLOCK_LANE, _SAMPLE_LANE = 1 << 20, (1 << 20) + 1
+# Far from the draws of the views: a sample's place in the epoch must say nothing about its crop.
+_BLOCK_DRAW, _SAMPLE_DRAW = 1 << 20, (1 << 20) + 1
 
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """A permutation of the data set for every epoch, cut into global batches.
+    """A permutation of the data set for every epoch, divided into global batches.
 
     Blocks of `block_size` consecutive samples are permuted, then samples are shuffled inside windows
     of `window_size`. With blocks of 1 the shuffle is uniform. Larger ones let a window touch only
     window_size / block_size places of the data set, for readers to whom places are dear; the price is in
     docs/design/0014-shuffle.md. A data set no larger than a window is shuffled fully whatever the block.
-    With last_batch='drop' the last num_samples % global_batch_size positions of an epoch are left out, other
+    With last_batch='drop' the last num_samples % global_batch_size places of an epoch are left out, other
     samples each time. With 'pad' every sample is used, and the epoch's first samples fill the last global
     batch up: `padding` names them. They come again with the views and masks of their first turn.
 
-    Nothing here depends on rank or world size: rank r of W takes positions
-    next_sample + r * B ... + B, and the position moves on by W * B.
+    Nothing here depends on rank or world size: rank r of W takes the places
+    epoch_offset + r * B ... + B of the permuted epoch, and epoch_offset moves on by W * B.
 
     Raises:
         ValueError: The global batch is larger than the data set, or a size is not positive.
@@ -71,16 +71,16 @@ class EpochPlan:
         return self.order(epoch)[: max(0, self.samples_per_epoch - self.num_samples)]
 
     def order(self, epoch: int) -> Int64[np.ndarray, " N"]:
-        """Permuted sample numbers of an epoch (read only: the last two are cached)."""
+        """Permuted data set rows of an epoch (read only: the last two are cached)."""
         return _order(self, epoch)
 
-    def positions(
-        self, epoch: int, next_sample: int, *, rank: int, world_size: int, batch_size: int
+    def rows(
+        self, epoch: int, epoch_offset: int, *, rank: int, world_size: int, batch_size: int
     ) -> Int64[np.ndarray, " B"] | None:
-        """Samples of a rank in the micro-batch at `next_sample`; None when the epoch is used up."""
-        if next_sample + world_size * batch_size > self.samples_per_epoch:
+        """Data set rows of a rank's micro-batch at `epoch_offset`; None when the epoch is used up."""
+        if epoch_offset + world_size * batch_size > self.samples_per_epoch:
             return None
-        start = next_sample + rank * batch_size
+        start = epoch_offset + rank * batch_size
         places = np.arange(start, start + batch_size)
         return np.take(self.order(epoch), places, mode="wrap")  # past the end only with 'pad'
 
@@ -104,7 +104,7 @@ def _shuffle_blocks(plan: EpochPlan, epoch: int) -> Int64[np.ndarray, " N"]:
         epoch,
         sample_id=np.arange(num_blocks),
         num_draws=1,
-        first_draw=_BLOCK_LANE,
+        first_draw=_BLOCK_DRAW,
     )[:, 0]
     first = np.argsort(keys, kind="stable") * plan.block_size
     order = (first[:, None] + np.arange(plan.block_size)).reshape(-1)
@@ -115,7 +115,7 @@ def _shuffle_windows(plan: EpochPlan, order: Int64[np.ndarray, " N"], epoch: int
     """Shuffle in place, window by window: what is sorted stays in the core's cache."""
     for start in range(0, order.size, plan.window_size):
         window = order[start : start + plan.window_size]
-        keys = hash_words(plan.seed, epoch, sample_id=window, num_draws=1, first_draw=_SAMPLE_LANE)[
+        keys = hash_words(plan.seed, epoch, sample_id=window, num_draws=1, first_draw=_SAMPLE_DRAW)[
             :, 0
         ]
         window[:] = window[np.argsort(keys, kind="stable")]

@@ -55,10 +55,10 @@ _BACKGROUND, _INK, _FAINT_INK = "#ffffff", "#1a1a1a", "#767676"
 
 def _draw_cell(index: DatasetIndex, row: int, side: int) -> Image.Image:
     """A square image over two lines of text: the key, then label and stored size."""
-    shard, position = index.locate(row)
+    shard, record_number = index.locate(row)
     path = index.paths[int(shard)]
     with open(path, "rb") as file:
-        data = os.pread(file.fileno(), int(index.size[row]), int(index.offset[row]))
+        data = os.pread(file.fileno(), int(index.size[row]), int(index.byte_offset[row]))
     with Image.open(io.BytesIO(data)) as image:
         image.draft("RGB", (2 * side, 2 * side))
         picture = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
@@ -76,7 +76,7 @@ def _draw_cell(index: DatasetIndex, row: int, side: int) -> Image.Image:
     if names and 0 <= label < len(names):
         label_text += f" {names[label]}"
     size_text = f"{index.width[row]}x{index.height[row]}"
-    key = _shorten(index.key(int(shard), int(position)), side, font)
+    key = _shorten(index.key(int(shard), int(record_number)), side, font)
     draw.text((0, side + 4), key, fill=_INK, font=font)
     draw.text((0, side + 4 + line_px), label_text, fill=_FAINT_INK, font=font)
     draw.text((side, side + 4 + line_px), size_text, fill=_FAINT_INK, font=font, anchor="ra")

@@ -13,15 +13,22 @@ from cmae.pipeline.formats.shard_index import StaleIndexError, load_index
 
 
 def claim_folder(out: Path, settings: dict[str, Any]) -> None:
-    """Refuse a folder with shards that these settings did not write; remove what a killed run left."""
+    """Make the folder, or refuse one with shards that these settings did not write.
+
+    What a killed run left half written is removed.
+
+    Raises:
+        ValueError: It holds shards of another tool, source or setting.
+    """
+    out.mkdir(parents=True, exist_ok=True)
     summary = out / DATASET_FILE
     if summary.exists():
         before = json.loads(summary.read_text()).get("settings", {})
         changed = [name for name in settings if before.get(name) != settings[name]]
         if changed:
             what = ", ".join(
-                "the source images"
-                if name == "source"
+                "the source"
+                if name.startswith("source")
                 else f"{name}: {before.get(name)} -> {settings[name]}"
                 for name in changed
             )
@@ -38,6 +45,16 @@ def claim_folder(out: Path, settings: dict[str, Any]) -> None:
         leftover.unlink()
 
 
+def mark_begun(out: Path, settings: dict[str, Any]) -> None:
+    """Write down that shards of these settings are being written."""
+    write_json(out / DATASET_FILE, {"complete": False, "settings": settings})
+
+
+def mark_complete(out: Path, settings: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Write down that every shard is there, and what they hold together."""
+    write_json(out / DATASET_FILE, {"complete": True, **facts, "settings": settings})
+
+
 def is_finished(tar_path: Path) -> bool:
     """Whether the shard was written to its end: its index is there and fits."""
     try:
@@ -51,7 +68,7 @@ def check_space(out: Path, needed: int) -> None:
     """Refuse to begin what the disk cannot hold.
 
     Raises:
-        ValueError: fewer than `needed` bytes are free.
+        ValueError: Fewer than `needed` bytes are free.
     """
     free = shutil.disk_usage(out).free
     if needed > free:

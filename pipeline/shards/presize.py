@@ -1,4 +1,4 @@
-"""Pre-resized images: a large JPEG is downscaled once, so that no epoch decodes its pixels again.
+"""Downscaled images: a large JPEG is downscaled once, so that no epoch decodes its pixels again.
 
 The new file carries a comment that says so. The label travels with the image through every copy and every
 new index; images that were not touched keep their bytes and have none. The pixels that this costs are in

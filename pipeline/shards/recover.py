@@ -16,7 +16,7 @@ from cmae.pipeline.formats.tar import (
     TarMember,
     group_members,
     is_header,
-    iter_tar,
+    iter_entries,
 )
 
 _MAGIC = b"ustar"  # at byte 257 of every header that a POSIX or GNU tar of the last 30 years wrote
@@ -32,7 +32,7 @@ class Damage(NamedTuple):
 
 
 def salvage_tar(path: str | Path) -> Iterator[TarMember | Damage]:
-    """Yield members and damages of a tar in order; for a tar that is whole, exactly what `iter_tar` yields.
+    """Yield entries and damages of a tar in order; of a whole tar, exactly what `iter_entries` yields.
 
     A header that lies inside the member before a damage shows that bytes of that member are missing: then it
     counts as damage too. Headers without the ustar magic (tars of before 1988) are not found again.
@@ -55,11 +55,11 @@ def salvage_tar(path: str | Path) -> Iterator[TarMember | Damage]:
                     last = member
             except TarError as error:
                 what = str(error).removeprefix(f"{path}: ").split(":")[0]
-                broken_from = start if last is None else last.offset
+                broken_from = start if last is None else last.byte_offset
                 start = _next_header(data, broken_from + (last is None))
                 end = size if start is None else start
-                if last is not None and end >= _end_of(last):
-                    broken_from = _end_of(last)
+                if last is not None and end >= last.end:
+                    broken_from = last.end
                     yield last
                 elif last is not None:
                     what += f"; {last.name} lacks some of its bytes"
@@ -90,15 +90,10 @@ def salvage_groups(path: str | Path) -> Iterator[TarGroup | Damage]:
         yield damage.pop()
 
 
-def _end_of(member: TarMember) -> int:
-    """Where the next header has to be."""
-    return member.offset + -(-len(member.data) // TAR_BLOCK) * TAR_BLOCK
-
-
 def _members_from(file: io.BufferedReader, start: int, name: str) -> Iterator[TarMember]:
     file.seek(start)
-    for member in iter_tar(file, name=name):
-        yield member._replace(offset=member.offset + start)
+    for member in iter_entries(file, name=name):
+        yield member._replace(byte_offset=member.byte_offset + start, start=member.start + start)
 
 
 def _next_header(data: mmap.mmap, start: int) -> int | None:

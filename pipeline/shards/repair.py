@@ -21,24 +21,29 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
-from webdataset.writer import TarWriter
 
 from cmae.pipeline.formats.atomic import atomic_write
-from cmae.pipeline.formats.dataset_folder import CLASSES_FILE, DATASET_FILE, load_classes
-from cmae.pipeline.formats.jpeg import MAX_PIXELS, BadImageError
+from cmae.pipeline.formats.dataset_folder import CLASSES_FILE, load_classes
+from cmae.pipeline.formats.jpeg import MAX_PIXELS, BadImageError, Decode
 from cmae.pipeline.formats.parallel import no_progress, run_threads
 from cmae.pipeline.formats.shard_index import (
-    StaleIndexError,
     build_index,
     index_path,
-    load_index,
     load_index_unchecked,
     save_index,
     tar_digest,
 )
 from cmae.pipeline.formats.tar import IMAGE_EXTENSIONS, NO_LABEL, TarGroup, TarRecord, record_of
+from cmae.pipeline.shards.output_folder import (
+    claim_folder,
+    is_finished,
+    mark_begun,
+    mark_complete,
+    write_json,
+)
 from cmae.pipeline.shards.recover import Damage, salvage_groups
-from cmae.pipeline.shards.verify import Decode, IndexedBytes, check_image
+from cmae.pipeline.shards.shard_tar import ShardTar
+from cmae.pipeline.shards.verify import IndexedBytes, check_image
 
 REPAIRED_FILE = "repaired.jsonl"
 _OTHER_IMAGES = frozenset({"png", "webp", "bmp", "gif", "tif", "tiff"})
@@ -120,7 +125,10 @@ def repair_shards(
     """
     paths = [Path(shard).resolve() for shard in shards]
     out = Path(out_dir).expanduser().resolve()
-    _claim_folder(out, paths, policy)
+    _check_names(out, paths)
+    settings = _settings(paths, policy)
+    claim_folder(out, settings)
+    mark_begun(out, settings)
     classes = _common_classes(paths)
     stop = threading.Event()
     found = run_threads(
@@ -132,7 +140,7 @@ def repair_shards(
     )
     decisions, lines = _decide(paths, found, policy, num_classes=len(classes or ()))
     if classes is not None:
-        _write_json(out / CLASSES_FILE, classes)
+        write_json(out / CLASSES_FILE, classes)
     with atomic_write(out / REPAIRED_FILE) as file:
         file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
     run_threads(
@@ -142,7 +150,7 @@ def repair_shards(
         progress=progress,
         stop=stop,
     )
-    return _finish(out, paths, policy, decisions, lines, num_classes=len(classes or ()))
+    return _finish(out, paths, settings, decisions, lines, num_classes=len(classes or ()))
 
 
 def _look(path: Path, policy: RepairPolicy, stop: threading.Event) -> Iterator[_Finding | Damage]:
@@ -159,7 +167,9 @@ def _judge(group: TarGroup, stored: IndexedBytes, policy: RepairPolicy) -> _Find
     if record is None:
         first = next(iter(group.members.values()))
         what = ", ".join(group.members)
-        return _Finding(group.key, first.offset, NO_LABEL, b"", f"no image, only {what}", False)
+        return _Finding(
+            group.key, first.byte_offset, NO_LABEL, b"", f"no image, only {what}", False
+        )
     fault, reencode = "", False
     try:
         stored.check(record)
@@ -173,7 +183,7 @@ def _judge(group: TarGroup, stored: IndexedBytes, policy: RepairPolicy) -> _Find
         fault = str(error)
     label = stored.label(record) if record.label == NO_LABEL else record.label
     digest = hashlib.sha256(record.image).digest()
-    return _Finding(group.key, record.offset, label, digest, fault, reencode)
+    return _Finding(group.key, record.byte_offset, label, digest, fault, reencode)
 
 
 def _foreign_record(group: TarGroup) -> TarRecord | None:
@@ -304,15 +314,18 @@ def _write_shard(
 ) -> None:
     """Second pass: copy the kept groups of a shard, and index it."""
     target = out / path.name
-    if all(one.key is None for one in decisions) or _is_finished(target):
+    if all(one.key is None for one in decisions) or is_finished(target):
         return
     groups = (group for group in salvage_groups(path) if not isinstance(group, Damage))
-    with atomic_write(target) as file, TarWriter(file, encoder=False, mtime=0) as tar:
+    with atomic_write(target) as file:
+        tar = ShardTar(file)
         for group, decision in zip(groups, decisions, strict=True):
             if stop.is_set():
                 raise InterruptedError(f"{path.name} was stopped")
             if decision.key is not None:
-                tar.write({"__key__": decision.key, **_members(group, decision)})
+                for extension, data in sorted(_members(group, decision).items()):
+                    tar.add(f"{decision.key}.{extension}", data)
+        tar.end()
     save_index(build_index(target), index_path(target))
 
 
@@ -327,16 +340,8 @@ def _members(group: TarGroup, decision: _Decision) -> dict[str, bytes]:
     return {"jpg": reencode_as_jpeg(members.pop(name)), **members}
 
 
-def _is_finished(tar_path: Path) -> bool:
-    try:
-        load_index(tar_path)
-    except (FileNotFoundError, StaleIndexError):
-        return False
-    return True
-
-
-def _claim_folder(out: Path, paths: Sequence[Path], policy: RepairPolicy) -> None:
-    """Refuse a folder that another repair or another writer filled; remove what a killed run left."""
+def _check_names(out: Path, paths: Sequence[Path]) -> None:
+    """Refuse shards whose repaired copies would replace each other, or the shards themselves."""
     twice = [name for name, count in Counter(path.name for path in paths).items() if count > 1]
     if twice:
         raise ValueError(
@@ -346,25 +351,13 @@ def _claim_folder(out: Path, paths: Sequence[Path], policy: RepairPolicy) -> Non
         raise ValueError(
             f"{out} is the folder of the shards: write the repaired ones to another one"
         )
-    out.mkdir(parents=True, exist_ok=True)
-    settings = _settings(paths, policy)
-    summary = out / DATASET_FILE
-    before = json.loads(summary.read_text()).get("settings") if summary.exists() else None
-    if before not in (None, settings) or (before is None and any(out.glob("*.tar"))):
-        raise ValueError(
-            f"{out} holds shards of another source or other settings: use the same again to continue, remove "
-            "the folder, or write to another one"
-        )
-    for leftover in out.glob(".*.partial"):
-        leftover.unlink()
-    _write_json(summary, {"complete": False, "settings": settings})
 
 
 def _settings(paths: Sequence[Path], policy: RepairPolicy) -> dict[str, Any]:
     digest = hashlib.sha256()
     for path in paths:
         digest.update(f"{path.name}\0{tar_digest(path)}\n".encode())
-    return {"repaired_from": digest.hexdigest()[:16], **vars(policy)}
+    return {"source_shards": digest.hexdigest()[:16], **vars(policy)}
 
 
 def _common_classes(paths: Sequence[Path]) -> list[str] | None:
@@ -376,15 +369,10 @@ def _common_classes(paths: Sequence[Path]) -> list[str] | None:
     return lists[0]
 
 
-def _write_json(path: Path, value: Any) -> None:
-    with atomic_write(path) as file:
-        file.write(json.dumps(value, indent=1).encode() + b"\n")
-
-
 def _finish(
     out: Path,
     paths: Sequence[Path],
-    policy: RepairPolicy,
+    settings: dict[str, Any],
     decisions: Sequence[Sequence[_Decision]],
     lines: Sequence[dict[str, Any]],
     *,
@@ -404,13 +392,11 @@ def _finish(
         raise ValueError(
             f"no record of the {len(paths)} shards can be used; {out / REPAIRED_FILE} says why"
         )
-    summary = {
-        "complete": True,
+    facts = {
         "num_samples": report.num_samples,
         "num_shards": report.num_shards,
         "num_bytes": sum(os.path.getsize(path) for path in written),
         "num_classes": num_classes,
-        "settings": _settings(paths, policy),
     }
-    _write_json(out / DATASET_FILE, summary)
+    mark_complete(out, settings, facts)
     return report

@@ -27,7 +27,7 @@ class ShardStatistics:
     """Smallest and largest."""
     image_bytes: int
     """Sum over all images."""
-    presized: dict[str, int]
+    downscaled: dict[str, int]
     """Images re-encoded by `cmae shards write --max-size`, by setting."""
     percentiles: tuple[int, ...]
     """Which percentiles the next four give."""
@@ -62,7 +62,7 @@ def shard_statistics(shards: Sequence[str | Path]) -> ShardStatistics:
         num_bad=index.num_bad,
         samples_per_shard=(int(index.shard_sizes.min()), int(index.shard_sizes.max())),
         image_bytes=int(index.size.sum()),
-        presized=index.presized,
+        downscaled=index.downscaled,
         percentiles=at,
         bytes_at=tuple(map(int, np.percentile(index.size, at))),
         megapixels_at=tuple(float(x) for x in np.percentile(pixels / 1e6, at)),

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +18,10 @@ from PIL import Image
 from cmae.pipeline.formats.dataset_folder import CLASSES_FILE, load_classes
 from cmae.pipeline.formats.jpeg import (
     BadImageError,
+    Decode,
     JpegInfo,
     JpegKind,
+    build_cpu_decoder,
     find_zero_block,
     inspect_decodable,
 )
@@ -62,9 +64,6 @@ class VerifyReport:
         return not self.problems
 
 
-Decode = Literal["none", "pil", "nvimgcodec"]
-
-
 def verify_shards(
     shards: Sequence[str | Path],
     *,
@@ -102,7 +101,7 @@ def verify_shards(
             if (missing := int((check.labels == NO_LABEL).sum()))
         ]
     notes += _unusual([check.records for check in checks if check.records is not None])
-    if line := downscaled_line(sum_counts(check.presized for check in checks), len(labels)):
+    if line := downscaled_line(sum_counts(check.downscaled for check in checks), len(labels)):
         notes.append(line)
     return VerifyReport(
         num_shards=len(paths),
@@ -144,8 +143,8 @@ class _ShardCheck(NamedTuple):
         return np.empty(0, np.int64) if self.records is None else self.records.label
 
     @property
-    def presized(self) -> dict[str, int]:
-        return {} if self.records is None else self.records.presized
+    def downscaled(self) -> dict[str, int]:
+        return {} if self.records is None else self.records.downscaled
 
 
 def _verify_shard(path: str, decode: Decode) -> _ShardCheck:
@@ -201,16 +200,16 @@ def _has_end_marker(path: str) -> bool:
 
 def _differences(stored: ShardIndex, now: ShardIndex) -> Iterator[tuple[str | None, str]]:
     """What an index says that is not so, although size and digest of the tar are the same."""
-    if len(stored) != len(now) or not np.array_equal(stored.offset, now.offset):
+    if len(stored) != len(now) or not np.array_equal(stored.byte_offset, now.byte_offset):
         yield (
             None,
             f"the index lists {len(stored)} samples elsewhere than the {len(now)} in the tar; index it again",
         )
         return
-    if stored.presized != now.presized:
+    if stored.downscaled != now.downscaled:
         yield (
             None,
-            f"pre-resized images are {now.presized or 'none'}, the index says {stored.presized or 'none'}",
+            f"downscaled images are {now.downscaled or 'none'}, the index says {stored.downscaled or 'none'}",
         )
     changed = stored.crc32 != now.crc32
     for row in np.flatnonzero(changed):
@@ -228,7 +227,7 @@ def _differences(stored: ShardIndex, now: ShardIndex) -> Iterator[tuple[str | No
 
 def _changed_since(before: ShardIndex, now: ShardIndex) -> Iterator[tuple[str | None, str]]:
     """Records that lie where a stale index says, at the size that it says, and have other bytes."""
-    _, old, new = np.intersect1d(before.offset, now.offset, return_indices=True)
+    _, old, new = np.intersect1d(before.byte_offset, now.byte_offset, return_indices=True)
     same_place = (before.keys[old] == now.keys[new]) & (before.size[old] == now.size[new])
     for i in np.flatnonzero(same_place & (before.crc32[old] != now.crc32[new])):
         crc, crc_before = now.crc32[new[i]], before.crc32[old[i]]
@@ -243,7 +242,7 @@ class IndexedBytes:
 
     def __init__(self, index: ShardIndex | None) -> None:
         self._index = index
-        self._rows = {} if index is None else {int(at): i for i, at in enumerate(index.offset)}
+        self._rows = {} if index is None else {int(at): i for i, at in enumerate(index.byte_offset)}
 
     def check(self, record: TarRecord) -> None:
         """Compare a record with its CRC32.
@@ -263,7 +262,7 @@ class IndexedBytes:
         return NO_LABEL if self._index is None or row is None else int(self._index.label[row])
 
     def _row(self, record: TarRecord) -> int | None:
-        row = self._rows.get(record.offset)
+        row = self._rows.get(record.byte_offset)
         if self._index is None or row is None:
             return None
         is_same = self._index.keys[row] == record.key and self._index.size[row] == len(record.image)
@@ -295,7 +294,7 @@ def _unusable(path: str, index: ShardIndex, decode: Decode) -> Iterator[tuple[st
 
 
 def _read_image(file: io.BufferedReader, index: ShardIndex, row: int) -> bytes:
-    return os.pread(file.fileno(), int(index.size[row]), int(index.offset[row]))
+    return os.pread(file.fileno(), int(index.size[row]), int(index.byte_offset[row]))
 
 
 def _decode_fully(data: bytes, info: JpegInfo, decode: Decode) -> None:
@@ -326,11 +325,7 @@ def _decode_with_nvimgcodec(data: bytes) -> tuple[int, int]:
     import nvidia.nvimgcodec as nvimgcodec  # here, so that only those who ask for it need it
 
     if not hasattr(_thread_local, "decoder"):  # one a thread: they are slow to make
-        _thread_local.decoder = nvimgcodec.Decoder(
-            device_id=nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY,
-            max_num_cpu_threads=1,
-            backends=[nvimgcodec.Backend(nvimgcodec.CPU_ONLY)],
-        )
+        _thread_local.decoder = build_cpu_decoder()
     upright = nvimgcodec.DecodeParams(apply_exif_orientation=False)
     try:
         decoded = _thread_local.decoder.decode(data, params=upright)

@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
-from webdataset.writer import TarWriter
 
 from cmae.pipeline.formats.atomic import atomic_write
-from cmae.pipeline.formats.dataset_folder import CLASSES_FILE, DATASET_FILE, SKIPPED_FILE
+from cmae.pipeline.formats.dataset_folder import CLASSES_FILE, SKIPPED_FILE
 from cmae.pipeline.formats.jpeg import BadImageError, JpegInfo, inspect_decodable
+from cmae.pipeline.formats.member_counts import IMAGE, LABEL, MemberCounts
 from cmae.pipeline.formats.parallel import no_progress, run_threads
 from cmae.pipeline.formats.presized import downscale_mark, sum_counts
 from cmae.pipeline.formats.shard_index import (
@@ -45,10 +45,13 @@ from cmae.pipeline.shards.output_folder import (
     check_space,
     claim_folder,
     is_finished,
+    mark_begun,
+    mark_complete,
     tidy_skipped,
     write_json,
 )
 from cmae.pipeline.shards.presize import check_downscale, downscale_jpeg, needs_downscale
+from cmae.pipeline.shards.shard_tar import ShardTar, padded
 
 
 class WriteReport(NamedTuple):
@@ -62,7 +65,7 @@ class WriteReport(NamedTuple):
     """Files left out; `skipped.jsonl` says which and why."""
     num_bytes: int
     """Size of all tars."""
-    presized: dict[str, int]
+    downscaled: dict[str, int]
     """Images that were encoded again, in this run or before, by setting."""
 
 
@@ -122,7 +125,6 @@ def write_shards(
         )
     check_downscale(max_size, quality)
     out = Path(out_dir).expanduser().resolve()
-    out.mkdir(parents=True, exist_ok=True)
     settings = {
         "samples_per_shard": samples_per_shard,
         "max_shard_bytes": max_shard_bytes,
@@ -137,7 +139,7 @@ def write_shards(
     todo = [shard for shard in shards if not is_finished(shard.path)]
     check_space(out, sum(shard.num_bytes for shard in todo))
     progress(len(source.images) - sum(len(shard.images) for shard in todo))
-    write_json(out / DATASET_FILE, {"complete": False, "settings": settings})
+    mark_begun(out, settings)
     if source.classes:
         write_json(out / CLASSES_FILE, list(source.classes))
     writer = _ShardWriter(out / SKIPPED_FILE, settings, strict=strict, progress=progress)
@@ -166,26 +168,28 @@ class _ShardWriter:
     def write(self, shard: _Shard) -> None:
         rows: list[IndexRow] = []
         marks: list[str] = []
+        members = MemberCounts()
         skipped: list[dict[str, Any]] = []
         with atomic_write(shard.path) as file:
-            with TarWriter(file, encoder=False, mtime=0) as tar:
-                for image in shard.images:
-                    if self.stop.is_set():
-                        raise InterruptedError(f"{shard.path.name} was stopped")
-                    try:
-                        data, info = self._prepare(_read_source(image))
-                        rows.append(_add_to_tar(tar, image, data, info))
-                        marks.append(downscale_mark(data))
-                    except BadImageError as error:
-                        if self._strict:
-                            raise ValueError(f"{image.path}: {error} (strict=True)") from error
-                        skipped.append(
-                            {"shard": shard.number, "path": image.path, "reason": str(error)}
-                        )
-                    self._progress(1)
+            tar = ShardTar(file)
+            for image in shard.images:
+                if self.stop.is_set():
+                    raise InterruptedError(f"{shard.path.name} was stopped")
+                try:
+                    data, info = self._prepare(_read_source(image))
+                    rows.append(_add_to_tar(tar, image, data, info, members))
+                    marks.append(downscale_mark(data))
+                except BadImageError as error:
+                    if self._strict:
+                        raise ValueError(f"{image.path}: {error} (strict=True)") from error
+                    skipped.append(
+                        {"shard": shard.number, "path": image.path, "reason": str(error)}
+                    )
+                self._progress(1)
+            tar.end()
             # Before the shard takes its name: whatever stops us, no finished shard lacks its lines.
             self._append_skipped(skipped)
-        index = ShardIndex.from_rows(rows, tar_path=shard.path, marks=marks)
+        index = ShardIndex.from_rows(rows, tar_path=shard.path, marks=marks, members=members)
         save_index(index, index_path(shard.path))
 
     def _prepare(self, data: bytes) -> tuple[bytes, JpegInfo]:
@@ -195,9 +199,8 @@ class _ShardWriter:
             return data, info
         size, quality = self._settings["max_size"], self._settings["quality"]
         resized = downscale_jpeg(data, info, max_size=size, quality=quality)
-        if len(resized) >= len(
-            data
-        ):  # a small step down from a file of low quality: nothing to gain
+        # A small step down from a file of low quality gains nothing.
+        if len(resized) >= len(data):
             return data, info
         return resized, inspect_decodable(resized)
 
@@ -217,20 +220,19 @@ def _read_source(image: SourceImage) -> bytes:
     return data
 
 
-def _add_to_tar(tar: TarWriter, image: SourceImage, data: bytes, info: JpegInfo) -> IndexRow:
-    label = {} if image.label == NO_LABEL else {"cls": str(image.label).encode()}
-    tar.write({"__key__": image.key, "jpg": data, **label})
-    # TarWriter writes extensions in sorted order, so the image comes last and ends where the tar is now.
-    offset = tar.tarstream.offset - _padded(len(data))
+def _add_to_tar(
+    tar: ShardTar, image: SourceImage, data: bytes, info: JpegInfo, members: MemberCounts
+) -> IndexRow:
+    if image.label != NO_LABEL:
+        tar.add(f"{image.key}.cls", str(image.label).encode())
+        members.add(LABEL, f"{image.key}.cls")
+    offset = tar.add(f"{image.key}.jpg", data)
+    members.add(IMAGE, f"{image.key}.jpg")
     return index_row(TarRecord(image.key, offset, data, image.label), info)
 
 
-def _padded(num_bytes: int) -> int:
-    return -(-num_bytes // TAR_BLOCK) * TAR_BLOCK
-
-
 def _bytes_in_tar(num_bytes: int) -> int:
-    return 3 * TAR_BLOCK + _padded(num_bytes)  # two headers and the label
+    return 3 * TAR_BLOCK + padded(num_bytes)  # two headers and the label
 
 
 def _finish(
@@ -248,25 +250,23 @@ def _finish(
         num_samples=len(source.images) - num_skipped,
         num_skipped=num_skipped,
         num_bytes=sum(shard.path.stat().st_size for shard in shards),
-        presized=sum_counts(load_index(shard.path).presized for shard in shards),
+        downscaled=sum_counts(load_index(shard.path).downscaled for shard in shards),
     )
     if not report.num_samples:
         raise ValueError(
             f"none of the {num_skipped} files is a JPEG that can be decoded; {out / SKIPPED_FILE} says why"
         )
-    summary = {
-        "complete": True,
+    facts = {
         "num_samples": report.num_samples,
         "num_shards": report.num_shards,
         "num_bytes": report.num_bytes,
         "num_classes": len(source.classes),
         "num_skipped": num_skipped,
-        "presized": report.presized,
+        "presized": report.downscaled,
         "shards": f"{out.name}-{{000000..{len(shards) - 1:06d}}}.tar",
         "created_by": f"cmae {metadata.version('cmae')}, Pillow {PIL.__version__}",
-        "settings": settings,
     }
-    write_json(out / DATASET_FILE, summary)
+    mark_complete(out, settings, facts)
     return report
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,8 @@ def expand_shards(
     The order is that of the patterns, and it is part of the data order: sample ids count shards from 0.
 
     Args:
-        pattern: one, or a list.
-        storage_options: given to fsspec's file system, for stores.
+        pattern: One pattern, or a list of them.
+        storage_options: Options given to fsspec's file system, for stores.
 
     Raises:
         ValueError: A pattern matches nothing, a named file is missing, or a shard is listed twice.
@@ -49,11 +50,7 @@ def expand_shards(
     shards: list[str] = []
     for one in map(str, patterns):
         shards += _expand_one(one, storage_options or {})
-    repeated = (
-        {shard for shard in shards if shards.count(shard) > 1}
-        if len(set(shards)) < len(shards)
-        else None
-    )
+    repeated = [shard for shard, count in Counter(shards).items() if count > 1]
     if repeated:
         raise ValueError(
             f"shards lists {len(repeated)} file(s) twice, for example {min(repeated)}: every sample would be "

@@ -24,10 +24,21 @@ class Record:
     width: int
     label: int
     sample_id: int
-    position: int
-    """Where it lies: its number in the data set (indexed), or in the shard (stream)."""
+    """(shard number << 32) | record number."""
+    dataset_row: int = -1
+    """Row in the index of the data set; -1 in a stream, which has none."""
     key: str = ""
     kind: int = JpegKind.BASELINE
+
+    @property
+    def shard(self) -> int:
+        """Number of the shard."""
+        return self.sample_id >> 32
+
+    @property
+    def record_number(self) -> int:
+        """Number of the record in its shard, bad ones counted."""
+        return self.sample_id & 0xFFFFFFFF
 
 
 @dataclass
@@ -38,7 +49,7 @@ class RawBatch:
     sample_id: Int64[np.ndarray, " B"]
     epoch: int
     state: LoaderState
-    """The position after this batch."""
+    """The place in the data after this batch."""
     bad: list[BadSample]
     """Records that could not be used, met on the way to this batch."""
     num_own: int
@@ -51,12 +62,12 @@ class RawBatch:
 
     @property
     def height(self) -> Int32[np.ndarray, " B"]:
-        """Of the stored images."""
+        """Rows of the stored images."""
         return np.array([record.height for record in self.records], dtype=np.int32)
 
     @property
     def width(self) -> Int32[np.ndarray, " B"]:
-        """Of the stored images."""
+        """Columns of the stored images."""
         return np.array([record.width for record in self.records], dtype=np.int32)
 
     @property
@@ -66,7 +77,7 @@ class RawBatch:
 
     @property
     def label(self) -> Int64[np.ndarray, " B"]:
-        """-1 = none."""
+        """Class numbers; -1 = none."""
         return np.array([record.label for record in self.records], dtype=np.int64)
 
 
@@ -93,5 +104,5 @@ class Extent(NamedTuple):
     """Bytes of a file."""
 
     path: str
-    offset: int
+    byte_offset: int
     size: int

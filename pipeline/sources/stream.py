@@ -18,7 +18,7 @@ from cmae.pipeline.bad_samples import BadSample
 from cmae.pipeline.batch import LoaderState
 from cmae.pipeline.errors import DataError
 from cmae.pipeline.formats.jpeg import BadImageError, inspect_jpeg
-from cmae.pipeline.formats.tar import TarError, iter_records
+from cmae.pipeline.formats.tar import TarError, TarRecord, iter_records
 from cmae.pipeline.remote.client import Remote, RemoteConfig, open_stream
 from cmae.pipeline.remote.schemes import is_remote, redact
 from cmae.pipeline.sampling.counter_rng import hash_words
@@ -27,7 +27,7 @@ from cmae.pipeline.stage_stats import Stage, State
 
 logger = logging.getLogger(__name__)
 
-_STREAM_LANE = 1 << 21  # away from the lanes of views and plan
+_STREAM_DRAW = 1 << 21  # away from the draws of views and plan
 
 
 class StreamSource:
@@ -38,6 +38,19 @@ class StreamSource:
     the batch after. Ranks hold different numbers of samples, so their epochs end at different batches.
 
     Resume is by shard: the state counts shards done, and a shard that was begun is read again.
+
+    Args:
+        urls: Shards, in whatever form webdataset or fsspec opens.
+        seed: Seed of the order.
+        rank: Rank of this process.
+        world_size: Number of ranks.
+        batch_size: Samples in a micro-batch of this rank.
+        shuffle: Draw a new order in every epoch.
+        shuffle_window: Samples of a shard among which the next one is drawn.
+        remote: Connection to shards behind URLs; None = one with the defaults.
+
+    Raises:
+        ValueError: There are fewer shards than ranks.
     """
 
     num_samples: int | None = None
@@ -101,8 +114,8 @@ class StreamSource:
         size = len(raw.records)
         for slot, reason in bad.items():
             record = raw.records[slot]
-            url = redact(self._urls[record.sample_id >> 32])
-            raw.bad.append(BadSample(url, record.key, record.position, reason, raw.epoch))
+            shard = redact(self._urls[record.shard])
+            raw.bad.append(BadSample(shard, record.key, record.record_number, reason, raw.epoch))
         if len(bad) == size:
             raise DataError(f"none of the {size} samples of a batch can be decoded: {bad[0]}")
         for slot in bad:
@@ -146,57 +159,55 @@ class StreamSource:
         heap: list[tuple[int, int, Record]] = []
         for record in records:
             key = int(self._keys(np.array([record.sample_id]), epoch)[0]) if self._shuffle else 0
-            heapq.heappush(heap, (key, record.position, record))
+            heapq.heappush(heap, (key, record.record_number, record))
             if len(heap) >= self._window:
                 yield heapq.heappop(heap)[2]
         while heap:
             yield heapq.heappop(heap)[2]
 
     def _keys(self, numbers: np.ndarray, epoch: int) -> np.ndarray:
-        return hash_words(
-            self._seed, epoch, sample_id=numbers, num_draws=1, first_draw=_STREAM_LANE
-        )[:, 0]
+        words = hash_words(
+            self._seed, epoch, sample_id=numbers, num_draws=1, first_draw=_STREAM_DRAW
+        )
+        return words[:, 0]
 
     def _shard(self, number: int, epoch: int) -> Iterator[Record]:
-        """Good records of one shard."""
-        url, name = self._urls[number], redact(self._urls[number])
-        position = -1
+        """Good records of one shard; where the rest of it is lost, the other shards are not."""
+        name = redact(self._urls[number])
+        record_number = -1
         try:
-            if self._is_closed:
-                return
-            with contextlib.closing(open_shard(url, self._remote)) as stream:
-                self._stream = stream
-                if self._is_closed:  # by another thread, which may not have seen this stream
-                    self.close()
-                for position, found in enumerate(iter_records(stream, name=name)):
-                    try:
-                        height, width, kind, _ = inspect_jpeg(found.image)
-                        if not kind.decodable:
-                            raise BadImageError(
-                                f"a JPEG of kind {kind.name}, which no decoder takes"
-                            )
-                    except BadImageError as error:
-                        self._bad.append(BadSample(name, found.key, position, str(error), epoch))
-                        continue
-                    data, sample_id = (
-                        np.frombuffer(found.image, np.uint8),
-                        (number << 32) | position,
-                    )
-                    yield Record(
-                        data,
-                        height,
-                        width,
-                        found.label,
-                        sample_id=sample_id,
-                        position=position,
-                        key=found.key,
-                        kind=kind,
-                    )
-        except (
-            TarError,
-            OSError,
-        ) as error:  # the rest of the shard is lost, the other shards are not
-            self._bad.append(BadSample(name, "", position + 1, str(error), epoch))
+            for record_number, found in enumerate(self._found(number, name)):
+                try:
+                    record = _record(found, sample_id=(number << 32) | record_number)
+                except BadImageError as error:
+                    self._bad.append(BadSample(name, found.key, record_number, str(error), epoch))
+                else:
+                    yield record
+        except (TarError, OSError) as error:
+            self._bad.append(BadSample(name, "", record_number + 1, str(error), epoch))
+
+    def _found(self, number: int, name: str) -> Iterator[TarRecord]:
+        """All records of one shard, which stays open for as long."""
+        if self._is_closed:
+            return
+        with contextlib.closing(open_shard(self._urls[number], self._remote)) as stream:
+            self._stream = stream
+            if self._is_closed:  # by another thread, which may not have seen this stream
+                self.close()
+            yield from iter_records(stream, name=name)
+
+
+def _record(found: TarRecord, *, sample_id: int) -> Record:
+    """A record of a tar as the views take it.
+
+    Raises:
+        BadImageError: No decoder takes it.
+    """
+    height, width, kind, _ = inspect_jpeg(found.image)
+    if not kind.decodable:
+        raise BadImageError(f"a JPEG of kind {kind.name}, which no decoder takes")
+    data = np.frombuffer(found.image, np.uint8)
+    return Record(data, height, width, found.label, sample_id=sample_id, key=found.key, kind=kind)
 
 
 def _end_with_children(pid: int) -> None:

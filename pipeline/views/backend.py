@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
+from cmae.pipeline.formats.jpeg import build_cpu_decoder
 from cmae.pipeline.stage_stats import KindTable, Stage
 from cmae.pipeline.views.params import ViewParams
 
@@ -64,12 +65,7 @@ class WindowDecoder:
     """Decodes windows of JPEGs to RGB; one for each thread."""
 
     def __init__(self) -> None:
-        self._decoder = nvimgcodec.Decoder(
-            device_id=nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY,
-            max_num_cpu_threads=1,
-            backends=[nvimgcodec.Backend(nvimgcodec.CPU_ONLY)],
-            options=":fancy_upsampling=1",
-        )
+        self._decoder = build_cpu_decoder(options=":fancy_upsampling=1")
         self._params = nvimgcodec.DecodeParams(
             color_spec=nvimgcodec.SRGB, apply_exif_orientation=False
         )

@@ -110,7 +110,7 @@ def test_pre_resized_shards_of_the_benchmark_hold_the_same_images(
     assert sum(map(len, indices)) == 24
     sides = [min(h, w) for one in indices for h, w in zip(one.height, one.width, strict=True)]
     assert max(sides) == 48
-    assert sum(sum(one.presized.values()) for one in indices) == 24
+    assert sum(sum(one.downscaled.values()) for one in indices) == 24
 
 
 def test_the_table_shows_peers_and_names_the_absent(

@@ -1,4 +1,7 @@
-"""`cmae shards write | index | verify | repair | inspect`: functions that print, and return an exit code."""
+"""`cmae shards write | index | verify | repair | inspect`: functions that print, and return an exit code.
+
+What does the work is imported where it is done: `--help` loads none of it.
+"""
 
 from __future__ import annotations
 
@@ -9,36 +12,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
+from cmae.pipeline.formats.jpeg import Decode
 
-from cmae.pipeline.formats.dataset_folder import SKIPPED_FILE, load_classes
-from cmae.pipeline.formats.dataset_index import build_indices
-from cmae.pipeline.formats.parallel import run_threads
-from cmae.pipeline.formats.presized import downscaled_line
-from cmae.pipeline.remote.cache import ShardCache
-from cmae.pipeline.remote.client import Remote, RemoteConfig, RemoteFile
-from cmae.pipeline.remote.index import build_remote_indices, copy_shard, copy_unchecked, open_cache
-from cmae.pipeline.remote.schemes import is_local, is_remote, redact
-from cmae.pipeline.shards.contact_sheet import contact_sheet
-from cmae.pipeline.shards.image_folder import ImageSource, read_image_list, scan_image_folder
-from cmae.pipeline.shards.repair import REPAIRED_FILE, RepairPolicy, repair_shards
-from cmae.pipeline.shards.statistics import ShardStatistics, shard_statistics
-from cmae.pipeline.shards.verify import Decode, verify_shards
-from cmae.pipeline.shards.write import write_shards
-from cmae.pipeline.sources.expand import expand_shards
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from cmae.pipeline.remote.cache import ShardCache
+    from cmae.pipeline.remote.client import RemoteFile
+    from cmae.pipeline.shards.image_folder import ImageSource
+    from cmae.pipeline.shards.statistics import ShardStatistics
 
 _MAX_LINES = 20
 """Problems that are printed; the rest are counted."""
@@ -80,6 +64,10 @@ def write(
         quality: JPEG quality, 1..100, of the images that are downscaled.
         workers: Threads; null means one for each CPU core, at most 16.
     """
+    from cmae.pipeline.formats.dataset_folder import SKIPPED_FILE
+    from cmae.pipeline.formats.presized import downscaled_line
+    from cmae.pipeline.shards.write import write_shards
+
     start = time.perf_counter()
     source = _read_source(images, list_file)
     try:
@@ -98,7 +86,9 @@ def write(
                 progress=advance,
             )
     except KeyboardInterrupt:
-        _say(f"interrupted; finished shards stay in {out}: run the same command again to continue")
+        _report(
+            f"interrupted; finished shards stay in {out}: run the same command again to continue"
+        )
         return _INTERRUPTED
     except OSError as error:
         raise ValueError(f"cannot write shards of {images} to {out}: {error}") from error
@@ -108,8 +98,8 @@ def write(
         f"{_count(report.num_samples, 'image')}{classes} in {_count(report.num_shards, 'shard')}, "
         f"{_gib(report.num_bytes)}, {seconds:.1f} s: {out}"
     )
-    if report.presized:
-        print(downscaled_line(report.presized, report.num_samples))
+    if report.downscaled:
+        print(downscaled_line(report.downscaled, report.num_samples))
     if report.num_already_written:
         print(f"{_count(report.num_already_written, 'shard')} written before")
     if source.num_ignored:
@@ -141,6 +131,10 @@ def index(
         cache_dir: Folder for remote shards and their indices; s3, gs and http(s) URLs need it.
         storage_options: Of fsspec's file system, such as {anon: true}, for URLs.
     """
+    from cmae.pipeline.formats.dataset_index import build_indices
+    from cmae.pipeline.remote.index import build_remote_indices
+    from cmae.pipeline.sources.expand import expand_shards
+
     start = time.perf_counter()
     paths = expand_shards(shards, storage_options=storage_options)
     with _progress("indexing shards", len(paths)) as advance:
@@ -162,7 +156,7 @@ def index(
         print(
             f"{_count(bad, 'image')} left out, cannot be decoded: `cmae shards verify` says which"
         )
-    _say_lines([f"{result.error}" for result in failed])
+    _report_lines([f"{result.error}" for result in failed])
     if failed:
         print(f"{_count(len(failed), 'shard')} without an index")
     return 1 if failed else 0
@@ -187,11 +181,13 @@ def verify(
         cache_dir: Folder for copies of remote shards, with room for all of them.
         storage_options: Of fsspec's file system, such as {anon: true}, for URLs.
     """
+    from cmae.pipeline.shards.verify import verify_shards
+
     start = time.perf_counter()
     paths = _local_copies(shards, cache_dir, storage_options, unchecked=True)
     with _progress("verifying shards", len(paths)) as advance:
         report = verify_shards(paths, decode=decode, workers=workers, progress=advance)
-    _say_lines(
+    _report_lines(
         [
             f"{Path(problem.shard).name}{f', {problem.key}' if problem.key else ''}: {problem.what}"
             for problem in report.problems
@@ -234,6 +230,8 @@ def repair(
         cache_dir: Folder for copies of remote shards, with room for all of them.
         storage_options: Of fsspec's file system, such as {anon: true}, for URLs.
     """
+    from cmae.pipeline.shards.repair import REPAIRED_FILE, RepairPolicy, repair_shards
+
     start = time.perf_counter()
     paths = _local_copies(shards, cache_dir, storage_options, unchecked=True)
     policy = RepairPolicy(duplicates, unlabelled, reencode, decode)
@@ -241,7 +239,9 @@ def repair(
         with _progress("repairing shards", 2 * len(paths)) as advance:
             report = repair_shards(paths, out, policy, workers=workers, progress=advance)
     except KeyboardInterrupt:
-        _say(f"interrupted; finished shards stay in {out}: run the same command again to continue")
+        _report(
+            f"interrupted; finished shards stay in {out}: run the same command again to continue"
+        )
         return _INTERRUPTED
     print(
         f"{_count(report.num_samples, 'sample')} in {_count(report.num_shards, 'shard')}, "
@@ -253,8 +253,12 @@ def repair(
         "encoded again": report.num_reencoded,
         "damaged stretches passed over": report.num_damages,
     }
-    told = [f"{number} {what}" for what, number in changes.items() if number]
-    print(f"{', '.join(told)}: see {out / REPAIRED_FILE}" if told else "nothing had to be changed")
+    changed = [f"{number} {what}" for what, number in changes.items() if number]
+    print(
+        f"{', '.join(changed)}: see {out / REPAIRED_FILE}"
+        if changed
+        else "nothing had to be changed"
+    )
     return 0
 
 
@@ -279,6 +283,12 @@ def inspect(
         cache_dir: Folder for copies of remote shards, with room for all of them.
         storage_options: Of fsspec's file system, such as {anon: true}, for URLs.
     """
+    from rich.console import Console
+
+    from cmae.pipeline.formats.dataset_folder import load_classes
+    from cmae.pipeline.shards.contact_sheet import contact_sheet
+    from cmae.pipeline.shards.statistics import shard_statistics
+
     paths = _local_copies(shards, cache_dir, storage_options)
     statistics = shard_statistics(paths)
     console = Console()
@@ -300,6 +310,10 @@ def join_shards(arguments: Sequence[str]) -> list[str]:
 
 
 def _read_source(images: Path, list_file: Path | None) -> ImageSource:
+    from rich.console import Console
+
+    from cmae.pipeline.shards.image_folder import read_image_list, scan_image_folder
+
     with Console(stderr=True).status("looking for images"):
         if list_file is not None:
             return read_image_list(list_file, root=images)
@@ -317,6 +331,10 @@ def _local_copies(
 
     Unchecked copies, damaged ones among them, lie in a folder of their own, where no run looks for shards.
     """
+    from cmae.pipeline.formats.parallel import run_threads
+    from cmae.pipeline.remote.index import copy_shard, copy_unchecked
+    from cmae.pipeline.sources.expand import expand_shards
+
     paths = expand_shards(shards, storage_options=storage_options)
     if unchecked and cache_dir is not None:
         cache_dir = cache_dir / "unchecked"
@@ -334,6 +352,10 @@ def _remote_cache(
     paths: list[str], cache_dir: Path | None, storage_options: dict[str, Any] | None
 ) -> tuple[list[RemoteFile], ShardCache] | None:
     """Remote shards and the cache for them; None where all shards are local."""
+    from cmae.pipeline.remote.client import Remote, RemoteConfig
+    from cmae.pipeline.remote.index import open_cache
+    from cmae.pipeline.remote.schemes import is_local, is_remote, redact
+
     strange = [path for path in paths if not is_local(path)]
     if not strange:
         return None
@@ -355,6 +377,17 @@ def _remote_cache(
 @contextmanager
 def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar on stderr; gives the function that advances it."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -368,15 +401,15 @@ def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda amount: progress.advance(task, amount)
 
 
-def _say(line: str) -> None:
+def _report(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def _say_lines(lines: Sequence[str]) -> None:
+def _report_lines(lines: Sequence[str]) -> None:
     for line in lines[:_MAX_LINES]:
-        _say(line)
+        _report(line)
     if len(lines) > _MAX_LINES:
-        _say(f"... and {len(lines) - _MAX_LINES} more")
+        _report(f"... and {len(lines) - _MAX_LINES} more")
 
 
 def _count(number: int, noun: str) -> str:
@@ -388,6 +421,11 @@ def _gib(num_bytes: float) -> str:
 
 
 def _count_table(facts: ShardStatistics, classes: list[str] | None) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from cmae.pipeline.formats.presized import downscaled_line
+
     table = Table(title="Shards", show_header=False, title_justify="left")
     smallest, largest = facts.samples_per_shard
     table.add_row("shards", f"{facts.num_shards} with {smallest}..{largest} samples")
@@ -396,8 +434,8 @@ def _count_table(facts: ShardStatistics, classes: list[str] | None) -> Table:
         table.add_row("left out", f"[red]{facts.num_bad} images cannot be decoded")
     mean = facts.image_bytes / facts.num_samples
     table.add_row("image bytes", f"{_gib(facts.image_bytes)}, {mean / 1e3:.1f} kB an image")
-    if facts.presized:
-        table.add_row("pre-resized", downscaled_line(facts.presized, facts.num_samples))
+    if facts.downscaled:
+        table.add_row("downscaled", downscaled_line(facts.downscaled, facts.num_samples))
     table.add_row("kinds", ", ".join(f"{count} {kind}" for kind, count in facts.kinds.items()))
     turned = [f"{count} stored as {o}" for o, count in facts.orientations.items() if o != 1]
     table.add_row("EXIF orientation", ", ".join(turned) or "all upright")
@@ -423,6 +461,8 @@ def _label_line(facts: ShardStatistics, classes: list[str] | None) -> str:
 
 
 def _percentile_table(facts: ShardStatistics) -> Table:
+    from rich.table import Table
+
     table = Table(title="Images, by percentile", title_justify="left")
     table.add_column("")
     for percentile in facts.percentiles:

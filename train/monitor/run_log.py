@@ -98,8 +98,8 @@ class RunLog:
             f"global batch {config.optim.global_batch_size} on {self._world.world_size} x "
             f"{self._world.device.type}, {config.optim.precision}"
         )
-        if loader.presized:
-            self._display.say(f"[yellow]not the original files:[/] {loader.presized}")
+        if loader.downscaled:
+            self._display.say(f"[yellow]not the original files:[/] {loader.downscaled}")
         if resumed_from is not None:
             self._display.say(f"continuing {resumed_from}")
         for note in notes:

@@ -11,7 +11,7 @@ from cmae.pipeline.formats.jpeg import JpegKind
 from cmae.pipeline.formats.shard_index import build_index, index_path, load_index, save_index
 
 
-def test_a_bad_image_keeps_its_position_and_is_left_out_of_the_dataset(tmp_path: Path) -> None:
+def test_a_bad_image_keeps_its_record_number_and_is_left_out_of_the_dataset(tmp_path: Path) -> None:
     members = {f"{i}.jpg": jpeg(i, (12, 10)) for i in range(4)}
     members["1.jpg"] = b"\x89PNG not a jpeg"
     members["2.jpg"] = members["2.jpg"][:-30]
@@ -27,9 +27,9 @@ def test_a_bad_image_keeps_its_position_and_is_left_out_of_the_dataset(tmp_path:
 
     assert len(dataset) == 2
     assert dataset.num_bad == 2
-    shards, positions = dataset.locate([0, 1])
+    shards, record_numbers = dataset.locate([0, 1])
     assert shards.tolist() == [0, 0]
-    assert positions.tolist() == [0, 3]
+    assert record_numbers.tolist() == [0, 3]
 
 
 def test_build_indices_reports_failures_and_keeps_fresh_indices(tmp_path: Path) -> None:
@@ -53,17 +53,19 @@ def test_dataset_index_concatenates_and_locates(tmp_path: Path) -> None:
     assert len(dataset) == 8
     assert dataset.shard_sizes.tolist() == [3, 1, 4]
     expected = [(s, p) for s, n in enumerate((3, 1, 4)) for p in range(n)]
-    shards, positions = dataset.locate(np.arange(8))
-    assert list(zip(shards.tolist(), positions.tolist(), strict=True)) == expected
+    shards, record_numbers = dataset.locate(np.arange(8))
+    assert list(zip(shards.tolist(), record_numbers.tolist(), strict=True)) == expected
     assert tuple(map(int, dataset.locate(5))) == (2, 1)
     ids = dataset.sample_id([0, 4, 7])
     assert ids.dtype == np.int64
     assert ids.tolist() == [0, 2 << 32, (2 << 32) + 3]
     assert dataset.key(2, 3) == "k2_3"
-    for row, (number, position) in enumerate(expected):
+    for row, (number, record_number) in enumerate(expected):
         content = paths[number].read_bytes()
-        start, size = dataset.offset[row], dataset.size[row]
-        assert content[start : start + size] == jpeg(number * 1000 + position, (12 + position, 10))
+        start, size = dataset.byte_offset[row], dataset.size[row]
+        assert content[start : start + size] == jpeg(
+            number * 1000 + record_number, (12 + record_number, 10)
+        )
 
 
 def test_dataset_digest_follows_contents_and_order_not_paths(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_every_column_describes_the_tar_in_every_format(tmp_path: Path, tar_form
     with tarfile.open(path) as tar:  # an independent reader
         for row, name in enumerate(names):
             info = tar.getmember(f"{name}.JPEG")
-            assert index.offset[row] == info.offset_data
+            assert index.byte_offset[row] == info.offset_data
             assert index.size[row] == info.size
             payload = content[info.offset_data : info.offset_data + info.size]
             assert index.crc32[row] == zlib.crc32(payload) == zlib.crc32(members[info.name])
@@ -145,7 +145,7 @@ def test_real_shards_index_as_tarfile_reads_them(imagenet_sample: list[Path]) ->
     index = build_index(path)
     with tarfile.open(path) as tar:
         images = [member for member in tar if member.name.endswith(".jpg")]
-    assert index.offset.tolist() == [member.offset_data for member in images]
+    assert index.byte_offset.tolist() == [member.offset_data for member in images]
     assert index.size.tolist() == [member.size for member in images]
     assert index.valid.all()
     assert (index.label >= 0).all()
@@ -154,7 +154,7 @@ def test_real_shards_index_as_tarfile_reads_them(imagenet_sample: list[Path]) ->
 def test_index_columns_have_the_documented_types(tmp_path: Path) -> None:
     index = load_index(indexed_shard(tmp_path / "a.tar"))
     types = {
-        "offset": "int64",
+        "byte_offset": "int64",
         "size": "int64",
         "height": "int32",
         "width": "int32",

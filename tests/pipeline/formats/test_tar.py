@@ -80,7 +80,7 @@ def test_damaged_tars_are_refused_with_the_byte(tmp_path: Path) -> None:
         gzip.compress(good): "compressed tar",
         b"hello": "not a tar file",
         b"hello" * 1000: "not a tar file",
-        b"": "no files at all",
+        b"": "an empty file",
     }
     for content, message in cases.items():
         bad.write_bytes(content)
@@ -110,7 +110,12 @@ def test_a_malformed_pax_header_is_an_error_not_an_endless_loop(tmp_path: Path) 
             build_index(path)
 
 
-def test_a_tar_without_images_says_what_it_holds(tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "a.tar", {"a.png": b"1", "b.png": b"2", "c.left.jpg": b"3"})
-    with pytest.raises(TarError, match=r"2 x png, 1 x left\.jpg"):
-        build_index(path)
+def test_an_index_counts_every_entry_and_says_why_it_is_left_out(tmp_path: Path) -> None:
+    members = {"a.png": b"1", "b.png": b"2", "c.left.jpg": b"3", "._d.jpg": b"4", "e.txt": b"5"}
+    found = build_index(write_tar(tmp_path / "a.tar", members)).members
+    assert found.lost == {"png image": 2, "image with a dot in its name": 1}
+    assert found.passed_over == {"hidden or side file": 1, "file without an image beside it": 1}
+    assert found.examples["png image"] == "a.png"
+    assert found.total == len(members)
+    empty = build_index(write_tar(tmp_path / "empty.tar", {}))
+    assert (len(empty), empty.members.total) == (0, 0)

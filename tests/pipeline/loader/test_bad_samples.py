@@ -75,8 +75,8 @@ def flipped(tmp_path) -> tuple[Path, int]:
     assert path.stat().st_size > 3 * 65536
     build_indices([str(path)])
     index = load_index(path)
-    victim = int(np.searchsorted(index.offset, path.stat().st_size // 2))
-    byte = int(index.offset[victim] + index.size[victim] // 2)
+    victim = int(np.searchsorted(index.byte_offset, path.stat().st_size // 2))
+    byte = int(index.byte_offset[victim] + index.size[victim] // 2)
     content = bytearray(path.read_bytes())
     content[byte] ^= 0x10
     path.write_bytes(content)
@@ -91,7 +91,7 @@ def test_a_bad_image_in_a_stream_is_replaced_and_written_down(tmp_path, fault, b
     batches, bad = take(open_loader(path.parent, ledger=ledger, backend=backend), 4)
     assert bad == 2
     lines = read(ledger)
-    assert sorted(line["position"] for line in lines) == [5, 19]
+    assert sorted(line["record_number"] for line in lines) == [5, 19]
     assert {line["shard"] for line in lines} == {str(path)}
     assert {line["epoch"] for line in lines} == {0}
     assert all(line["reason"] for line in lines)
@@ -127,7 +127,7 @@ def test_a_flipped_bit_is_found_by_its_crc(flipped, tmp_path):
     assert bad == 1
     (line,) = read(ledger)
     assert "CRC32" in line["reason"]
-    assert (line["position"], line["key"]) == (victim, f"{victim:04d}")
+    assert (line["record_number"], line["key"]) == (victim, f"{victim:04d}")
     # The slot keeps its id and is filled with the next image of the data set.
     ids = torch.cat([batch.sample_id for batch in batches])
     labels = torch.cat([batch.label for batch in batches])

@@ -22,7 +22,7 @@ NUM, PER_SHARD = 5000, 1000
 
 
 class Planted(NamedTuple):
-    """Paths, and (shard number, position) of the faults of each sort."""
+    """Paths, and (shard number, record_number) of the faults of each sort."""
 
     paths: list[Path]
     cut_before: set[tuple[int, int]]
@@ -45,10 +45,10 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
     paths = []
     for shard in range(NUM // PER_SHARD):
         samples = []
-        for position in range(PER_SHARD):
-            number = shard * PER_SHARD + position
+        for record_number in range(PER_SHARD):
+            number = shard * PER_SHARD + record_number
             image = noise(number, 16, 16)
-            if (shard, position) in cut_before:
+            if (shard, record_number) in cut_before:
                 image = truncated(image)
             samples.append((f"{number:05d}", image, number))
         paths.append(write_tar(folder / f"part-{shard}.tar", samples))
@@ -65,8 +65,8 @@ def harm_in_place(
         members = {name: tar.getmember(name) for name in tar.getnames()}
     with open(path, "r+b") as file:
         for faults, harm in ((cut, truncated), (flipped, bit_flip)):
-            for _, position in (fault for fault in faults if fault[0] == shard):
-                member = members[f"{shard * PER_SHARD + position:05d}.jpg"]
+            for _, record_number in (fault for fault in faults if fault[0] == shard):
+                member = members[f"{shard * PER_SHARD + record_number:05d}.jpg"]
                 file.seek(member.offset_data)
                 data = file.read(member.size)
                 file.seek(member.offset_data)
@@ -114,7 +114,7 @@ def run_epoch(
 
 
 def numbers(faults: set[tuple[int, int]]) -> set[int]:
-    return {shard * PER_SHARD + position for shard, position in faults}
+    return {shard * PER_SHARD + record_number for shard, record_number in faults}
 
 
 @pytest.mark.slow
@@ -133,10 +133,10 @@ def test_no_good_sample_is_lost_and_every_fault_is_listed_once(
     good = expected - numbers(replaced)
     assert {sample: labels[sample] for sample in good} == {sample: sample for sample in good}
     lines = list(read_ledger(ledger))
-    listed = Counter((planted.paths.index(Path(line.shard)), line.position) for line in lines)
+    listed = Counter((planted.paths.index(Path(line.shard)), line.record_number) for line in lines)
     assert listed == Counter(planted.cut_before | replaced)  # each once, and nothing else
     for line in lines:
-        fault = planted.paths.index(Path(line.shard)), line.position
+        fault = planted.paths.index(Path(line.shard)), line.record_number
         assert line.key == f"{fault[0] * PER_SHARD + fault[1]:05d}"
         assert line.epoch == (BEFORE_FIRST_EPOCH if fault in planted.cut_before else 0)
         assert ("CRC32" in line.reason) == (fault in replaced)
@@ -164,7 +164,7 @@ def test_in_a_stream_the_flipped_bits_pass_and_the_truncated_files_do_not(
     assert not set(seen) & numbers(cut)
     assert len(missing) < 2 * 10
     listed = Counter(
-        (planted.paths.index(Path(line.shard)), line.position)
+        (planted.paths.index(Path(line.shard)), line.record_number)
         for line in read_ledger(ledger)
         if line.epoch == 0
     )

@@ -82,7 +82,7 @@ def test_in_a_stream_every_unusable_file_is_passed_over_and_listed_with_its_reas
         global_batch_size=good,
     )
     assert sorted(read_epoch(loader, 1)) == sorted(set(range(NUM)) - set(faults))
-    lines = {line.position: line for line in ledger_of(tmp_path)}
+    lines = {line.record_number: line for line in ledger_of(tmp_path)}
     assert lines.keys() == faults.keys()
     for place, (_, reason) in places.items():
         line = lines[place]
@@ -100,7 +100,7 @@ def test_with_an_index_they_are_in_no_epoch_and_listed_once(tmp_path):
             next(loader)
             assert loader.bad_samples == 0
     lines = ledger_of(tmp_path)
-    assert [line.position for line in lines] == sorted(faults)
+    assert [line.record_number for line in lines] == sorted(faults)
     assert {line.epoch for line in lines} == {BEFORE_FIRST_EPOCH}
     assert {line.key for line in lines} == {f"{i:04d}" for i in faults}
     assert all("left out by the index" in line.reason for line in lines)
@@ -172,7 +172,7 @@ def test_with_an_index_later_damage_is_found_by_its_crc(tmp_path, fault, backend
     loader = open_loader(path, backend=backend, ledger=tmp_path / "bad.jsonl")
     assert sorted(read_epoch(loader)) == list(range(NUM))  # the slot keeps its id
     (line,) = ledger_of(tmp_path)
-    assert (line.position, line.key, line.epoch) == (11, "0011", 0)
+    assert (line.record_number, line.key, line.epoch) == (11, "0011", 0)
     assert "CRC32" in line.reason
     assert {problem.key for problem in verify_shards([path]).problems} == {"0011"}
 
@@ -201,7 +201,7 @@ def test_what_only_the_decoder_refuses_is_replaced_and_listed(tmp_path, backend,
     loader = open_loader(path, backend=backend, source=source, ledger=tmp_path / "bad.jsonl")
     assert len(read_epoch(loader)) == NUM
     (line,) = ledger_of(tmp_path)
-    assert (line.position, line.key) == (11, "0011")
+    assert (line.record_number, line.key) == (11, "0011")
     assert verify_shards([path]).ok
     assert [p.key for p in verify_shards([path], decode="pil").problems] == ["0011"]
 
@@ -250,7 +250,7 @@ def without_end_marker(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("harm", "positions", "reason"),
+    ("harm", "record_numbers", "reason"),
     [
         (lambda data: data[: data.index(b"0010.jpg") + 2000], range(10), "truncated"),
         (lambda data: bad_header(data, b"0010.jpg"), range(10), "no tar header"),
@@ -258,7 +258,7 @@ def without_end_marker(data: bytes) -> bytes:
     ],
     ids=["truncated", "bad header", "no end marker"],
 )
-def test_a_damaged_tar(tmp_path, harm, positions, reason):
+def test_a_damaged_tar(tmp_path, harm, record_numbers, reason):
     path = write(tmp_path / "a.tar", {})
     index(path)
     path.write_bytes(harm(path.read_bytes()))
@@ -270,7 +270,7 @@ def test_a_damaged_tar(tmp_path, harm, positions, reason):
     loader = open_loader(
         path, source="stream", ledger=tmp_path / "bad.jsonl", batch_size=2, global_batch_size=2
     )
-    assert sorted(read_epoch(loader, len(positions) // 2)) == list(positions)
+    assert sorted(read_epoch(loader, len(record_numbers) // 2)) == list(record_numbers)
     report = verify_shards([path])
     text = "\n".join(problem.what for problem in report.problems)
     if reason is None:
@@ -284,7 +284,7 @@ def test_a_damaged_tar(tmp_path, harm, positions, reason):
     lines = [line for line in ledger_of(tmp_path) if line.epoch == 0]
     assert len(lines) == 1
     assert reason in lines[0].reason
-    assert (lines[0].position, lines[0].key) == (10, "")
+    assert (lines[0].record_number, lines[0].key) == (10, "")
     assert reason in text
     assert "can be recovered (`cmae shards repair`)" in text
     recoverable = 10 if "truncated" in reason else NUM - 1
@@ -359,7 +359,7 @@ def test_a_line_that_a_killed_run_left_unfinished_does_no_harm(tmp_path):
     health.add(8, [bad])
     health.add(8, [BadSample("x.tar", "k", 4, "broken", 0)])
     assert health.bad_samples == 2
-    assert [line.position for line in read_ledger(ledger)] == [3, 4]
+    assert [line.record_number for line in read_ledger(ledger)] == [3, 4]
 
 
 def test_the_padded_end_of_an_epoch_counts_no_record_twice(tmp_path):

@@ -96,8 +96,8 @@ def test_every_sample_comes_once_an_epoch_with_its_own_label(shards):
     expected = [(s << 32) | p for s, size in enumerate(SIZES) for p in range(size)]
     for batch in (first, second):
         assert sorted(batch.sample_id.tolist()) == expected
-        shard, position = batch.sample_id >> 32, batch.sample_id & 0xFFFFFFFF
-        assert torch.equal(batch.label, torch.from_numpy(starts)[shard] + position)
+        shard, record_number = batch.sample_id >> 32, batch.sample_id & 0xFFFFFFFF
+        assert torch.equal(batch.label, torch.from_numpy(starts)[shard] + record_number)
     assert (first.epoch, second.epoch) == (0, 1)
     assert not torch.equal(first.sample_id, second.sample_id)
 
@@ -105,17 +105,17 @@ def test_every_sample_comes_once_an_epoch_with_its_own_label(shards):
 def test_views_are_the_references_of_the_samples_bytes(shards):
     (batch,) = take(open_loader(shards, batch_size=8), 1)
     for i in (0, 3, 7):
-        shard, position = divmod(int(batch.sample_id[i]), 1 << 32)
+        shard, record_number = divmod(int(batch.sample_id[i]), 1 << 32)
         with tarfile.open(shards / f"part-{shard:03d}.tar") as tar:
-            data = tar.extractfile(f"{shard:02d}-{position:03d}.jpg").read()
+            data = tar.extractfile(f"{shard:02d}-{record_number:03d}.jpg").read()
         edge = 64
         params = draw_view_params(
             VIEWS,
             seed=5,
             epoch=0,
             sample_id=batch.sample_id[i : i + 1].numpy(),
-            height=np.array([edge + position % 7]),
-            width=np.array([edge + shard + position % 5]),
+            height=np.array([edge + record_number % 7]),
+            width=np.array([edge + shard + record_number % 5]),
         )
         online, target = reference_views(data, params, views=VIEWS)
         assert np.abs(batch.online[i].numpy().astype(int) - online).mean() < 0.5

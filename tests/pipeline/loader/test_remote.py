@@ -31,18 +31,17 @@ from cmae.pipeline import (
     build_loader,
     expand_shards,
 )
-from cmae.pipeline.formats.dataset_index import DatasetIndex, build_indices
+from cmae.pipeline.formats.dataset_index import DatasetIndex, Place, build_indices
 from cmae.pipeline.formats.shard_index import index_path
 from cmae.pipeline.loader.remote_order import order_of_use
+from cmae.pipeline.remote import client, stores
 from cmae.pipeline.remote.cache import ShardCache
 from cmae.pipeline.remote.client import Remote
 from cmae.pipeline.remote.files import RemoteFiles
-from cmae.pipeline.remote.stores import Pace
 from cmae.train.commands import shards as shards_cli
 
 VIEWS = ViewConfig(img_size=32, source_crop_size=40, target_shift=8)
 SIZES = (13, 20, 11, 9)  # 53 samples: 3 steps of 16, so 6 batches an epoch
-QUICK = {"first_delay_s": 0.01, "deadline_s": 20.0}
 
 
 @pytest.fixture(scope="module")
@@ -66,16 +65,9 @@ def expected(shards: Path) -> list[Batch]:
 
 def open_loader(shards, *, mode: str = "auto", cache_dir: Path | None = None, **options) -> Loader:
     settings = {"batch_size": 8, "global_batch_size": 16, "num_threads": 2, "seed": 5}
-    names = (
-        "cache_quota_gib",
-        "deadline_s",
-        "storage_options",
-        "progress",
-        "pace",
-        "first_delay_s",
-    )
+    names = ("cache_quota_gib", "deadline_s", "storage_options", "progress")
     given = {name: options.pop(name) for name in names if name in options}
-    remote = RemoteConfig(mode=mode, cache_dir=cache_dir, **(QUICK | given))
+    remote = RemoteConfig(mode=mode, cache_dir=cache_dir, **({"deadline_s": 20.0} | given))
     settings |= options
     return build_loader(shards, VIEWS, draw_mask=toy_mask, remote=remote, **settings)
 
@@ -105,6 +97,11 @@ def wait_for_copies(cache_dir: Path, count: int = len(SIZES)) -> None:
 
 
 @pytest.fixture(autouse=True)
+def retries_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "FIRST_DELAY_S", 0.01)
+
+
+@pytest.fixture(autouse=True)
 def home_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Indices of shards without a `cache_dir` go here, and not to the user's folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
@@ -127,13 +124,12 @@ def test_samples_that_lie_together_are_one_request(server: FaultyServer, shards:
     file = remote.file(f"{server.url}/part-001.tar")
     index = DatasetIndex.load([shards / "part-001.tar"])
     files = RemoteFiles([file], index, cache=None, order=[0])
-    places = [(0, 100_000, 5_000), (0, 1_000, 7_000), (0, 8_500, 100)]
+    places = [Place(0, 100_000, 5_000), Place(0, 1_000, 7_000), Place(0, 8_500, 100)]
     content = (shards / "part-001.tar").read_bytes()
-    files.fetch(places)
-    for _, offset, size in places:
-        data = np.empty(size, np.uint8)
-        assert files.read_into(data, 0, offset=offset) == size
-        assert data.tobytes() == content[offset : offset + size]
+    buffer = np.empty(12_100, np.uint8)
+    found = [data.tobytes() for data in files.read_batch(places, buffer)]
+    assert found == [content[start : start + size] for _, start, size in places]
+    assert buffer.tobytes() == b"".join(found)
     assert [(r.start, r.end) for r in server.asked("part-001.tar")] == [(1_000, 105_000)]
     files.close()
 
@@ -303,12 +299,15 @@ def test_a_stale_index_in_the_store_is_refused(shards: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_faults_in_the_middle_change_nothing(
-    server: FaultyServer, expected: list[Batch], tmp_path: Path, cached: bool
+    server: FaultyServer,
+    expected: list[Batch],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cached: bool,
 ) -> None:
-    pace = Pace(stall_s=0.3, min_bytes_per_s=20_000)
-    with open_loader(
-        urls(server), cache_dir=tmp_path / "c" if cached else None, pace=pace
-    ) as loader:
+    monkeypatch.setattr(stores, "STALL_S", 0.3)
+    monkeypatch.setattr(stores, "MIN_BYTES_PER_S", 20_000)
+    with open_loader(urls(server), cache_dir=tmp_path / "c" if cached else None) as loader:
         batches = [next(loader)]
         for fault in ("500", "503", "truncated", "reset", "trickle", "too_short", "too_long"):
             server.fail(".tar", fault, times=2, after=1)
@@ -429,9 +428,12 @@ def test_slow_storage_shows_as_waiting(server: FaultyServer, expected: list[Batc
     assert waited_s > 0.7  # at least two rounds of the four readers
 
 
-def test_close_does_not_wait_for_a_store_that_hangs(server: FaultyServer) -> None:
+def test_close_does_not_wait_for_a_store_that_hangs(
+    server: FaultyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stores, "STALL_S", 60.0)
     before = set(threading.enumerate())
-    loader = open_loader(urls(server), pace=Pace(stall_s=60.0), deadline_s=60.0)
+    loader = open_loader(urls(server), deadline_s=60.0)
     next(loader)
     server.latency_s = 8.0
     time.sleep(0.3)

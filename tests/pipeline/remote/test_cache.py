@@ -22,6 +22,7 @@ from cmae.pipeline.errors import RemoteError
 from cmae.pipeline.formats.dataset_index import build_indices
 from cmae.pipeline.formats.shard_index import index_path
 from cmae.pipeline.remote import cache as cache_module
+from cmae.pipeline.remote import client
 from cmae.pipeline.remote.cache import CacheFullError, ShardCache
 from cmae.pipeline.remote.client import Remote, RemoteConfig, RemoteFile
 from cmae.pipeline.remote.index import check_copy, copy_shard, fetch_index
@@ -48,9 +49,21 @@ def cache(tmp_path: Path) -> ShardCache:
     return ShardCache(tmp_path / "cache", quota_bytes=10**9)
 
 
-def connect(server: FaultyServer, *, part_bytes: int = PART, **options) -> list[RemoteFile]:
-    options = {"deadline_s": 20.0, "first_delay_s": 0.01} | options
-    remote = Remote(RemoteConfig(part_bytes=part_bytes, **options))
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small parts, and retries at once; a forked process has them too."""
+    monkeypatch.setattr(client, "FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr(client, "PART_BYTES", PART)
+
+
+@pytest.fixture
+def whole_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard is one part."""
+    monkeypatch.setattr(client, "PART_BYTES", 10**6)
+
+
+def connect(server: FaultyServer, **options) -> list[RemoteFile]:
+    remote = Remote(RemoteConfig(**({"deadline_s": 20.0} | options)))
     return [remote.file(f"{server.url}/part-{n:03d}.tar") for n in range(NUM_SHARDS)]
 
 
@@ -91,11 +104,12 @@ def test_a_fault_on_the_way_leaves_the_right_copy(
 
 
 @pytest.mark.parametrize("has_ranges", [True, False])
+@pytest.mark.usefixtures("whole_parts")
 def test_damage_on_the_way_is_fetched_again(
     server: FaultyServer, cache: ShardCache, shards: list[Path], has_ranges: bool
 ) -> None:
     server.has_ranges = has_ranges
-    file = connect(server, part_bytes=10**6)[0]
+    file = connect(server)[0]
     check = partial(check_copy, index_file=fetch_index(file, cache))
     server.fail("part-000.tar", "rotten", times=1)
     path = cache.fetch(file, check=check)
@@ -104,10 +118,11 @@ def test_damage_on_the_way_is_fetched_again(
     assert len(whole) >= 2
 
 
+@pytest.mark.usefixtures("whole_parts")
 def test_damage_that_stays_is_an_error_with_what_was_found_and_expected(
     server: FaultyServer, cache: ShardCache
 ) -> None:
-    file = connect(server, part_bytes=10**6)[0]
+    file = connect(server)[0]
     check = partial(check_copy, index_file=fetch_index(file, cache))
     server.fail("part-000.tar", "rotten", times=1000)
     with pytest.raises(
@@ -134,11 +149,12 @@ def test_damage_in_the_middle_is_found_by_the_images_crc(
     check_copy(big, index_file=index_path(big))
 
 
+@pytest.mark.usefixtures("whole_parts")
 def test_the_stores_checksum_is_compared_where_there_is_no_index(
     server: FaultyServer, cache: ShardCache
 ) -> None:
     server.sends_md5 = True
-    file = connect(server, part_bytes=10**6)[0]
+    file = connect(server)[0]
     assert len(file.info.md5) == 32
     server.fail("part-000.tar", "rotten", times=1000)
     with pytest.raises(RemoteError, match=rf"twice: MD5 \w{{32}}, the store says {file.info.md5}"):
@@ -349,7 +365,7 @@ def test_a_process_that_hangs_with_the_lock_is_named(
     lock.parent.mkdir()
     with open(lock, "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        assert cache.fetch(file, check=no_check, wait=False) is None
+        assert cache.try_fetch(file, check=no_check) is None
         begun = time.monotonic()
         with pytest.raises(RemoteError, match=r"another process.*part-000\.tar\.lock.*for 0\.5 s"):
             cache.fetch(file, check=no_check)

@@ -14,17 +14,25 @@ import pytest
 from support.remote_servers import FaultyServer, serve, serve_s3
 
 from cmae.pipeline.errors import RemoteError
-from cmae.pipeline.remote import stores
+from cmae.pipeline.remote import client, stores
 from cmae.pipeline.remote.client import Remote, RemoteConfig, Span, open_stream
 from cmae.pipeline.remote.schemes import redact, redact_options
-from cmae.pipeline.remote.stores import Pace, open_filesystem
+from cmae.pipeline.remote.stores import open_filesystem
 
 # Else gcsfs first asks by gRPC, which the fake does not speak, what kind of bucket it is.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
 SIZE = 300_000
 PART = 20_000
-QUICK = {"first_delay_s": 0.01, "pace": Pace(stall_s=0.4, min_bytes_per_s=20_000)}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small parts, and a short patience with the server."""
+    monkeypatch.setattr(client, "FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr(client, "PART_BYTES", PART)
+    monkeypatch.setattr(stores, "STALL_S", 0.4)
+    monkeypatch.setattr(stores, "MIN_BYTES_PER_S", 20_000)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +48,7 @@ def server(tmp_path: Path, content: bytes):
 
 
 def connect(**options) -> Remote:
-    return Remote(RemoteConfig(**(QUICK | {"deadline_s": 20.0, "part_bytes": PART} | options)))
+    return Remote(RemoteConfig(**({"deadline_s": 20.0} | options)))
 
 
 TRANSIENT = ["500", "503", "truncated", "reset", "trickle", "too_short", "too_long"]
@@ -147,8 +155,9 @@ def test_one_span_that_fails_fails_all_at_once(server: FaultyServer) -> None:
         remote.read_spans([Span(good, 0, 10), Span(bad, 0, 10)])
 
 
-def test_close_ends_a_read_under_way(server: FaultyServer) -> None:
-    remote = connect(pace=Pace(stall_s=60.0))
+def test_close_ends_a_read_under_way(server: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores, "STALL_S", 60.0)
+    remote = connect()
     file = remote.file(f"{server.url}/a.tar")
     assert file.size == SIZE
     server.latency_s = 10.0

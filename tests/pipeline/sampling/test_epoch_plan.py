@@ -15,17 +15,17 @@ SIZES = st.integers(1, 400)
 
 def walk(plan: EpochPlan, epoch: int, *, world_size: int, batch_size: int, start: int = 0):
     """Per micro-batch, the ranks' samples side by side, as a run of `world_size` ranks reads them."""
-    position = start
+    epoch_offset = start
     while True:
         parts = [
-            plan.positions(epoch, position, rank=r, world_size=world_size, batch_size=batch_size)
+            plan.rows(epoch, epoch_offset, rank=r, world_size=world_size, batch_size=batch_size)
             for r in range(world_size)
         ]
         if parts[0] is None:
             assert all(part is None for part in parts)
             return
-        yield position, np.concatenate(parts)
-        position += world_size * batch_size
+        yield epoch_offset, np.concatenate(parts)
+        epoch_offset += world_size * batch_size
 
 
 @given(num_samples=SIZES, block=st.integers(1, 50), window=st.integers(1, 500), seed=st.integers())
@@ -67,8 +67,10 @@ def test_steps_hold_the_same_samples_for_every_world_size(num_samples, steps, ep
 
     def by_step(world_size, batch_size):
         seen = {}
-        for position, samples in walk(plan, epoch, world_size=world_size, batch_size=batch_size):
-            seen.setdefault(position // global_batch_size, []).extend(samples)
+        for epoch_offset, samples in walk(
+            plan, epoch, world_size=world_size, batch_size=batch_size
+        ):
+            seen.setdefault(epoch_offset // global_batch_size, []).extend(samples)
         return seen
 
     one = by_step(1, global_batch_size)

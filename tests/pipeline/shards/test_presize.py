@@ -1,4 +1,4 @@
-"""Pre-resized shards: which images change, how they are labelled, and that the label gets everywhere."""
+"""Downscaled shards: which images change, how they are labelled, and that the label gets everywhere."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from cmae.train.commands import shards as shards_cli
 
 SIZES = [(60, 90), (64, 200), (65, 80), (130, 100), (40, 300), (200, 200)]
 LARGE = [2, 3, 5]  # those whose shorter side exceeds 64
-LINE = "3 of 6 images pre-resized (max_size 64, quality 95)"
+LINE = "3 of 6 images downscaled (max_size 64, quality 95)"
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def stored_files(out: Path) -> dict[str, bytes]:
     files = {}
     for path in tars(out):
         index, data = load_index(path), path.read_bytes()
-        for key, offset, size in zip(index.keys, index.offset, index.size, strict=True):
+        for key, offset, size in zip(index.keys, index.byte_offset, index.size, strict=True):
             files[Path(str(key)).name] = data[offset : offset + size]
     return files
 
@@ -90,7 +90,7 @@ def test_a_file_that_would_not_get_smaller_stays_as_it_is(folder: Path, tmp_path
     (folder / "class1" / "poor.jpg").write_bytes(poor.getvalue())
     report = write(folder, tmp_path / "train")
     assert stored_files(tmp_path / "train")["poor"] == poor.getvalue()
-    assert report.presized == {"max_size 64, quality 95": 3}
+    assert report.downscaled == {"max_size 64, quality 95": 3}
 
 
 def test_a_resized_image_is_the_antialiased_picture(folder: Path) -> None:
@@ -144,7 +144,7 @@ def test_writing_again_continues_and_gives_the_same_bytes(folder: Path, tmp_path
     tars(tmp_path / "b" / "train")[1].unlink()
     report = write(folder, tmp_path / "b" / "train")
     assert report.num_already_written == 2
-    assert report.presized == {"max_size 64, quality 95": 3}
+    assert report.downscaled == {"max_size 64, quality 95": 3}
     assert contents(tmp_path / "b" / "train") == complete
 
 
@@ -169,7 +169,7 @@ def test_the_label_is_in_the_files_the_index_and_the_summary(folder: Path, tmp_p
     write(folder, out)
     marked = {key for key, data in stored_files(out).items() if downscale_mark(data)}
     assert marked == {str(number) for number in LARGE}
-    assert DatasetIndex.load(tars(out)).presized == {"max_size 64, quality 95": 3}
+    assert DatasetIndex.load(tars(out)).downscaled == {"max_size 64, quality 95": 3}
     assert json.loads((out / "dataset.json").read_text())["presized"] == {
         "max_size 64, quality 95": 3
     }
@@ -177,7 +177,7 @@ def test_the_label_is_in_the_files_the_index_and_the_summary(folder: Path, tmp_p
         before = load_index(path)
         index_path(path).unlink()
         save_index(build_index(path), index_path(path))
-        assert load_index(path).presized == before.presized
+        assert load_index(path).downscaled == before.downscaled
 
 
 def test_copying_labelled_images_keeps_the_label(folder: Path, tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_copying_labelled_images_keeps_the_label(folder: Path, tmp_path: Path) -
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
     report = write(tmp_path / "again", tmp_path / "copy", max_size=None)
-    assert report.presized == {"max_size 64, quality 95": 3}
+    assert report.downscaled == {"max_size 64, quality 95": 3}
 
 
 def test_index_files_of_original_images_stay_readable_by_older_versions(
@@ -222,12 +222,12 @@ def test_verify_notes_it_and_finds_an_index_that_hides_it(folder: Path, tmp_path
     report = verify_shards(tars(tmp_path / "train"))
     assert report.ok
     assert LINE in report.notes
-    path = next(path for path in tars(tmp_path / "train") if load_index(path).presized)
+    path = next(path for path in tars(tmp_path / "train") if load_index(path).downscaled)
     index = load_index(path)
-    index.presized.clear()
+    index.downscaled.clear()
     save_index(index, index_path(path))
     (problem,) = verify_shards(tars(tmp_path / "train")).problems
-    assert "pre-resized images are" in problem.what
+    assert "downscaled images are" in problem.what
 
 
 @pytest.mark.parametrize("source", ["indexed", "stream"])
@@ -246,7 +246,7 @@ def test_the_loader_says_it(
         num_threads=1,
         source=source,  # type: ignore[arg-type]
     ) as loader:
-        assert loader.presized == LINE
+        assert loader.downscaled == LINE
         assert next(loader).online.shape == (2, 32, 32, 3)
 
 
@@ -257,6 +257,6 @@ def test_the_command_writes_and_shows_it(
     assert shards_cli.write(folder, out, max_size=64) == 0
     assert LINE in capsys.readouterr().out
     assert shards_cli.inspect(str(out)) == 0
-    assert "pre-resized" in capsys.readouterr().out
+    assert "downscaled" in capsys.readouterr().out
     assert shards_cli.verify(str(out)) == 0
     assert f"note: {LINE}" in capsys.readouterr().out

@@ -104,7 +104,7 @@ def test_bits_that_changed_since_the_index_was_made_are_found_even_when_it_is_st
     path = indexed(shard(tmp_path / "in" / "a.tar"))
     row = load_index(path)
     whole = bytearray(path.read_bytes())
-    whole[int(row.offset[3]) + 700] ^= 4  # near the start: the digest changes too
+    whole[int(row.byte_offset[3]) + 700] ^= 4  # near the start: the digest changes too
     path.write_bytes(whole)
     assert "index of the tar before it changed" in problem_lines(verify_shards([path]))
     _, (line,) = repair([path], tmp_path / "out")
@@ -116,7 +116,7 @@ def test_bits_that_changed_since_the_index_was_made_are_found_even_when_it_is_st
 def test_a_damaged_tar_loses_only_what_lies_in_the_damage(tmp_path, harm):
     path = indexed(shard(tmp_path / "in" / "a.tar"))
     index, before = load_index(path), contents(path)
-    offset = int(index.offset[7])
+    offset = int(index.byte_offset[7])
     whole = path.read_bytes()
     changed, lost = {
         "header": (whole[: offset - 400] + b"\xff" + whole[offset - 399 :], {"0007"}),
@@ -231,7 +231,7 @@ def test_stopped_and_run_again_it_writes_what_is_missing(tmp_path, monkeypatch):
     repair(shards, out)
     assert not list(out.glob(".*.partial"))
     assert {name: (out / name).stat().st_mtime_ns for name in before} == before
-    with pytest.raises(ValueError, match="another source or other settings"):
+    with pytest.raises(ValueError, match=r"another source or settings \(reencode: False -> True\)"):
         repair_shards(shards, out, RepairPolicy(reencode=True))
 
 
@@ -254,7 +254,7 @@ def test_whatever_happens_to_a_tar_members_outside_the_harm_survive(tmp_path_fac
     path = shard(tmp_path_factory.mktemp("tar") / "a.tar")
     whole = path.read_bytes()
     members = list(iter_tar(io.BytesIO(whole), name="x"))
-    start = data.draw(st.integers(0, members[-1].offset + len(members[-1].data) - 1))
+    start = data.draw(st.integers(0, members[-1].byte_offset + len(members[-1].data) - 1))
     length = data.draw(st.integers(1, 5000))
     harm = data.draw(st.sampled_from(["overwrite", "zero", "remove", "cut"]))
     filler = {
@@ -269,7 +269,10 @@ def test_whatever_happens_to_a_tar_members_outside_the_harm_survive(tmp_path_fac
     end = len(whole) if harm == "cut" else start + length
     for member in members:
         # With its padding: where the next header shows that bytes are gone, they may be the member's own.
-        header, last = member.offset - 512, member.offset + -(-len(member.data) // 512) * 512
+        header, last = (
+            member.byte_offset - 512,
+            member.byte_offset + -(-len(member.data) // 512) * 512,
+        )
         if last <= start or header >= end:
             assert found.get(member.name) == member.data, member.name
 

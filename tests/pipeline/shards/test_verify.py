@@ -8,9 +8,10 @@ import pytest
 import webdataset as wds
 from support.shard_data import jpeg, problem_lines, tars
 
+from cmae.pipeline.formats.jpeg import Decode
 from cmae.pipeline.formats.shard_index import build_index, index_path, load_index, save_index
 from cmae.pipeline.shards.image_folder import read_image_list
-from cmae.pipeline.shards.verify import Decode, verify_shards
+from cmae.pipeline.shards.verify import verify_shards
 from cmae.pipeline.shards.write import write_shards
 
 
@@ -25,7 +26,7 @@ def test_a_flipped_bit_is_found_and_named(
 ) -> None:
     # Small shards lie within the digest's reach: look past it, as for the middle of a large one.
     index = load_index(written[1])
-    overwrite(written[1], int(index.offset[2]) + 900, b"\x55")
+    overwrite(written[1], int(index.byte_offset[2]) + 900, b"\x55")
     monkeypatch.setattr(
         "cmae.pipeline.formats.shard_index.tar_digest", lambda path: index.tar_digest
     )
@@ -36,10 +37,10 @@ def test_a_flipped_bit_is_found_and_named(
 
 def test_damaged_shards_are_found(written: list[Path]) -> None:
     index = load_index(written[0])
-    overwrite(written[0], int(index.offset[1]) + 700, b"\0" * 100)
-    overwrite(written[1], int(load_index(written[1]).offset[1]) - 512, b"\0" * 512)
+    overwrite(written[0], int(index.byte_offset[1]) + 700, b"\0" * 100)
+    overwrite(written[1], int(load_index(written[1]).byte_offset[1]) - 512, b"\0" * 512)
     with open(written[2], "r+b") as file:
-        file.truncate(int(load_index(written[2]).offset[1]) + 10)
+        file.truncate(int(load_index(written[2]).byte_offset[1]) + 10)
     index_path(written[3]).unlink()
     report = verify_shards(written)
     assert not report.ok
@@ -54,7 +55,7 @@ def test_damaged_shards_are_found(written: list[Path]) -> None:
 
 def test_a_tar_cut_between_members_is_found(written: list[Path]) -> None:
     index = load_index(written[0])
-    end = int(index.offset[-1] + -(-index.size[-1] // 512) * 512)
+    end = int(index.byte_offset[-1] + -(-index.size[-1] // 512) * 512)
     with open(written[0], "r+b") as file:
         file.truncate(end)
     save_index(build_index(written[0]), index_path(written[0]))

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import webdataset as wds
 from support.shard_data import NUM_IMAGES, contents, jpeg, read_with_webdataset, tars, write
 
 from cmae.pipeline.formats.shard_index import build_index, index_path, load_index
 from cmae.pipeline.formats.tar import iter_records
-from cmae.pipeline.shards import write as shards_module
+from cmae.pipeline.shards import output_folder
 from cmae.pipeline.shards.image_folder import ImageSource, scan_image_folder
+from cmae.pipeline.shards.shard_tar import ShardTar
 from cmae.pipeline.shards.verify import VerifyReport, verify_shards
 from cmae.pipeline.shards.write import WriteReport, write_shards
 
@@ -200,7 +202,7 @@ def test_other_settings_or_another_source_are_refused(images: Path, tmp_path: Pa
     with pytest.raises(ValueError, match="seed: 0 -> 3"):
         write(images, out, seed=3)
     (images / "bee" / "new.jpg").write_bytes(jpeg(77))
-    with pytest.raises(ValueError, match="the source images"):
+    with pytest.raises(ValueError, match="the source"):
         write(images, out)
 
 
@@ -228,7 +230,7 @@ def test_a_full_disk_is_noticed_before_writing(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
-    monkeypatch.setattr(shards_module.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(output_folder.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(ValueError, match="make room"):
         write(images, tmp_path / "out")
     assert not tars(tmp_path / "out")
@@ -260,3 +262,16 @@ def test_real_imagenet_goes_through_shards_unchanged(
         key: image for key, (image, _) in expected.items()
     }
     assert all(int(source.classes[label]) == expected[key][1] for key, (_, label) in read.items())
+
+
+def test_a_written_tar_is_the_one_that_webdataset_writes(tmp_path: Path) -> None:
+    members = {"a": jpeg(0), "ü" * 70: jpeg(1), "folder/" + "l" * 95: b"x" * 512, "e": b""}
+    with wds.TarWriter(str(tmp_path / "theirs.tar"), encoder=False, mtime=0) as theirs:
+        for key, data in members.items():
+            theirs.write({"__key__": key, "jpg": data})
+    with open(tmp_path / "ours.tar", "wb") as file:
+        ours = ShardTar(file)
+        for key, data in members.items():
+            ours.add(f"{key}.jpg", data)
+        ours.end()
+    assert (tmp_path / "ours.tar").read_bytes() == (tmp_path / "theirs.tar").read_bytes()

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +76,7 @@ def test_repair_writes_clean_shards_and_says_what_changed(
     shards_cli.write(images, out, samples_per_shard=6)
     first = out / "train-000000.tar"
     whole = bytearray(first.read_bytes())
-    whole[int(load_index(first).offset[2]) - 500] ^= 1  # the header before the image
+    whole[int(load_index(first).byte_offset[2]) - 500] ^= 1  # the header before the image
     first.write_bytes(whole)
     assert shards_cli.verify(str(out)) == 1
     assert "5 record(s) can be recovered" in capsys.readouterr().err
@@ -95,7 +97,7 @@ def test_ctrl_c_says_how_to_continue(
     def interrupted(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(shards_cli, "write_shards", interrupted)
+    monkeypatch.setattr("cmae.pipeline.shards.write.write_shards", interrupted)
     assert shards_cli.write(images, tmp_path / "train") == 130
     assert "same command again to continue" in capsys.readouterr().err
 
@@ -134,3 +136,21 @@ def test_paths_that_the_shell_expanded_become_one_argument() -> None:
         [],
     ):
         assert shards_cli.join_shards(unchanged) == unchanged
+
+
+@pytest.mark.parametrize(
+    ("module", "light"),
+    [
+        ("cmae.train.commands.shards", {"numpy", "PIL", "rich", "fsspec"}),
+        ("cmae.pipeline.shards.write", {"fsspec", "rich", "scipy"}),
+        ("cmae.pipeline.shards.repair", {"fsspec", "rich", "scipy"}),
+        ("cmae.pipeline.shards.verify", {"fsspec", "rich", "scipy"}),
+    ],
+)
+def test_the_shard_tools_load_neither_torch_nor_dali(module: str, light: set[str]) -> None:
+    code = f"import sys, {module}; print(*sys.modules)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    unwanted = {"torch", "nvidia.dali", "nvidia.nvimgcodec", "webdataset", "jaxtyping"} | light
+    assert not unwanted & set(run.stdout.split())

@@ -218,6 +218,4 @@ def test_a_run_on_pre_resized_shards_says_so_at_its_start(
     write_shards(scan_image_folder(images), shards, max_size=20, quality=50)
     run(str(shards), tmp_path / "run", **{"optim.total_steps": 1})
     opening = capsys.readouterr().err.split("step 1/1")[0].replace("\n", " ")
-    assert (
-        "not the original files: 24 of 24 images pre-resized (max_size 20, quality 50)" in opening
-    )
+    assert "not the original files: 24 of 24 images downscaled (max_size 20, quality 50)" in opening

@@ -49,7 +49,9 @@ def newest(out: Path) -> dict:
 
 
 def lines_of(out: Path) -> list[tuple[int, int]]:
-    return sorted((line.epoch, line.position) for line in read_ledger(out / "bad_samples.jsonl"))
+    return sorted(
+        (line.epoch, line.record_number) for line in read_ledger(out / "bad_samples.jsonl")
+    )
 
 
 def test_counts_and_ledger_of_a_run_in_pieces_are_those_of_a_whole_one(tmp_path: Path) -> None:

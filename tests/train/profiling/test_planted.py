@@ -107,7 +107,7 @@ def test_a_slow_disk_is_named_and_more_readers_would_not_help(tmp_path: Path) ->
 
 def test_files_to_evict_are_spread_over_all() -> None:
     extents = [Extent("x", number, 1) for number in range(10)]
-    assert [one.offset for one in spread_out(extents, 0.3)] == [3, 6, 9]
+    assert [one.byte_offset for one in spread_out(extents, 0.3)] == [3, 6, 9]
     assert spread_out(extents, 1.0) == extents
     assert spread_out(extents, 0.0) == []
 
@@ -253,7 +253,7 @@ def test_upcoming_extents_hold_the_bytes_that_are_read(small_shards: str) -> Non
         records = [*first.records, *second.records]
         for extent, record in zip(extents, records, strict=True):
             with open(extent.path, "rb") as file:
-                file.seek(extent.offset)
+                file.seek(extent.byte_offset)
                 assert file.read(extent.size) == record.data.tobytes()
         assert second.state == after
 

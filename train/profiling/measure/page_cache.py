@@ -40,8 +40,8 @@ def evict(extents: Sequence[Extent]) -> None:
     """
     with _Files() as files:
         for extent in extents:
-            start = extent.offset // _LARGEST_FOLIO * _LARGEST_FOLIO
-            pieces = -(-(extent.offset + extent.size - start) // _LARGEST_FOLIO)
+            start = extent.byte_offset // _LARGEST_FOLIO * _LARGEST_FOLIO
+            pieces = -(-(extent.byte_offset + extent.size - start) // _LARGEST_FOLIO)
             length = pieces * _LARGEST_FOLIO
             os.posix_fadvise(files.open(extent.path), start, length, os.POSIX_FADV_DONTNEED)
 
@@ -50,7 +50,7 @@ def touch(extents: Sequence[Extent]) -> None:
     """Read these bytes, so that they lie in the page cache."""
     with _Files() as files:
         for extent in extents:
-            os.pread(files.open(extent.path), extent.size, extent.offset)
+            os.pread(files.open(extent.path), extent.size, extent.byte_offset)
 
 
 class _Files(contextlib.ExitStack):
@@ -68,7 +68,7 @@ class _Files(contextlib.ExitStack):
 
 
 def _is_resident(files: _Files, extent: Extent) -> bool | None:
-    middle = extent.offset + extent.size // 2
+    middle = extent.byte_offset + extent.size // 2
     try:
         return os.preadv(files.open(extent.path), [bytearray(1)], middle, os.RWF_NOWAIT) > 0
     except BlockingIOError:
