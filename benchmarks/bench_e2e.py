@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lib.data import prepare_shards
 from bench_step import SIZES, Case
+from lib.data import prepare_shards
 from lib.harness import summarise, write_result
 
 from cmae.model import ModelConfig, build_model, draw_mask

@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lib.data import prepare_shards, unpack_images, write_presized
+from lib.data import image_places, prepare_shards, read_image, unpack_images, write_presized
 from lib.harness import summarise, write_result
-from lib.data import image_places, read_image
 from PIL import Image
 
 from cmae.pipeline import ViewConfig, draw_view_params

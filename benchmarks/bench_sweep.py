@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lib.data import prepare_shards
 from bench_step import SIZES, Case, build
+from lib.data import prepare_shards
 from lib.harness import Measurement, interleave, summarise, time_batches, write_result
 
 from cmae.model import ModelConfig, draw_mask

@@ -24,10 +24,15 @@ STEP = (PYTHON, "benchmarks/bench_step.py", "--rounds", "3", "--steps", "6")
 LEVERS = (*STEP, "--methods", "cmae", "--precisions", "fp16", "--levers")
 NO_DALI: dict[str, list[str]] = {
     "doctor": [PYTHON, "-m", "cmae.train", "doctor"],
-    "first-minute": [*TESTS, *GPU_ONLY, "tests/test_train_step.py", "tests/test_train_speed.py"],
+    "first-minute": [
+        *TESTS,
+        *GPU_ONLY,
+        "tests/train/loop/test_step.py",
+        "tests/train/loop/test_speed.py",
+    ],
     "levers": [
-        *(*LEVERS, "base", "residual: 16bit", "target_shadow", "sdpa: flash", "sdpa: cudnn"),
-        *("compile: blocks", "best", "best + cuda_graphs", "best + target_fp8"),
+        *(*LEVERS, "base", "residual: 16bit", "target_copy", "sdpa: flash", "sdpa: cudnn"),
+        *("compile: blocks", "best", "best + target_fp8"),
         *("--batch-sizes", "128", "--budget-s", "140"),
     ],
     "attention": [PYTHON, "benchmarks/bench_attention.py", "--rounds", "20"],
@@ -41,12 +46,17 @@ NO_DALI: dict[str, list[str]] = {
         *(PYTHON, "benchmarks/bench_kernels.py", "--rounds", "10"),
         *("--batch-sizes", "128", "--keys", "4096"),
     ],
-    "test-model": [*TESTS, *GPU_ONLY, "tests/test_model_cmae.py", "tests/test_model_shadow.py"],
-    "test-kernels": [*TESTS, *GPU_ONLY, "tests/test_kernels_gpu.py"],
+    "test-model": [
+        *TESTS,
+        *GPU_ONLY,
+        "tests/model/test_cmae.py",
+        "tests/model/test_target_copy.py",
+    ],
+    "test-kernels": [*TESTS, *GPU_ONLY, "tests/kernels/test_gpu.py"],
 }
 DALI: dict[str, list[str]] = {
     "decode": [PYTHON, "benchmarks/bench_decode.py"],
-    "test-pipeline": [*TESTS, *GPU_ONLY, "tests/test_pipeline_gpu.py"],
+    "test-pipeline": [*TESTS, *GPU_ONLY, "tests/pipeline/views/test_gpu.py"],
     "sweep-decode": [
         *(PYTHON, "benchmarks/bench_sweep.py", "--sweeps", "hw_decoder_load", "--rounds", "2"),
     ],
@@ -61,7 +71,7 @@ DALI: dict[str, list[str]] = {
         *("--budget-s", "80"),
     ],
     "profile": [PYTHON, "benchmarks/bench_profile.py", "--budget-s", "45", "--verify", "2"],
-    "test-profiling": [*TESTS, *GPU_ONLY, "tests/test_train_profiling_planted.py"],
+    "test-profiling": [*TESTS, *GPU_ONLY, "tests/train/profiling/test_planted.py"],
 }
 SECTIONS = NO_DALI | DALI
 GROUPS = {"no-dali": list(NO_DALI), "dali": list(DALI)}

@@ -1,6 +1,6 @@
 """Has something become slower? Two result files of one benchmark, row by row.
 
-    python benchmarks/compare.py benchmarks/results/OLD.json benchmarks/results/NEW.json
+    PYTHONPATH=benchmarks python -m lib.compare benchmarks/results/OLD.json benchmarks/results/NEW.json
 
 A measurement has changed when the two ranges (smallest to largest round) do not overlap; it is a regression
 when, moreover, its median is worse by more than --threshold. Rates, ratios and TFLOP/s should grow; seconds,

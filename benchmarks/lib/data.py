@@ -1,9 +1,10 @@
-"""The images of the loader benchmarks: shards with indices, the same as files, the same pre-resized."""
+"""The images of the loader benchmarks: shards with indices, the same as files, the same downscaled."""
 
 from __future__ import annotations
 
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,7 +68,7 @@ def unpack_images(shards: list[str], folder: Path) -> Path:
 
 
 def write_presized(images: Path, folder: Path, *, max_size: int) -> list[str]:
-    """Shards of the unpacked images, pre-resized as `cmae shards write --max-size` does, five tars."""
+    """Shards of the unpacked images, downscaled as `cmae shards write --max-size` does, five tars."""
     source = scan_image_folder(images)
     out = folder / f"presized-{max_size}"
     per_shard = -(-len(source.images) // 5)
@@ -90,3 +91,31 @@ def write_photographs(folder: Path) -> str:
             image.crop((left, top, left + 500, top + 375)).save(crop, "JPEG", quality=95)
             tar.write({"__key__": f"{number:04d}", "jpg": crop.getvalue(), "cls": str(number % 16)})
     return str(path)
+
+
+class Place(NamedTuple):
+    """Where a JPEG lies, and its size in pixels."""
+
+    shard: str
+    byte_offset: int
+    num_bytes: int
+    height: int
+    width: int
+
+
+def image_places(shards: list[str]) -> Iterator[Place]:
+    """Every decodable image of the shards."""
+    for shard in shards:
+        index = load_index(shard)
+        columns = (index.byte_offset, index.size, index.height, index.width)
+        for row in np.flatnonzero(index.valid):
+            yield Place(shard, *(int(column[row]) for column in columns))
+
+
+def read_image(place: Place) -> bytes:
+    """The bytes of a JPEG."""
+    descriptor = os.open(place.shard, os.O_RDONLY)
+    try:
+        return os.pread(descriptor, place.num_bytes, place.byte_offset)
+    finally:
+        os.close(descriptor)

@@ -20,7 +20,7 @@ import torch
 
 from cmae.train.machine import cpu_name, package_version
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = (
     "cmae",

@@ -1,13 +1,13 @@
 """The benchmarks of a machine, one command, within a time limit. `make bench` runs this.
 
-    python benchmarks/suite.py                           every CPU section, under 15 minutes on two cores
-    python benchmarks/suite.py --sections growth e2e     some of them
-    python benchmarks/suite.py --copy-to /somewhere      copy the result files there too
+    python -m lib.suites                           every CPU section, under 15 minutes on two cores
+    python -m lib.suites --sections growth e2e     some of them
+    python -m lib.suites --copy-to /somewhere      copy the result files there too
 
-Sections run in order, each in a process of its own and within its own limit: one that fails or runs out of
-time leaves the others alone. The benchmarks write result files of their own; the summary names them.
-Afterwards `python benchmarks/compare.py OLD NEW` tells whether something became slower, and
-benchmarks/tables.py draws the README's tables. The GPU's suite is gpu_suite.py, on the same machinery.
+They need PYTHONPATH=benchmarks. Sections run in order, each in a process of its own and within its own
+limit: one that fails or runs out of time leaves the others alone. The benchmarks write result files of their
+own; the summary names them. Afterwards `python -m lib.compare OLD NEW` tells whether something became slower,
+and `make docs` draws the tables. The GPU's suite is gpu_suite.py, on the same machinery.
 """
 
 from __future__ import annotations

@@ -1,25 +1,14 @@
-"""Write the README's tables, and the plots in docs/images, from the newest result file of each benchmark.
-
-    python benchmarks/tables.py            rewrite the tables and draw the plots
-    python benchmarks/tables.py --check    exit with 1 if the README does not match the results
-
-A table stands between `<!-- table:NAME -->` and `<!-- /table -->`.
-"""
+"""Tables in Markdown from the newest result file of each benchmark, for docs/benchmarks.md."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lib.harness import RESULTS, ROOT
-from lib.plots import PLOTS, draw_plots
+from lib.harness import RESULTS
 
-README = ROOT / "README.md"
 Result = dict[str, Any]
 
 
@@ -57,7 +46,12 @@ def loader_notes(result: Result) -> list[str]:
 
 
 def _peer(row: Result) -> str:
-    return str(row["peer"] if "peer" in row else row["loader"])  # results of 2026-11-23: 'loader'
+    # Results of 2026-11-23 have 'loader'; older ones say "host" and "pre-resized".
+    return (
+        str(row.get("peer", row.get("loader")))
+        .replace(", host", ", cpu")
+        .replace("pre-resized", "downscaled")
+    )
 
 
 def step_table(result: Result) -> list[list[str]]:
@@ -83,7 +77,7 @@ def step_table(result: Result) -> list[list[str]]:
 
 
 def presized_table(result: Result) -> list[list[str]]:
-    """What pre-resized shards save and cost."""
+    """What downscaled shards save and cost."""
     rows = [["shorter side", "images touched", "bytes", "pixels", "error, levels", "PSNR, dB"]]
     for row in result["rows"]:
         touched = f"{row['touched']} of {row['images']}"
@@ -218,15 +212,22 @@ NOTES: dict[str, Callable[[Result], list[str]]] = {"loader": loader_notes}
 """Lines under a table."""
 
 
-def render(name: str) -> str:
-    """Markdown of the newest tables of a benchmark, each with its machine and result file under it."""
+def render(name: str, results: str) -> str:
+    """Markdown of the newest tables of a benchmark, each with its machine and result file under it.
+
+    Args:
+        name: Benchmark, a key of `TABLES`.
+        results: Path from the page to the folder of result files, for the links.
+    """
     found = newest(name)
     if not found:
         return "*not measured yet*"
-    return "\n\n".join(_render_one(name, path, result) for path, result in found)
+    return "\n\n".join(
+        _render_one(name, f"{results}/{path.name}", result) for path, result in found
+    )
 
 
-def _render_one(name: str, path: Path, result: Result) -> str:
+def _render_one(name: str, link: str, result: Result) -> str:
     head, *body = TABLES[name](result)
     lines = [head, ["---"] * len(head), *body]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -234,46 +235,10 @@ def _render_one(name: str, path: Path, result: Result) -> str:
     notes = "\n".join(f"- {note}" for note in NOTES[name](result)) if name in NOTES else ""
     return (
         f"{table}\n\n{notes}{notes and chr(10) * 2}Median (smallest to largest) of n interleaved rounds on "
-        f"{result['machine']['device']}{data}; [{path.name}](benchmarks/results/{path.name})."
-    )
-
-
-def rewrite(text: str) -> str:
-    """The README with every table replaced by what the results say."""
-    return re.sub(
-        r"(<!-- table:(\w+) -->\n).*?(\n<!-- /table -->)",
-        lambda match: match[1] + render(match[2]) + match[3],
-        text,
-        flags=re.DOTALL,
+        f"{result['machine']['device']}{data}; [result file]({link})."
     )
 
 
 def _spread(summary: dict[str, float], digits: int) -> str:
     median, low, high = (f"{summary[key]:.{digits}f}" for key in ("median", "min", "max"))
     return f"{median} ({low} to {high})"
-
-
-def main() -> int:
-    """Rewrite or check the README."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--check", action="store_true", help="change nothing")
-    check = parser.parse_args().check
-    text = README.read_text(encoding="utf-8")
-    fresh = rewrite(text)
-    if check:
-        if fresh != text:
-            print(
-                "README.md does not match benchmarks/results; run python benchmarks/tables.py",
-                file=sys.stderr,
-            )
-        return int(fresh != text)
-    README.write_text(fresh, encoding="utf-8")
-    for path in draw_plots({name: newest(name) for name in PLOTS}, ROOT / "docs" / "images"):
-        print(f"wrote {path.relative_to(ROOT)}")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
