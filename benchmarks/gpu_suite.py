@@ -3,7 +3,7 @@
     python benchmarks/gpu_suite.py --budget-s 540
     python benchmarks/gpu_suite.py --sections no-dali --resume runs/gpu.json      and again, to go on
 
-Sections run in the order of their questions (docs/design/0009-open-on-a-gpu.md), each in a process of its
+Sections run in the order of their questions (docs/design/0007-open-on-a-gpu.md), each in a process of its
 own: one that fails or runs out of time leaves the others alone. Those of 'dali' come after those of
 'no-dali'. Sections and calls share the caches of compiled code. The summary goes to
 `benchmarks/results/<date>_gpu-suite_<device>_<sha>.json`; the benchmarks write files of their own.

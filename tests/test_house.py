@@ -21,33 +21,8 @@ from lib import house
 MAX_FILES = {"model": 13}
 """Source files side by side, where it may be more than ten."""
 README_BYTES = 8000
-TAILS = frozenset(
-    [
-        "as",
-        "at",
-        "beside",
-        "between",
-        "by",
-        "for",
-        "from",
-        "if",
-        "in",
-        "of",
-        "on",
-        "per",
-        "see",
-        "than",
-        "that",
-        "to",
-        "told",
-        "under",
-        "when",
-        "where",
-        "which",
-        "whose",
-        "with",
-    ]
-)
+TAILS = {"as", "at", "beside", "between", "by", "for", "from", "if", "in", "of", "on", "per", "see"}
+TAILS |= {"than", "that", "to", "told", "under", "when", "where", "which", "whose", "with"}
 """First words of an argument's docstring that lacks its head: 'of this process', 'See there'."""
 NOTES = ROOT / "docs" / "design"
 
@@ -132,3 +107,13 @@ def test_design_notes_are_numbered_without_holes_and_listed() -> None:
     assert [int(name[:4]) for name in names] == list(range(1, len(names) + 1))
     index = (NOTES / "README.md").read_text(encoding="utf-8")
     assert re.findall(r"\]\((0\d{3}-[\w-]+\.md)\)", index) == names
+
+
+def test_design_notes_that_are_named_exist() -> None:
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    named = {
+        (str(path.relative_to(ROOT)), name)
+        for path in [*python_files(), *pages]
+        for name in re.findall(r"design/(0\d{3}[\w-]*(?:\.md)?)", path.read_text(encoding="utf-8"))
+    }
+    assert [(path, name) for path, name in named if not list(NOTES.glob(f"{name}*"))] == []
