@@ -79,7 +79,7 @@ def _demo_number() -> str | None:
 
 
 def render_output(name: str) -> str:
-    """What a command printed, a code block; progress lines but the first and last are left out."""
+    """What a command printed, as a code block: of the demo a short form, of the tests the last line."""
     result = _first("commands", name)
     if result is None:
         return "*not run yet*"
@@ -91,10 +91,12 @@ def render_output(name: str) -> str:
 
 
 def _shorten(lines: list[str]) -> list[str]:
-    steps = [number for number, line in enumerate(lines) if re.match(r"step \d+/", line)]
-    if len(steps) > 2:
-        lines = [*lines[: steps[0] + 1], "...", *lines[steps[-1] :]]
-    return lines
+    """The demo's commands, its first and last line of progress, its table without the frame, its end."""
+    steps = [line.split("  pos ")[0] for line in lines if re.match(r"step \d+/", line)]
+    table = [re.sub(r"[│┃]", " ", line).rstrip() for line in lines if re.match("[│┃]", line)]
+    heads = [line for line in lines if re.match(r"\d\. |   cmae ", line)]
+    kept = [*heads[:-1], *steps[:1], "...", *steps[-1:], heads[-1]] if steps else heads
+    return [*kept, *table, *(line for line in lines if re.match("PASS|FAIL", line))]
 
 
 def render_status() -> str:

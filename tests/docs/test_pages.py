@@ -93,6 +93,9 @@ def test_only_result_files_put_a_gpu_into_the_status() -> None:
     assert all(line.count("|") == 4 for line in body)
 
 
-def test_printed_progress_keeps_its_first_and_last_line() -> None:
-    lines = ["start", *(f"step {n}/3  fast" for n in (1, 2, 3)), "end"]
-    assert summary._shorten(lines) == ["start", "step 1/3  fast", "...", "step 3/3  fast", "end"]
+def test_printed_output_keeps_commands_ends_of_progress_and_the_table() -> None:
+    steps = [f"step {n}/3  9 images/s  pos 0.1" for n in (1, 2, 3)]
+    lines = ["1. Write", "   4 s", "2. Train", *steps, "3. Score", "┏━━┓", "│ a │ b │", "", "PASS"]
+    short = ["step 1/3  9 images/s", "...", "step 3/3  9 images/s"]
+    expected = ["1. Write", "2. Train", *short, "3. Score", "  a   b", "PASS"]
+    assert summary._shorten(lines) == expected
