@@ -29,9 +29,19 @@ BLOCKS: dict[str, Callable[[str, str], str]] = {
     "numbers": lambda argument, results: summary.render_numbers(),
     "printed": lambda argument, results: summary.render_output(argument),
     "status": lambda argument, results: summary.render_status(),
+    "notes": lambda argument, results: list_notes(),
     "configuration": lambda argument, results: render_sections(Config),
 }
 """What writes a block, from its argument and the path from the page to benchmarks/results."""
+
+
+def list_notes() -> str:
+    """Number and title of every design note."""
+    rows = []
+    for path in sorted((ROOT / "docs" / "design").glob("0*.md")):
+        number, title = path.read_text(encoding="utf-8").splitlines()[0][2:].split(" ", 1)
+        rows.append(f"| [{number}]({path.name}) | {title} |")
+    return "\n".join(["| note | about |", "| --- | --- |", *rows])
 
 
 def find_pages() -> list[Path]:
