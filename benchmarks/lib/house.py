@@ -2,6 +2,7 @@
 
     python -m lib.house                            this tree; needs PYTHONPATH=benchmarks
     python -m lib.house --root ../other --tests    another one, and how many tests pytest finds there
+    python -m lib.house --record after             all of it, start-up and walks (lib/walk.py) too, to a file
 
 Files a folder, lines a room, import cycles, imports that go up a layer (the layers are import-linter's
 contracts in pyproject.toml), length of functions, settings of a run, bytes of the README.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -211,6 +213,60 @@ def measure(root: Path, homes: Mapping[str, str] = {}, layers: Any = None) -> di
     }
 
 
+def measure_start(packages: Path, reader: str) -> dict[str, Any]:
+    """What a process loads that only wants to read a tar, and what the help texts cost.
+
+    Args:
+        packages: Folder in which the package `cmae` lies.
+        reader: Module that walks through tars.
+    """
+    environment = {**os.environ, "PYTHONPATH": str(packages), "PYTHONSAFEPATH": "1"}
+    # The kernel's own peak: that of getrusage begins with the parent's.
+    code = (
+        f"import json, re, sys, {reader}; status = open('/proc/self/status').read()\n"
+        "ours = [name for name in sys.modules if name.startswith('cmae.')]\n"
+        "print(json.dumps([len(ours), int(re.search(r'VmHWM:\\s+(\\d+)', status)[1]) // 1024]))"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    modules, mib = json.loads(done.stdout)
+    found = {"modules loaded to read a tar": modules, "MiB to read a tar": mib}
+    for words in ([], ["shards", "index"], ["pretrain"]):
+        command = [sys.executable, "-m", "cmae.train", *words, "--help"]
+        before = os.times().children_user
+        subprocess.run(command, env=environment, capture_output=True, check=True)
+        name = " ".join(["CPU-s of cmae", *words, "--help"])
+        found[name] = round(os.times().children_user - before, 1)
+    return found
+
+
+def walk_sizes(walks: Mapping[str, Mapping[str, list[str]]]) -> dict[str, int]:
+    """Files and functions of the walks, as rows of the result."""
+    return {
+        f"{what} that a {name} enters": count
+        for name, walk in walks.items()
+        for what, count in (("files", len(walk)), ("functions", sum(map(len, walk.values()))))
+    }
+
+
+def record(label: str, numbers: Mapping[str, Any], revision: str) -> Path:
+    """Write a result file; docs/design/0018-walls.md shows those labelled 'before' and 'after'."""
+    from lib.harness import write_result
+
+    rows = [{"measure": name, "value": value} for name, value in numbers.items()]
+    return write_result("house", label=label, config={"revision": revision}, rows=rows)
+
+
+def record_this_tree(label: str) -> Path:
+    """All numbers of this tree, as a result file."""
+    from lib.harness import describe_machine
+    from lib.walk import trace_this_tree
+
+    numbers = measure(ROOT) | {"tests collected": count_tests(ROOT)}
+    numbers |= measure_start(ROOT / ".package", "cmae.pipeline.formats.tar")
+    return record(label, numbers | walk_sizes(trace_this_tree()), describe_machine()["git"])
+
+
 def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(
@@ -218,14 +274,14 @@ def main() -> int:
     )
     parser.add_argument("--root", type=Path, default=ROOT)
     parser.add_argument("--tests", action="store_true", help="count the tests too")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--record", metavar="LABEL", help="write a result file of this tree")
     arguments = parser.parse_args()
+    if arguments.record:
+        record_this_tree(arguments.record)
+        return 0
     numbers = measure(arguments.root.resolve())
     if arguments.tests:
         numbers["tests collected"] = count_tests(arguments.root)
-    if arguments.json:
-        print(json.dumps(numbers, indent=1))
-        return 0
     for name, value in numbers.items():
         print(f"{name:<28} {value}")
     edges = imports(arguments.root)

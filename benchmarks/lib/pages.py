@@ -29,6 +29,7 @@ BLOCKS: dict[str, Callable[[str, str], str]] = {
     "numbers": lambda argument, results: summary.render_numbers(),
     "printed": lambda argument, results: summary.render_output(argument),
     "status": lambda argument, results: summary.render_status(),
+    "walls": lambda argument, results: summary.render_walls(),
     "notes": lambda argument, results: list_notes(),
     "configuration": lambda argument, results: render_sections(Config),
 }

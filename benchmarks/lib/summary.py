@@ -113,3 +113,16 @@ def render_status() -> str:
         for name, places in found.items()
     ]
     return "\n".join(["| what | on a CPU | on a GPU |", "| --- | --- | --- |", *rows])
+
+
+def render_walls() -> str:
+    """How the house was kept before it got its walls, and how it is kept now."""
+    columns = [_house("before"), _house("after")]
+    names = dict.fromkeys(name for column in columns for name in column)
+    rows = [f"| {name} | {' | '.join(str(c.get(name, '-')) for c in columns)} |" for name in names]
+    return "\n".join(["| | before | after |", "| --- | --- | --- |", *rows])
+
+
+def _house(label: str) -> dict[str, Any]:
+    result = _first("house", label)
+    return {row["measure"]: row["value"] for row in result["rows"]} if result else {}

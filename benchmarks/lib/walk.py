@@ -161,6 +161,12 @@ def train_demo(folder: Path) -> None:
     pretrain(read_config(build_config_parser("walk", ""), arguments))
 
 
+def trace_this_tree() -> Mapping[str, Walk]:
+    """The walks of the tree that this file lies in."""
+    names = {"start": "StepBatches.next_batches", "end": "TrainStep.__call__"}
+    return trace(train_demo, Tracer(ROOT, take="Loader.__next__", **names))
+
+
 def main() -> int:
     """Trace and print."""
     parser = argparse.ArgumentParser(
@@ -168,8 +174,7 @@ def main() -> int:
     )
     parser.add_argument("--json", type=Path, help="write the walks there too")
     arguments = parser.parse_args()
-    names = {"start": "StepBatches.next_batches", "end": "TrainStep.__call__"}
-    walks = trace(train_demo, Tracer(ROOT, take="Loader.__next__", **names))
+    walks = trace_this_tree()
     show("One sample, from the shard's bytes to the batch", walks["sample"])
     show("One batch, from next_batches to the end of the step", walks["batch"])
     if arguments.json:
