@@ -258,11 +258,11 @@ def write_photographs(
     """Indexed shards of crops of scikit-image's photographs, `edge` pixels wide.
 
     Args:
-        folder: to write to.
-        edge: width of a crop, pixels.
-        count: samples; there are 48 crops, which come again and again.
-        per_shard: samples in a shard.
-        padding: bytes after each image, so that reading one does not read the next one ahead.
+        folder: Folder to write to.
+        edge: Width of a crop, pixels.
+        count: Samples; there are 48 crops, which come again and again.
+        per_shard: Samples in a shard.
+        padding: Bytes after each image, so that reading one does not read the next one ahead.
     """
     crops = _crops(edge, number=min(count, 48))
     for first in range(0, count, per_shard):

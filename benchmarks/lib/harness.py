@@ -140,10 +140,10 @@ def write_result(
     """Write `results/<date>_<benchmark>_<device>_<sha>.json`; README tables are made from these.
 
     Args:
-        benchmark: the script's question, for instance 'loader'.
-        label: tells apart two results of one benchmark, for instance 'vit-l'.
-        config: everything that was chosen.
-        rows: one mapping per contender.
+        benchmark: The script's question, for instance 'loader'.
+        label: Tells apart two results of one benchmark, for instance 'vit-l'.
+        config: Everything that was chosen.
+        rows: One mapping per contender.
     """
     machine = describe_machine()
     device = re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")

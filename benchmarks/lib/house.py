@@ -125,7 +125,7 @@ def upward(
     Args:
         edges: Imports between modules.
         layers: Layers by container.
-        homes: Where a module belongs by today's plan, for a tree that is older than the plan.
+        homes: Today's name of a module, for a tree that is older than the layers.
     """
     found = []
     for module, targets in edges.items():

@@ -88,7 +88,7 @@ def draw_plots(found: Mapping[str, Sequence[tuple[Path, Result]]], folder: Path)
 
     Args:
         found: (result file, its content) by benchmark.
-        folder: for the PNGs.
+        folder: Folder for the PNGs.
     """
     drawn = []
     for name, results in found.items():

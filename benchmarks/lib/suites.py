@@ -71,12 +71,12 @@ def run_sections(
     """Run the named sections in order; one row for each, whatever became of it.
 
     Args:
-        sections: commands by name.
-        names: those to run.
-        budget_s: seconds for all of them. A section that could not have half of its limit is not begun.
-        limits_s: longest time of a section.
-        known: rows of an earlier call; sections that came to an end there are not run again.
-        note: told of all rows after every section, so that a kill loses at most one.
+        sections: Commands by name.
+        names: Those to run.
+        budget_s: Seconds for all of them. A section that could not have half of its limit is not begun.
+        limits_s: Longest time of a section.
+        known: Rows of an earlier call; sections that came to an end there are not run again.
+        note: Receiver of all rows after every section, so that a kill loses at most one.
     """
     deadline = time.perf_counter() + budget_s
     rows = [dict(row) for row in known if row["exit_code"] is not None]
