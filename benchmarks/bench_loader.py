@@ -8,12 +8,12 @@ file says which. benchmarks/peers/ holds the other loaders; one that is not inst
 reason, and what it makes stands in its row. Rows 'downscaled' read shards of `cmae shards write --max-size`,
 which do not hold the original images.
 
-Predictions, written before the first run (2 CPU cores, DESIGN's measurements): torch DataLoader with PIL and
-colour 95-105 images/s a core; our DALI graph 120-150, indexed and stream within 5 % of each other, since
-decoding binds and reading does not; without colour about 180 a core against 173. Written before the peers'
-first run: webdataset within 10 % of the torch DataLoader (decoding binds); DALI's own readers within 10 % of
-our DALI graph; the re-created authors' loader 30 % slower than PIL alone (floats are six times the bytes);
-shards downscaled to 512 px 10 % faster (they hold a fifth less pixels).
+Predictions, written before the first run (2 CPU cores, from earlier measurements of the parts): torch
+DataLoader with PIL and colour 95-105 images/s a core; our DALI graph 120-150, indexed and stream within 5 %
+of each other, since decoding is the bottleneck, not reading; without colour about 180 a core against 173. Written
+before the peers' first run: webdataset within 10 % of the torch DataLoader (decoding again); DALI's own readers
+within 10 % of our DALI graph; the re-created authors' loader 30 % slower than PIL alone (floats are six times
+the bytes); shards downscaled to 512 px 10 % faster (they hold a fifth less pixels).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Contender(NamedTuple):
 
 
 def cmae_run(job: Job, *, source: str, backend: str, shards: list[str], count: int) -> Measurement:
-    """One timed stretch of our loader."""
+    """One measurement window of our loader."""
     with build_loader(
         shards,
         job.views,
@@ -66,7 +66,7 @@ def cmae_run(job: Job, *, source: str, backend: str, shards: list[str], count: i
 
 
 def peer_run(peer: Peer, job: Job, *, count: int) -> Measurement:
-    """One timed stretch of another loader."""
+    """One measurement window of another loader."""
     with peer.open(job) as pairs:
         return time_batches((len(online) for online, _ in pairs), warmup=job.threads, count=count)
 

@@ -35,7 +35,7 @@ from cmae.pipeline.sources.indexed import IndexedSource
 def source_run(
     index: DatasetIndex, arguments: argparse.Namespace, *, check_crc: bool, num_readers: int
 ) -> Measurement:
-    """One timed stretch of the indexed source."""
+    """One measurement window of the indexed source."""
     source = IndexedSource(
         index,
         plan=EpochPlan(len(index), arguments.batch_size),

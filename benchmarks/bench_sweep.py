@@ -99,7 +99,7 @@ def sweep_loader(
 
 
 def run_loader(job: dict[str, Any]) -> Measurement:
-    """One stretch of the loader, in a process that may use only as many cores as it has threads."""
+    """One window of the loader, in a process that may use only as many cores as it has threads."""
     os.sched_setaffinity(0, CORES[: job["threads"]])
     torch.set_num_threads(1)
     with build_loader(

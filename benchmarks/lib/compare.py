@@ -27,7 +27,7 @@ _GROWS = ("images_per_s", "samples_per_s", "ratio", "tflops", "psnr", "bandwidth
 
 
 class NotComparableError(ValueError):
-    """The files say different things; the message says which."""
+    """The files do not answer one question; the message names the difference."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Change:
 
 
 def check_comparable(before: Result, after: Result, *, any_device: bool) -> list[str]:
-    """What else differs, in words; settings that differ are told, not refused, when they are only data.
+    """What else differs, in words; settings that differ are listed, not refused, when they are only data.
 
     Raises:
         NotComparableError: two benchmarks, two configurations, or two devices.
@@ -157,7 +157,7 @@ def _range(summary: Mapping[str, float] | None) -> str:
 
 
 def main() -> int:
-    """Print the comparison; the exit code tells a script."""
+    """Print the comparison; the exit code is for scripts."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

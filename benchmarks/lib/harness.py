@@ -36,7 +36,7 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Measurement:
-    """One timed stretch of work."""
+    """One measurement window of work."""
 
     images: int
     wall_s: float

@@ -88,7 +88,7 @@ def _imported(node: ast.AST) -> Iterator[str]:
 
 
 def cycles(edges: Edges) -> list[list[str]]:
-    """Import cycles, one after another: each found one is cut at its last edge, and the search goes on."""
+    """Import cycles, one after another: each found one is broken at its last edge, and the search goes on."""
     left = {module: set(targets) for module, targets in edges.items()}
     found = []
     while True:
