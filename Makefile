@@ -6,7 +6,7 @@ JOBS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 STAMP := $(VENV)/.installed
 export PYTHONSAFEPATH = 1
 
-.PHONY: help setup check test demo bench clean
+.PHONY: help setup check test demo bench docs clean
 
 help:  ## what each target does
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -33,10 +33,14 @@ test: $(STAMP)  ## all tests that this machine can run
 demo: $(STAMP)  ## pretrain a micro CMAE on real photographs and look at what it learnt
 	$(BIN)/cmae demo
 
-bench: export PYTHONPATH = benchmarks
-bench: $(STAMP)  ## all CPU benchmarks, under 15 minutes -> benchmarks/results, README tables
-	$(BIN)/python benchmarks/suite.py
-	$(BIN)/python benchmarks/tables.py
+docs bench: export PYTHONPATH = benchmarks
+
+bench: $(STAMP)  ## all CPU benchmarks, under 15 minutes -> benchmarks/results, docs/benchmarks.md
+	$(BIN)/python -m lib.suites
+	$(BIN)/python -m lib.pages
+
+docs: $(STAMP)  ## tables, plots, the list of settings and printed output in README and docs
+	$(BIN)/python -m lib.pages
 
 clean:  ## remove the environment, runs and caches
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from bench_kernels import time_us
-from harness import summarise, write_result
+from lib.harness import summarise, write_result
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import sdpa_kernel
@@ -74,7 +74,7 @@ def measure(shape: Shape, *, rounds: int) -> list[dict[str, Any]]:
     """Rows of all contenders on one shape."""
     batch, heads, tokens, width = shape
     dtype = torch.float16 if ON_GPU else torch.float32
-    # As in the model: one projection's output, cut into three and turned.
+    # As in the model: one projection's output, split into three and turned.
     qkv = torch.randn(batch, tokens, 3, heads, width, device=DEVICE, dtype=dtype)
     inputs = qkv.requires_grad_().permute(2, 0, 3, 1, 4)
     weight = torch.randn(batch, heads, tokens, width, device=DEVICE, dtype=dtype)
@@ -110,11 +110,11 @@ def measure(shape: Shape, *, rounds: int) -> list[dict[str, Any]]:
             row["forward_tflops"] = 2e-6 * shape.multiply_adds / row["forward_us"]["median"]
             row["both_tflops"] = 7e-6 * shape.multiply_adds / row["both_us"]["median"]
         rows.append(row)
-        told = row.get("error") or (
+        outcome = row.get("error") or (
             f"{row['forward_us']['median']:8.1f} us {row['forward_tflops']:6.1f} TFLOP/s, with backward "
             f"{row['both_us']['median']:8.1f} us {row['both_tflops']:6.1f} TFLOP/s"
         )
-        print(f"B {batch:<4} {heads} x {tokens} x {width}  {name:<14} {told}", flush=True)
+        print(f"B {batch:<4} {heads} x {tokens} x {width}  {name:<14} {outcome}", flush=True)
     return rows
 
 

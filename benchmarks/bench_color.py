@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from bench_kernels import time_us
-from harness import summarise, write_result
+from lib.harness import summarise, write_result
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 

@@ -3,12 +3,12 @@
     python benchmarks/bench_decode.py --shards '/data/imagenet/train-*.tar'
     python benchmarks/bench_decode.py --device cpu        what needs no GPU, to test this script
 
-The views' graph asks for a window on the device with fancy upsampling (pipeline/graph.py). Two reports say
-that this pair fails: NVIDIA/nvImageCodec#55 (window decode of 0.9.0 on A100, GB200, H100, B200), and nvJPEG
+The views' graph (pipeline/views/dali.py) asks for a window on the device with fancy upsampling. Two reports
+say that this pair fails: NVIDIA/nvImageCodec#55 (window decode of 0.9.0 on A100, GB200, H100, B200), and nvJPEG
 before 13.3 (wrong pixels at the window's borders). So every way decodes windows of drawn JPEGs of every kind
 and is held against Pillow's full decode. A way runs in a process of its own; a crash or a hang becomes the
 row of the kind that it met, and the way goes on with the next kind. The border is the outer two pixels of a
-window, told apart from its interior, since that is where the known fault shows.
+window, shown apart from its interior, since that is where the known fault shows.
 
 Predictions, written before the first run on a GPU: whole decode is exact to .5 LSB of mean (another IDCT)
 with any share of the JPEG unit; windows either fail or are as exact, the border too; plain upsampling is
@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from harness import summarise, write_result
+from lib.harness import summarise, write_result
 from PIL import Image
 from PIL.Image import Exif
 
@@ -83,28 +83,28 @@ def find_ways(device: str) -> list[Way]:
 
 def draw_jpegs() -> dict[str, bytes]:
     """JPEGs of every kind that ImageNet holds, or nearly."""
-    picture = draw_picture(500, 375)
+    image = draw_image(500, 375)
     turned = Exif()
     turned[0x0112] = 6  # orientation: a quarter turn; the views ignore it
     progressive = {"progressive": True, "subsampling": 2}
     return {
-        "4:2:0": _encode(picture, subsampling=2),
-        "4:2:2": _encode(picture, subsampling=1),
-        "4:4:4": _encode(picture, subsampling=0),
-        "4:2:0 odd size": _encode(draw_picture(333, 251), subsampling=2),
-        "4:2:2 odd size": _encode(draw_picture(333, 251), subsampling=1),
-        "4:2:0 restart": _encode(picture, subsampling=2, restart_marker_blocks=5),
-        "4:2:0 EXIF-turned": _encode(picture, subsampling=2, exif=turned),
-        "gray": _encode(picture.convert("L")),
-        "progressive": _encode(picture, **progressive),
-        "progressive odd size": _encode(draw_picture(333, 251), **progressive),
-        "tiny": _encode(draw_picture(40, 36), subsampling=2),
-        "large": _encode(draw_picture(3000, 2000), subsampling=2),
-        "CMYK": _encode(picture.convert("CMYK")),
+        "4:2:0": _encode(image, subsampling=2),
+        "4:2:2": _encode(image, subsampling=1),
+        "4:4:4": _encode(image, subsampling=0),
+        "4:2:0 odd size": _encode(draw_image(333, 251), subsampling=2),
+        "4:2:2 odd size": _encode(draw_image(333, 251), subsampling=1),
+        "4:2:0 restart": _encode(image, subsampling=2, restart_marker_blocks=5),
+        "4:2:0 EXIF-turned": _encode(image, subsampling=2, exif=turned),
+        "gray": _encode(image.convert("L")),
+        "progressive": _encode(image, **progressive),
+        "progressive odd size": _encode(draw_image(333, 251), **progressive),
+        "tiny": _encode(draw_image(40, 36), subsampling=2),
+        "large": _encode(draw_image(3000, 2000), subsampling=2),
+        "CMYK": _encode(image.convert("CMYK")),
     }
 
 
-def draw_picture(width: int, height: int) -> Image.Image:
+def draw_image(width: int, height: int) -> Image.Image:
     """Slow waves of all colours with some grain, so that every block has luma and chroma of its own."""
     y, x = np.mgrid[:height, :width].astype(np.float32)
     waves = [np.sin(x / (7 + 4 * c) + c) + np.cos(y / (9 - 2 * c)) for c in range(3)]
@@ -142,14 +142,14 @@ def decode(way: Way, jpegs: Sequence[bytes], windows: Sequence[Sequence[int]]) -
     if way.decoder == "codec":
         return _decode_by_codec(way, jpegs, windows)
     pipeline = build_pipeline(way, batch_size=len(jpegs), num_threads=4)
-    feed(pipeline, jpegs, windows)
+    load_inputs(pipeline, jpegs, windows)
     (images,) = pipeline.run()
     images = images.as_cpu() if way.device == "mixed" else images
     return [np.array(images.at(row)) for row in range(len(jpegs))]
 
 
 def build_pipeline(way: Way, *, batch_size: int, num_threads: int, depth: int = 1) -> Any:
-    """DALI's decoder alone, as pipeline/graph.py asks for it, or of the whole image and then a slice."""
+    """DALI's decoder alone, as pipeline/views/dali.py asks for it, or of the whole image and then a slice."""
     from nvidia.dali import fn, types
     from nvidia.dali.pipeline import Pipeline
 
@@ -165,18 +165,18 @@ def build_pipeline(way: Way, *, batch_size: int, num_threads: int, depth: int = 
     with pipeline:
         encoded = fn.external_source(name="encoded", dtype=types.DALIDataType.UINT8, ndim=1)
         window = fn.external_source(name="window", dtype=types.DALIDataType.INT32, ndim=1)
-        cut = {"start": window[0:2], "shape": window[2:4], "axes": [0, 1]}
+        region = {"start": window[0:2], "shape": window[2:4], "axes": [0, 1]}
         if way.decoder == "window":
-            image = fn.decoders.image_slice(encoded, adjust_orientation=False, **cut, **options)
+            image = fn.decoders.image_slice(encoded, adjust_orientation=False, **region, **options)
         else:
             whole = fn.decoders.image(encoded, adjust_orientation=False, **options)
-            image = fn.slice(whole, **cut)
+            image = fn.slice(whole, **region)
         pipeline.set_outputs(image)
     pipeline.build()
     return pipeline
 
 
-def feed(pipeline: Any, jpegs: Sequence[bytes], windows: Sequence[Sequence[int]]) -> None:
+def load_inputs(pipeline: Any, jpegs: Sequence[bytes], windows: Sequence[Sequence[int]]) -> None:
     """The inputs of one batch."""
     pipeline.feed_input("encoded", [np.frombuffer(jpeg, np.uint8) for jpeg in jpegs])
     pipeline.feed_input("window", [np.array(window, np.int32) for window in windows])
@@ -271,14 +271,14 @@ def measure_rate(way: Way, shards: str, *, batch_size: int, num_threads: int) ->
         top, left = int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1))
         windows.append((top, left, h, w))
     pipeline = build_pipeline(way, batch_size=batch_size, num_threads=num_threads, depth=2)
-    feed(pipeline, jpegs[:batch_size], windows[:batch_size])  # the first run starts two
+    load_inputs(pipeline, jpegs[:batch_size], windows[:batch_size])  # the first run starts two
     rates = []
     until = time.perf_counter() + 4
     for number in range(60):
         first = number * batch_size % len(jpegs)
         chosen = slice(first, first + batch_size)
         started = time.perf_counter()
-        feed(pipeline, jpegs[chosen], windows[chosen])
+        load_inputs(pipeline, jpegs[chosen], windows[chosen])
         (images,) = pipeline.run()
         if way.device == "mixed":
             images.at(0).as_cpu()  # waits for the batch
@@ -381,11 +381,11 @@ def print_way(name: str, rows: list[dict[str, Any]]) -> None:
     print(f"{name:<28} {good}/{len(rows)} kinds as Pillow's", flush=True)
     for row in rows:
         if not is_good(row):
-            told = row.get("error") or (
+            outcome = row.get("error") or (
                 f"interior {row['interior_mean']:.2f} (max {row['interior_max']}), "
                 f"border {row['border_mean']:.2f} (max {row['border_max']})"
             )
-            print(f"    {row['kind']:<22} {told[:200]}", flush=True)
+            print(f"    {row['kind']:<22} {outcome[:200]}", flush=True)
 
 
 def describe_libraries() -> dict[str, str | None]:
@@ -454,8 +454,8 @@ def main() -> None:
         (row,) = watch(
             job(way, kinds=["rate"], shards=arguments.shards), deadline_s=arguments.deadline_s
         )
-        told = row.get("error") or f"{row['images_per_s']['median']:.0f} images/s"
-        print(f"{way.name:<28} {told}", flush=True)
+        outcome = row.get("error") or f"{row['images_per_s']['median']:.0f} images/s"
+        print(f"{way.name:<28} {outcome}", flush=True)
         note(way, [row])
 
 

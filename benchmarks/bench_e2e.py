@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_loader import prepare_shards
 from bench_step import SIZES, Case
-from harness import summarise, write_result
+from lib.data import prepare_shards
+from lib.harness import summarise, write_result
 
 from cmae.model import ModelConfig, build_model, draw_mask
 from cmae.pipeline import Batch, LoaderConfig, ViewConfig, build_loader, synthetic_batches

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from harness import summarise, write_result
+from lib.harness import summarise, write_result
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 

@@ -4,16 +4,16 @@
     python benchmarks/bench_loader.py --check      look at what the peers make, measure nothing
 
 Without --shards it takes the research sample, or photographs of scikit-image where there is none: the result
-file says which. benchmarks/peers.py holds the other loaders; one that is not installed is named with the
-reason, and what it makes stands in its row. Rows 'pre-resized' read shards of `cmae shards write --max-size`,
+file says which. benchmarks/peers/ holds the other loaders; one that is not installed is named with the
+reason, and what it makes stands in its row. Rows 'downscaled' read shards of `cmae shards write --max-size`,
 which do not hold the original images.
 
-Predictions, written before the first run (2 CPU cores, DESIGN's measurements): torch DataLoader with PIL and
-colour 95-105 images/s a core; our DALI graph 120-150, indexed and stream within 5 % of each other, since
-decoding binds and reading does not; without colour about 180 a core against 173. Written before the peers'
-first run: webdataset within 10 % of the torch DataLoader (decoding binds); DALI's own readers within 10 % of
-our DALI graph; the re-created authors' loader 30 % slower than PIL alone (floats are six times the bytes);
-shards pre-resized to 512 px 10 % faster (they hold a fifth less pixels).
+Predictions, written before the first run (2 CPU cores, from earlier measurements of the parts): torch
+DataLoader with PIL and colour 95-105 images/s a core; our DALI graph 120-150, indexed and stream within 5 %
+of each other, since decoding is the bottleneck, not reading; without colour about 180 a core against 173. Written
+before the peers' first run: webdataset within 10 % of the torch DataLoader (decoding again); DALI's own readers
+within 10 % of our DALI graph; the re-created authors' loader 30 % slower than PIL alone (floats are six times
+the bytes); shards downscaled to 512 px 10 % faster (they hold a fifth less pixels).
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from bench_data import MAX_UNPACKED, Data, prepare_shards, unpack_images, write_presized
-from harness import Measurement, interleave, summarise, time_batches, write_result
-from peers import Absent, Job, Peer, check_peer, find_peers
+from lib.data import MAX_UNPACKED, Data, prepare_shards, unpack_images, write_presized
+from lib.harness import Measurement, interleave, summarise, time_batches, write_result
+from peers import find_peers
+from peers.check import check_peer
+from peers.contract import Absent, Job, Peer
 
 from cmae.model import ModelConfig, draw_mask
 from cmae.pipeline import LoaderConfig, ViewConfig, build_loader, synthetic_batches
@@ -47,7 +49,7 @@ class Contender(NamedTuple):
 
 
 def cmae_run(job: Job, *, source: str, backend: str, shards: list[str], count: int) -> Measurement:
-    """One timed stretch of our loader."""
+    """One measurement window of our loader."""
     config = LoaderConfig(
         shards,
         views=job.views,
@@ -62,7 +64,7 @@ def cmae_run(job: Job, *, source: str, backend: str, shards: list[str], count: i
 
 
 def peer_run(peer: Peer, job: Job, *, count: int) -> Measurement:
-    """One timed stretch of another loader."""
+    """One measurement window of another loader."""
     with peer.open(job) as pairs:
         return time_batches((len(online) for online, _ in pairs), warmup=job.threads, count=count)
 
@@ -95,8 +97,8 @@ def build_contenders(
         run = partial(cmae_run, job, source=source, backend=backend, shards=job.shards, count=count)
         yield Contender(row, run)
     for max_size, shards in presized.items() if color != "fast" else ():
-        views = f"the recipe's, of images pre-resized to {max_size} px (not the original files)"
-        row = {"peer": f"cmae indexed, {best}; pre-resized {max_size}", "views": views, **facts}
+        views = f"the recipe's, of images downscaled to {max_size} px (not the original files)"
+        row = {"peer": f"cmae indexed, {best}; downscaled {max_size}", "views": views, **facts}
         run = partial(cmae_run, job, source="indexed", backend=best, shards=shards, count=count)
         yield Contender(row, run)
     for peer in find_peers(job):

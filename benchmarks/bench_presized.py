@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_data import prepare_shards, unpack_images, write_presized
-from harness import summarise, write_result
-from peers import image_places, read_image
+from lib.data import image_places, prepare_shards, read_image, unpack_images, write_presized
+from lib.harness import summarise, write_result
 from PIL import Image
 
 from cmae.pipeline import ViewConfig, draw_view_params

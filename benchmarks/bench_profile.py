@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_data import prepare_shards
-from harness import write_result
+from lib.data import prepare_shards
+from lib.harness import write_result
 
 from cmae.pipeline import LoaderConfig
 from cmae.train.config import Config, OptimConfig, SpeedConfig

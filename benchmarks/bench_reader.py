@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_data import prepare_shards
-from harness import Measurement, interleave, summarise, time_batches, write_result
+from lib.data import prepare_shards
+from lib.harness import Measurement, interleave, summarise, time_batches, write_result
 
 from cmae.pipeline import EpochPlan, LoaderState
 from cmae.pipeline.formats.dataset_index import DatasetIndex
@@ -35,7 +35,7 @@ from cmae.pipeline.sources.indexed import IndexedSource
 def source_run(
     index: DatasetIndex, arguments: argparse.Namespace, *, check_crc: bool, num_readers: int
 ) -> Measurement:
-    """One timed stretch of the indexed source."""
+    """One measurement window of the indexed source."""
     source = IndexedSource(
         index,
         plan=EpochPlan(len(index), arguments.batch_size),

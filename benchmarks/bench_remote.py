@@ -26,8 +26,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench_data import prepare_shards
-from harness import ROOT, Measurement, interleave, summarise, write_result
+from lib.data import prepare_shards
+from lib.harness import ROOT, Measurement, interleave, summarise, write_result
 
 from cmae.pipeline import EpochPlan, LoaderState, RemoteConfig
 from cmae.pipeline.formats.dataset_index import DatasetIndex

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import ROOT, Measurement, interleave, summarise, write_result
+from lib.harness import ROOT, Measurement, interleave, summarise, write_result
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from harness import Measurement, device_name, interleave, summarise, write_result
+from lib.harness import Measurement, device_name, interleave, summarise, write_result
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from cmae.model import ModelConfig, build_model, count_multiply_adds, draw_mask

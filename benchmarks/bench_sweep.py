@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_loader import prepare_shards
 from bench_step import SIZES, Case, build
-from harness import Measurement, interleave, summarise, time_batches, write_result
+from lib.data import prepare_shards
+from lib.harness import Measurement, interleave, summarise, time_batches, write_result
 
 from cmae.model import ModelConfig, draw_mask
 from cmae.pipeline import LoaderConfig, ViewConfig, build_loader
@@ -99,7 +99,7 @@ def sweep_loader(
 
 
 def run_loader(job: dict[str, Any]) -> Measurement:
-    """One stretch of the loader, in a process that may use only as many cores as it has threads."""
+    """One window of the loader, in a process that may use only as many cores as it has threads."""
     os.sched_setaffinity(0, CORES[: job["threads"]])
     torch.set_num_threads(1)
     config = LoaderConfig(

@@ -3,7 +3,7 @@
     python benchmarks/gpu_suite.py --budget-s 540
     python benchmarks/gpu_suite.py --sections no-dali --resume runs/gpu.json      and again, to go on
 
-Sections run in the order of their questions (docs/design/0009-open-on-a-gpu.md), each in a process of its
+Sections run in the order of their questions (docs/design/0007-open-on-a-gpu.md), each in a process of its
 own: one that fails or runs out of time leaves the others alone. Those of 'dali' come after those of
 'no-dali'. Sections and calls share the caches of compiled code. The summary goes to
 `benchmarks/results/<date>_gpu-suite_<device>_<sha>.json`; the benchmarks write files of their own.
@@ -15,7 +15,7 @@ import os
 import sys
 
 import torch
-from suite import ROOT, build_parser, run_suite
+from lib.suites import ROOT, build_parser, run_suite
 
 PYTHON = sys.executable
 TESTS = (PYTHON, "-m", "pytest", "-vv", "--tb=short", "-p", "no:cacheprovider")
@@ -24,7 +24,12 @@ STEP = (PYTHON, "benchmarks/bench_step.py", "--rounds", "3", "--steps", "6")
 LEVERS = (*STEP, "--methods", "cmae", "--precisions", "fp16", "--levers")
 NO_DALI: dict[str, list[str]] = {
     "doctor": [PYTHON, "-m", "cmae.train", "doctor"],
-    "first-minute": [*TESTS, *GPU_ONLY, "tests/test_train_step.py", "tests/test_train_speed.py"],
+    "first-minute": [
+        *TESTS,
+        *GPU_ONLY,
+        "tests/train/loop/test_step.py",
+        "tests/train/loop/test_speed.py",
+    ],
     "levers": [
         *(*LEVERS, "base", "residual: 16bit", "target_copy", "sdpa: flash", "sdpa: cudnn"),
         *("compile: blocks", "best", "best, model_graphs"),
@@ -41,12 +46,17 @@ NO_DALI: dict[str, list[str]] = {
         *(PYTHON, "benchmarks/bench_kernels.py", "--rounds", "10"),
         *("--batch-sizes", "128", "--keys", "4096"),
     ],
-    "test-model": [*TESTS, *GPU_ONLY, "tests/test_model_cmae.py", "tests/test_model_shadow.py"],
-    "test-kernels": [*TESTS, *GPU_ONLY, "tests/test_kernels_gpu.py"],
+    "test-model": [
+        *TESTS,
+        *GPU_ONLY,
+        "tests/model/test_cmae.py",
+        "tests/model/test_target_copy.py",
+    ],
+    "test-kernels": [*TESTS, *GPU_ONLY, "tests/kernels/test_gpu.py"],
 }
 DALI: dict[str, list[str]] = {
     "decode": [PYTHON, "benchmarks/bench_decode.py"],
-    "test-pipeline": [*TESTS, *GPU_ONLY, "tests/test_pipeline_gpu.py"],
+    "test-pipeline": [*TESTS, *GPU_ONLY, "tests/pipeline/views/test_gpu.py"],
     "sweep-decode": [
         *(PYTHON, "benchmarks/bench_sweep.py", "--sweeps", "hw_decoder_load", "--rounds", "2"),
     ],
@@ -61,7 +71,7 @@ DALI: dict[str, list[str]] = {
         *("--budget-s", "80"),
     ],
     "profile": [PYTHON, "benchmarks/bench_profile.py", "--budget-s", "45", "--verify", "2"],
-    "test-profiling": [*TESTS, *GPU_ONLY, "tests/test_train_profiling_planted.py"],
+    "test-profiling": [*TESTS, *GPU_ONLY, "tests/train/profiling/test_planted.py"],
 }
 SECTIONS = NO_DALI | DALI
 GROUPS = {"no-dali": list(NO_DALI), "dali": list(DALI)}

@@ -35,7 +35,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import webdataset as wds
-from harness import describe_machine, write_result
+from lib.harness import describe_machine, write_result
 from PIL import Image
 
 from cmae.model import ModelConfig, draw_mask

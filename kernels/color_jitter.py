@@ -3,7 +3,7 @@
 Torchvision's numbers: values are whole levels 0..255, and every operation of the jitter rounds down where
 torchvision's uint8 functions do. Three launches: sums of grey for the contrast, which needs the mean of the
 image as it stands at the contrast's place in the order; everything that looks at one pixel; the blur.
-docs/design/0022-fused-colour.md has the reasons.
+docs/design/0017-fused-colour.md has the reasons.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A thread of a stage is at any moment busy, starved (waiting for input) or blocked (waiting for room
 downstream). It reports each change, a few times a batch and never once an image, so the three times of a
 stage add up to threads x time. Snapshots subtract: the difference of two is the window between them.
-What the counters cost is in docs/design/0010-counters.md.
+What the counters cost is in docs/design/0008-counters.md.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ class EpochPlan:
     Blocks of `block_size` consecutive samples are permuted, then samples are shuffled inside windows
     of `window_size`. With blocks of 1 the shuffle is uniform. Larger ones let a window touch only
     window_size / block_size places of the data set, for readers to whom places are dear; the price is in
-    docs/design/0014-shuffle.md. A data set no larger than a window is shuffled fully whatever the block.
+    docs/design/0012-shuffle.md. A data set no larger than a window is shuffled fully whatever the block.
     With last_batch='drop' the last num_samples % global_batch_size places of an epoch are left out, other
     samples each time. With 'pad' every sample is used, and the epoch's first samples fill the last global
     batch up: `padding` names them. They come again with the views and masks of their first turn.

@@ -2,7 +2,7 @@
 
 The new file carries a comment that says so. The label travels with the image through every copy and every
 new index; images that were not touched keep their bytes and have none. The pixels that this costs are in
-docs/design/0016-presized-shards.md.
+docs/design/0014-downscaled-shards.md.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A pixel operation costs a core what its bytes cost, and torch's dispatch as much again. So an image stays in
 uint8 planes (150 kB at 224 px, the core's cache), numpy works on them in place, sums and differences of
 pixels are int16, and float32 appears where a rounding depends on it.
-docs/design/0011-views-on-a-cpu.md has the numbers.
+docs/design/0009-views-on-a-cpu.md has the numbers.
 """
 
 from __future__ import annotations

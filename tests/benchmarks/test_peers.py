@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,12 +24,21 @@ VIEWS = {"img_size": 32, "source_crop_size": 40, "target_shift": 8}
 def bench() -> Iterator[Any]:
     """The benchmark's modules, as if run from their folder."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
-    import bench_data
     import bench_loader
     import peers
+    from lib import data, tables
+    from peers import check, contract
 
-    yield type("Bench", (), {"data": bench_data, "loader": bench_loader, "peers": peers})
+    modules = {"data": data, "loader": bench_loader, "peers": peers, "tables": tables}
+    yield type("Bench", (), modules | {"check": check, "contract": contract})
     sys.path.remove(str(ROOT / "benchmarks"))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Peers draw from the global random states; the workers of a DataLoader are seeded from torch's."""
+    random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +58,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def build_job(bench: Any, shards: list[str], color: str, images: Path | None) -> Any:
     views = ViewConfig(color=color, **VIEWS)  # type: ignore[arg-type]
-    return bench.peers.Job(shards, images, views, batch_size=8, threads=1, device="cpu")
+    return bench.contract.Job(shards, images, views, batch_size=8, threads=1, device="cpu")
 
 
 @pytest.mark.parametrize("color", ["exact", "fast", "none"])
@@ -65,7 +75,7 @@ def test_every_peer_that_runs_here_makes_what_it_states(
 
 def test_absent_peers_say_why(bench: Any, shards: list[str]) -> None:
     found = bench.peers.find_peers(build_job(bench, shards, "none", None))
-    absent = {peer.name: peer.reason for peer in found if isinstance(peer, bench.peers.Absent)}
+    absent = {peer.name: peer.reason for peer in found if isinstance(peer, bench.contract.Absent)}
     assert "not unpacked" in absent["DALI, readers.file"]
     assert "no wheel" in absent["FFCV"]
 
@@ -96,9 +106,9 @@ def test_the_check_finds_views_that_are_not_as_stated(
             yield (spoil(online, target) for online, target in pairs)
 
     mean = bench.loader.our_mean(job)
-    bench.peers.check_peer(good, job, expected_mean=mean)
+    bench.check.check_peer(good, job, expected_mean=mean)
     with pytest.raises(AssertionError, match=message):
-        bench.peers.check_peer(good._replace(open=spoiled), job, expected_mean=mean)
+        bench.check.check_peer(good._replace(open=spoiled), job, expected_mean=mean)
 
 
 def test_pre_resized_shards_of_the_benchmark_hold_the_same_images(
@@ -116,18 +126,16 @@ def test_pre_resized_shards_of_the_benchmark_hold_the_same_images(
 def test_the_table_shows_peers_and_names_the_absent(
     bench: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import tables
-
     summary = {"median": 100.0, "min": 90.0, "max": 110.0, "n": 3}
     rates = {"images_per_s_per_core": summary, "cpu_s_per_1000_images": summary}
     ours = {"peer": "cmae indexed", "color": "none", "views": "ours", "version": "cmae 0.1"}
     dali = {"peer": "DALI", "color": "none", "views": "its own", "version": "DALI 2.4"}
     rows = [ours | rates, dali | rates, {"peer": "FFCV", "color": "none", "absent": "no wheel"}]
-    table = tables.loader_table({"rows": rows})
+    table = bench.tables.loader_table({"rows": rows})
     assert [line[1] for line in table[1:]] == ["cmae indexed", "DALI"]
-    assert tables.loader_notes({"rows": rows}) == [
+    assert bench.tables.loader_notes({"rows": rows}) == [
         "DALI, none (DALI 2.4): its own",
         "FFCV: absent, no wheel",
     ]
     old = [{"loader": "cmae indexed, host", "color": "none"} | rates]
-    assert tables.loader_table({"rows": old})[1][1] == "cmae indexed, host"
+    assert bench.tables.loader_table({"rows": old})[1][1] == "cmae indexed, cpu"

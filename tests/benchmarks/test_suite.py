@@ -18,12 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import bench_growth
-import compare
 import gpu_suite
-import harness
-import plots
-import suite
-import tables
+from lib import compare, harness, plots, suites, tables
 
 
 def summary(median: float, spread: float = 0.01, n: int = 3) -> dict[str, float]:
@@ -123,7 +119,7 @@ class TestSuite:
             "good": [sys.executable, "-c", "print('wrote benchmarks/results/x.json')"],
             "absent": [sys.executable, "benchmarks/no_such_script.py"],
         }
-        rows = suite.run_sections(sections, list(sections), budget_s=60, limits_s={})
+        rows = suites.run_sections(sections, list(sections), budget_s=60, limits_s={})
         assert [row["exit_code"] for row in rows] == [3, 0, None]
         assert rows[1]["results"] == ["benchmarks/results/x.json"]
         assert rows[2]["end"] == "benchmarks/no_such_script.py is not there"
@@ -133,7 +129,7 @@ class TestSuite:
         child = f"import os, time; {note}; time.sleep(60)"
         parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
         started = time.monotonic()
-        row = suite.run_section("slow", [sys.executable, "-c", parent], limit_s=3)
+        row = suites.run_section("slow", [sys.executable, "-c", parent], limit_s=3)
         assert row["exit_code"] == 124
         assert time.monotonic() - started < 30
         pid = int((tmp_path / "pid").read_text())
@@ -145,14 +141,14 @@ class TestSuite:
 
     def test_without_time_left_nothing_is_started(self) -> None:
         sections = {"one": [sys.executable, "-c", "raise SystemExit(3)"]}
-        (row,) = suite.run_sections(sections, ["one"], budget_s=1, limits_s={})
+        (row,) = suites.run_sections(sections, ["one"], budget_s=1, limits_s={})
         assert (row["exit_code"], row["end"]) == (None, "no time left")
 
     def test_a_section_that_could_not_have_half_of_its_limit_is_not_begun(self) -> None:
         code = "import time; time.sleep(0.2)"
         sections = {name: [sys.executable, "-c", code] for name in ("long", "short")}
         limits = {"long": 100.0, "short": 20.0}
-        rows = suite.run_sections(sections, list(sections), budget_s=30, limits_s=limits)
+        rows = suites.run_sections(sections, list(sections), budget_s=30, limits_s=limits)
         assert [row["exit_code"] for row in rows] == [None, 0]
 
     def test_a_later_call_goes_on_where_the_first_one_stopped(self, tmp_path: Path) -> None:
@@ -164,10 +160,10 @@ class TestSuite:
         def note(rows: list[dict[str, Any]]) -> None:
             noted.append([row["section"] for row in rows])
 
-        first = suite.run_sections(sections, ["one"], budget_s=60, limits_s={}, note=note)
-        late = suite.run_sections(sections, ["two"], budget_s=1, limits_s={}, known=first)
+        first = suites.run_sections(sections, ["one"], budget_s=60, limits_s={}, note=note)
+        late = suites.run_sections(sections, ["two"], budget_s=1, limits_s={}, known=first)
         assert [row["exit_code"] for row in late] == [0, None]
-        rows = suite.run_sections(
+        rows = suites.run_sections(
             sections, ["one", "two"], budget_s=60, limits_s={}, known=late, note=note
         )
         assert [(row["section"], row["exit_code"]) for row in rows] == [("one", 0), ("two", 0)]
@@ -177,20 +173,20 @@ class TestSuite:
     def test_a_section_that_is_stopped_has_shown_what_it_printed(self) -> None:
         code = "import time; print('measured 1', flush=True); time.sleep(60)"
         sections = {"slow": [sys.executable, "-c", code]}
-        (row,) = suite.run_sections(sections, ["slow"], budget_s=20, limits_s={"slow": 2})
+        (row,) = suites.run_sections(sections, ["slow"], budget_s=20, limits_s={"slow": 2})
         assert (row["exit_code"], row["end"]) == (124, "measured 1\n")
 
     def test_a_section_sees_the_callers_packages(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PYTHONPATH", "/packages")
         code = "import os; print(os.environ['PYTHONPATH'])"
-        row = suite.run_section("path", [sys.executable, "-c", code], limit_s=20)
+        row = suites.run_section("path", [sys.executable, "-c", code], limit_s=20)
         assert row["end"].strip().split(":") == [str(ROOT / "benchmarks"), "/packages"]
 
     def test_results_are_packed_into_one_archive(self, tmp_path: Path) -> None:
         summary, file = tmp_path / "summary.json", tmp_path / "x.json"
         for path in (summary, file):
             path.write_text("{}")
-        suite.copy_results(summary, [file], tmp_path / "out", pack=True)
+        suites.copy_results(summary, [file], tmp_path / "out", pack=True)
         with tarfile.open(tmp_path / "out" / "summary.tar.gz") as archive:
             assert archive.getnames() == ["summary.json", "x.json"]
         assert len(list((tmp_path / "out").iterdir())) == 2
@@ -207,8 +203,8 @@ class TestSuite:
             assert all((ROOT / word).is_file() for word in files)
 
     def test_limits_of_the_cpu_suite_fit_under_fifteen_minutes(self) -> None:
-        assert suite.LIMITS_S.keys() <= suite.SECTIONS.keys()
-        parser = suite.build_parser("", suite.SECTIONS, budget_s=870)
+        assert suites.LIMITS_S.keys() <= suites.SECTIONS.keys()
+        parser = suites.build_parser("", suites.SECTIONS, budget_s=870)
         assert parser.parse_args([]).budget_s < 900
 
     def test_sections_of_the_gpu_suite_are_commands_by_name(self) -> None:
@@ -220,14 +216,14 @@ class TestSuite:
     def test_the_suite_writes_a_summary_and_copies_results(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        for module in (harness, suite):
+        for module in (harness, suites):
             monkeypatch.setattr(module, "ROOT", tmp_path)
         monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
         code = "open('x.json', 'w').write('{}'); print('wrote x.json')"
         sections = {"one": [sys.executable, "-c", code]}
-        parser = suite.build_parser("", sections, budget_s=60)
+        parser = suites.build_parser("", sections, budget_s=60)
         arguments = parser.parse_args(["--copy-to", str(tmp_path / "copies")])
-        assert suite.run_suite("suite", sections, arguments, limits_s={}) == 0
+        assert suites.run_suite("suite", sections, arguments, limits_s={}) == 0
         copies = sorted(path.name for path in (tmp_path / "copies").iterdir())
         assert copies[-1] == "x.json"
         written = json.loads((tmp_path / "copies" / copies[0]).read_text())

@@ -2,7 +2,7 @@
 
 A background thread writes it, not the training loop: storage that hangs does not stop the run, and a step
 that hangs does not stop the file, so that a reader can tell a stuck run from a dead one. The loop itself only
-sets two numbers a step; docs/design/0021-reports.md says what that costs.
+sets two numbers a step; docs/design/0016-reports.md says what that costs.
 """
 
 from __future__ import annotations

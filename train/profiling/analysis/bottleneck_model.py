@@ -49,7 +49,7 @@ class Costs:
     costs the cores something only when it was measured on busy ones: threads that wait take no core."""
     core_efficiency: float = 0.9
     """The same of the cores. Where nothing was measured on busy ones: decoding threads that fill all cores,
-    beside the loader's other threads, got 0.8 to 0.95 of them in runs on two cores (docs/design/0020)."""
+    beside the loader's other threads, got 0.8 to 0.95 of them in runs on two cores (docs/design/0015)."""
 
 
 @dataclass(frozen=True)
