@@ -28,7 +28,7 @@ from lib.harness import Measurement, interleave, summarise, time_batches, write_
 
 from cmae.pipeline import EpochPlan, LoaderState
 from cmae.pipeline.formats.dataset_index import DatasetIndex
-from cmae.pipeline.formats.jpeg import inspect_jpeg
+from cmae.pipeline.formats.images.jpeg import inspect_jpeg
 from cmae.pipeline.sources.indexed import IndexedSource
 
 

@@ -71,7 +71,7 @@ DALI: dict[str, list[str]] = {
         *("--budget-s", "80"),
     ],
     "profile": [PYTHON, "benchmarks/bench_profile.py", "--budget-s", "45", "--verify", "2"],
-    "test-profiling": [*TESTS, *GPU_ONLY, "tests/train/profiling/test_planted.py"],
+    "test-profiling": [*TESTS, *GPU_ONLY, "tests/train/profiling/test_profiler.py"],
 }
 SECTIONS = NO_DALI | DALI
 GROUPS = {"no-dali": list(NO_DALI), "dali": list(DALI)}

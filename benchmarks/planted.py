@@ -46,7 +46,7 @@ from cmae.pipeline.sources.indexed import IndexedSource
 from cmae.pipeline.sources.records import Extent, Source
 from cmae.pipeline.sources.shard_reader import LostShard
 from cmae.pipeline.views.backend import ViewBackend
-from cmae.train.commands.demo_data import PHOTOGRAPHS, load_photograph
+from cmae.train.commands.demo.data import PHOTOGRAPHS, load_photograph
 from cmae.train.config import Config, OptimConfig, RunConfig, SpeedConfig
 from cmae.train.distributed import World, from_main, join_world
 from cmae.train.profiling.analysis.records import Profile, load_profile

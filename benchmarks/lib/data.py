@@ -17,7 +17,7 @@ from cmae.pipeline import expand_shards
 from cmae.pipeline.formats.shard_index import build_index, index_path, load_index, save_index
 from cmae.pipeline.shards.image_folder import scan_image_folder
 from cmae.pipeline.shards.write import write_shards
-from cmae.train.commands.demo_data import PHOTOGRAPHS, load_photograph
+from cmae.train.commands.demo.data import PHOTOGRAPHS, load_photograph
 
 MAX_UNPACKED = 20_000
 """Images that are unpacked to files for what cannot read tars; more would take minutes and gigabytes."""

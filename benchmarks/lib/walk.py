@@ -150,7 +150,7 @@ def trace(train: Callable[[Path], Any], tracer: Tracer) -> Mapping[str, Walk]:
 
 def train_demo(folder: Path) -> None:
     """The demo's run, as far as the tracer looks, without a checkpoint before its end."""
-    from cmae.train.commands.demo_data import write_demo_shards
+    from cmae.train.commands.demo.data import write_demo_shards
     from cmae.train.config_parser import build_config_parser, read_config
     from cmae.train.loop.pretrain import pretrain
 

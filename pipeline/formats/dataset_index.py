@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cmae.errors import CmaeError
+from cmae.pipeline.formats.images.jpeg import JpegKind
 from cmae.pipeline.formats.index_file import Columns
-from cmae.pipeline.formats.jpeg import JpegKind
-from cmae.pipeline.formats.member_counts import MemberCounts
+from cmae.pipeline.formats.members.member_counts import MemberCounts
 from cmae.pipeline.formats.parallel import no_progress, run_threads
 from cmae.pipeline.formats.presized import sum_counts
 from cmae.pipeline.formats.shard_index import (

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cmae.pipeline.formats.jpeg import MAX_PIXELS, JpegKind
+from cmae.pipeline.formats.images.jpeg import MAX_PIXELS, JpegKind
 
 Columns = dict[str, npt.NDArray[Any]]
 

@@ -20,9 +20,9 @@ import numpy.typing as npt
 
 from cmae.errors import CmaeError
 from cmae.pipeline.formats.atomic import atomic_write
+from cmae.pipeline.formats.images.jpeg import BadImageError, JpegInfo, JpegKind, inspect_jpeg
 from cmae.pipeline.formats.index_file import Columns, find_fault, read_arrays
-from cmae.pipeline.formats.jpeg import BadImageError, JpegInfo, JpegKind, inspect_jpeg
-from cmae.pipeline.formats.member_counts import MemberCounts, from_arrays, to_arrays
+from cmae.pipeline.formats.members.member_counts import MemberCounts, from_arrays, to_arrays
 from cmae.pipeline.formats.presized import downscale_mark, summarise_marks
 from cmae.pipeline.formats.tar import TarError, TarRecord, iter_records
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import IO, NamedTuple
 
 from cmae.errors import CmaeError
-from cmae.pipeline.formats.file_names import (
+from cmae.pipeline.formats.members.file_names import (
     IMAGE_EXTENSIONS,
     MAX_NAME_BYTES,
     OTHER_IMAGE_EXTENSIONS,
@@ -21,8 +21,8 @@ from cmae.pipeline.formats.file_names import (
     last_extension,
     split_name,
 )
-from cmae.pipeline.formats.labels import LABEL_EXTENSIONS, NO_LABEL, label_text, read_label
-from cmae.pipeline.formats.member_counts import (
+from cmae.pipeline.formats.members.labels import LABEL_EXTENSIONS, NO_LABEL, label_text, read_label
+from cmae.pipeline.formats.members.member_counts import (
     BESIDE,
     BESIDE_IMAGE,
     DOTTED_IMAGE,
@@ -37,7 +37,7 @@ from cmae.pipeline.formats.member_counts import (
     SECOND_IMAGE,
     MemberCounts,
 )
-from cmae.pipeline.formats.printable import printable
+from cmae.printable import printable
 
 TAR_BLOCK = 512
 """Bytes; headers take one block, payloads are padded to whole blocks."""
@@ -253,9 +253,9 @@ def iter_records(
     The label is the integer in `.cls`, or the integer `label` in `.json`; the first that states one counts.
 
     Args:
-        stream: See `iter_entries`.
+        stream: Tar, as `iter_entries` takes it.
         name: What errors call the stream.
-        members: Where every entry is counted, by what became of it.
+        members: Account in which every entry is counted, by what became of it.
 
     Raises:
         TarError: See `iter_entries`.

@@ -106,7 +106,7 @@ class RemoteFiles:
     Args:
         files: The shards.
         index: Their index, against which a copy is checked.
-        cache: Where copies lie; None = read by range alone.
+        cache: Folder of copies; None = read by range alone.
         order: Numbers of the shards, those needed first at the front.
     """
 

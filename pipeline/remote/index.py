@@ -118,7 +118,7 @@ def copy_shard(file: RemoteFile, cache: ShardCache, *, keep: Sequence[RemoteFile
 
     Args:
         file: The shard.
-        cache: Where the copy is put.
+        cache: Folder of the copy.
         keep: Shards whose copies are not removed for this one.
 
     Raises:
@@ -137,7 +137,7 @@ def copy_unchecked(file: RemoteFile, cache: ShardCache, *, keep: Sequence[Remote
 
     Args:
         file: The shard.
-        cache: Where the copy is put; not the one that runs read, where what lies there is taken for checked.
+        cache: Folder of the copy; not the one that runs read, where what lies there is taken for checked.
         keep: Shards whose copies are not removed for this one.
 
     Raises:

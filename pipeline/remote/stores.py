@@ -189,9 +189,8 @@ class HttpStore:
         async with AsyncExitStack() as stack:
             for _ in range(MAX_REDIRECTS + 1):
                 options = own
-                if (
-                    url.origin() != first.origin()
-                ):  # no header, cookie or password goes to another host
+                # No header, cookie or password goes to another host.
+                if url.origin() != first.origin():
                     session = await stack.enter_async_context(_bare_session(session))
                     options = {"headers": headers, "timeout": own["timeout"]}
                 response = await stack.enter_async_context(

@@ -11,10 +11,10 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from cmae.pipeline.formats.dataset_folder import load_classes
 from cmae.pipeline.formats.dataset_index import DatasetIndex
-from cmae.pipeline.formats.jpeg import BadImageError
-from cmae.pipeline.formats.labels import NO_LABEL
-from cmae.pipeline.formats.pixels import decode_jpeg
-from cmae.pipeline.formats.printable import printable
+from cmae.pipeline.formats.images.jpeg import BadImageError
+from cmae.pipeline.formats.images.pixels import decode_jpeg
+from cmae.pipeline.formats.members.labels import NO_LABEL
+from cmae.printable import printable
 
 
 def contact_sheet(
@@ -30,7 +30,7 @@ def contact_sheet(
     Args:
         shards: Local tar files with indices.
         out_path: A .png file.
-        num_images: At most; fewer where the shards hold fewer.
+        num_images: Largest number of images; fewer where the shards hold fewer.
         columns: Images in a row.
         cell_px: Side of the square that an image is cropped to, in pixels.
     """

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from cmae.errors import CmaeError
-from cmae.pipeline.formats.file_names import (
+from cmae.pipeline.formats.members.file_names import (
     IMAGE_EXTENSIONS,
     OTHER_IMAGE_EXTENSIONS,
     is_side_file,
     last_extension,
 )
-from cmae.pipeline.formats.labels import NO_LABEL, parse_label
-from cmae.pipeline.formats.member_counts import (
+from cmae.pipeline.formats.members.labels import NO_LABEL, parse_label
+from cmae.pipeline.formats.members.member_counts import (
     HIDDEN,
     IMAGE,
     LABEL_OUT_OF_RANGE,
@@ -26,7 +26,7 @@ from cmae.pipeline.formats.member_counts import (
     sum_members,
 )
 from cmae.pipeline.formats.parallel import run_threads
-from cmae.pipeline.formats.printable import printable
+from cmae.printable import printable
 
 Layout = Literal["auto", "classes", "flat"]
 """How a folder is read: one class a subfolder, or all images without labels; 'auto' refuses to guess."""
@@ -66,7 +66,7 @@ def scan_image_folder(root: str | Path, *, layout: Layout = "auto") -> ImageSour
 
     Args:
         root: A folder.
-        layout: See `Layout`.
+        layout: Reading of the folder, one of `Layout`.
 
     Raises:
         CmaeError: The folder is missing, holds no JPEGs or only splits, a class has no images, or images lie

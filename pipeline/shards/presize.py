@@ -12,7 +12,7 @@ import io
 from PIL import Image
 
 from cmae.errors import CmaeError
-from cmae.pipeline.formats.jpeg import BadImageError, JpegInfo, JpegKind
+from cmae.pipeline.formats.images.jpeg import BadImageError, JpegInfo, JpegKind
 from cmae.pipeline.formats.presized import JFIF_BYTES
 
 _ORIENTATION_TAG = 0x0112

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from cmae.pipeline.formats.member_counts import DAMAGED, MemberCounts
+from cmae.pipeline.formats.members.member_counts import DAMAGED, MemberCounts
 from cmae.pipeline.formats.tar import (
     TAR_BLOCK,
     TarError,

@@ -22,12 +22,13 @@ from typing import IO, Any, NamedTuple
 from cmae.errors import CmaeError
 from cmae.pipeline.formats.atomic import atomic_write
 from cmae.pipeline.formats.dataset_folder import CLASSES_FILE, load_classes
-from cmae.pipeline.formats.file_names import IMAGE_EXTENSIONS
-from cmae.pipeline.formats.labels import NO_LABEL
-from cmae.pipeline.formats.member_counts import DAMAGED, MemberCounts, sum_members
+from cmae.pipeline.formats.images.pixels import decode_any
+from cmae.pipeline.formats.members.file_names import IMAGE_EXTENSIONS
+from cmae.pipeline.formats.members.labels import NO_LABEL
+from cmae.pipeline.formats.members.member_counts import DAMAGED, MemberCounts, sum_members
 from cmae.pipeline.formats.parallel import no_progress, run_threads
-from cmae.pipeline.formats.pixels import decode_any
 from cmae.pipeline.formats.shard_index import build_index, index_path, save_index, tar_digest
+from cmae.pipeline.formats.shard_tar import ShardTar, padded
 from cmae.pipeline.shards.output_folder import (
     claim_folder,
     is_finished,
@@ -44,7 +45,6 @@ from cmae.pipeline.shards.repair_look import (
     ShardLook,
     look,
 )
-from cmae.pipeline.shards.shard_tar import ShardTar, padded
 from cmae.pipeline.shards.verify import Problem, verify_shards
 
 __all__ = ["REPAIRED_FILE", "RepairPolicy", "RepairReport", "reencode_as_jpeg", "repair_shards"]

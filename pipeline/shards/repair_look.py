@@ -11,17 +11,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from cmae.pipeline.formats.file_names import (
+from cmae.pipeline.formats.images.jpeg import BadImageError, Decode
+from cmae.pipeline.formats.images.pixels import decode_any
+from cmae.pipeline.formats.members.file_names import (
     IMAGE_EXTENSIONS,
     OTHER_IMAGE_EXTENSIONS,
     is_read,
     last_extension,
     split_name,
 )
-from cmae.pipeline.formats.jpeg import BadImageError, Decode
-from cmae.pipeline.formats.labels import LABEL_EXTENSIONS, NO_LABEL, label_text, read_label
-from cmae.pipeline.formats.member_counts import is_harmless
-from cmae.pipeline.formats.pixels import decode_any
+from cmae.pipeline.formats.members.labels import LABEL_EXTENSIONS, NO_LABEL, label_text, read_label
+from cmae.pipeline.formats.members.member_counts import is_harmless
 from cmae.pipeline.formats.shard_index import load_index_unchecked
 from cmae.pipeline.formats.tar import (
     MAX_MEMBER_BYTES,

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from cmae.pipeline.formats.dataset_index import DatasetIndex
-from cmae.pipeline.formats.jpeg import JpegKind
-from cmae.pipeline.formats.labels import NO_LABEL
-from cmae.pipeline.formats.member_counts import MemberCounts, sum_members
+from cmae.pipeline.formats.images.jpeg import JpegKind
+from cmae.pipeline.formats.members.labels import NO_LABEL
+from cmae.pipeline.formats.members.member_counts import MemberCounts, sum_members
 
 
 @dataclass(frozen=True)

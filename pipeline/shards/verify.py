@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cmae.pipeline.formats.dataset_folder import CLASSES_FILE, load_classes
-from cmae.pipeline.formats.jpeg import (
+from cmae.pipeline.formats.images.jpeg import (
     BadImageError,
     Decode,
     JpegInfo,
@@ -24,11 +24,11 @@ from cmae.pipeline.formats.jpeg import (
     inspect_decodable,
     lacks_adobe_marker,
 )
-from cmae.pipeline.formats.jpeg_scan import find_zero_block
-from cmae.pipeline.formats.labels import NO_LABEL
-from cmae.pipeline.formats.member_counts import LOST_LABELS, MemberCounts, sum_members
+from cmae.pipeline.formats.images.jpeg_scan import find_zero_block
+from cmae.pipeline.formats.images.pixels import decode_jpeg
+from cmae.pipeline.formats.members.labels import NO_LABEL
+from cmae.pipeline.formats.members.member_counts import LOST_LABELS, MemberCounts, sum_members
 from cmae.pipeline.formats.parallel import no_progress, run_threads
-from cmae.pipeline.formats.pixels import decode_jpeg
 from cmae.pipeline.formats.presized import downscaled_line, sum_counts
 from cmae.pipeline.formats.shard_index import (
     ShardIndex,

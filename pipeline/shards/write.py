@@ -28,9 +28,9 @@ import PIL
 from cmae.errors import CmaeError
 from cmae.pipeline.formats.atomic import atomic_write
 from cmae.pipeline.formats.dataset_folder import CLASSES_FILE, SKIPPED_FILE
-from cmae.pipeline.formats.jpeg import BadImageError, JpegInfo, inspect_decodable
-from cmae.pipeline.formats.labels import NO_LABEL
-from cmae.pipeline.formats.member_counts import IMAGE, LABEL, MemberCounts, sum_members
+from cmae.pipeline.formats.images.jpeg import BadImageError, JpegInfo, inspect_decodable
+from cmae.pipeline.formats.members.labels import NO_LABEL
+from cmae.pipeline.formats.members.member_counts import IMAGE, LABEL, MemberCounts, sum_members
 from cmae.pipeline.formats.parallel import no_progress, run_threads
 from cmae.pipeline.formats.presized import downscale_mark, sum_counts
 from cmae.pipeline.formats.shard_index import (
@@ -41,6 +41,7 @@ from cmae.pipeline.formats.shard_index import (
     load_index,
     save_index,
 )
+from cmae.pipeline.formats.shard_tar import ShardTar, padded
 from cmae.pipeline.formats.tar import TAR_BLOCK, TarRecord
 from cmae.pipeline.shards.image_folder import ImageSource, SourceImage
 from cmae.pipeline.shards.output_folder import (
@@ -53,7 +54,6 @@ from cmae.pipeline.shards.output_folder import (
     write_json,
 )
 from cmae.pipeline.shards.presize import check_downscale, downscale_jpeg, needs_downscale
-from cmae.pipeline.shards.shard_tar import ShardTar, padded
 
 
 class WriteReport(NamedTuple):
@@ -103,11 +103,11 @@ def write_shards(
     with the same source and settings writes what is missing.
 
     Args:
-        source: From `scan_image_folder` or `read_image_list`.
+        source: Images of `scan_image_folder` or `read_image_list`.
         out_dir: A folder of its own; made if missing.
         samples_per_shard: Upper limit; samples are spread evenly over as few shards as it allows.
         max_shard_bytes: Upper limit on the tar's size, unless one image alone exceeds it.
-        seed: Of the shuffle.
+        seed: Seed of the shuffle.
         shuffle: Mix the classes over all shards; otherwise shards follow the order of the source.
         strict: Raise at the first file that is no decodable JPEG, instead of skipping it.
         max_size: Downscale images whose shorter side exceeds this many pixels to it, where that makes the

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from cmae.errors import CmaeError
-from cmae.pipeline.formats.printable import printable
 from cmae.pipeline.remote.client import Remote, RemoteConfig
 from cmae.pipeline.remote.schemes import is_local, is_remote, redact, split_scheme
 from cmae.pipeline.remote.stores import open_filesystem
+from cmae.printable import printable
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from cmae.pipeline.batch import LoaderState
 from cmae.pipeline.buffer_pool import BufferPool
 from cmae.pipeline.errors import DataError
 from cmae.pipeline.formats.dataset_index import DatasetIndex, Place
-from cmae.pipeline.formats.jpeg import BadImageError, inspect_jpeg
+from cmae.pipeline.formats.images.jpeg import BadImageError, inspect_jpeg
 from cmae.pipeline.sampling.epoch_plan import EpochPlan
 from cmae.pipeline.sources.local_files import OpenFiles
 from cmae.pipeline.sources.records import Extent, RawBatch, Record
@@ -69,7 +69,7 @@ class IndexedSource:
 
     Args:
         index: Index of all shards.
-        plan: Which samples an epoch takes, in which order.
+        plan: Order of an epoch's samples.
         rank: Rank of this process.
         world_size: Number of ranks.
         batch_size: Samples in a micro-batch of this rank.

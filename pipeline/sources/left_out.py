@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cmae.pipeline.bad_samples import BEFORE_FIRST_EPOCH, BadSample
-from cmae.pipeline.formats.member_counts import MemberCounts
+from cmae.pipeline.formats.members.member_counts import MemberCounts
 
 
 def lost_members(shard: str, members: MemberCounts) -> list[BadSample]:

@@ -11,7 +11,7 @@ from jaxtyping import Int32, Int64, UInt8
 
 from cmae.pipeline.bad_samples import BadSample
 from cmae.pipeline.batch import LoaderState
-from cmae.pipeline.formats.jpeg import JpegKind
+from cmae.pipeline.formats.images.jpeg import JpegKind
 from cmae.pipeline.stage_stats import Stage
 
 

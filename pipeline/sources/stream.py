@@ -18,9 +18,8 @@ from cmae.errors import CmaeError
 from cmae.pipeline.bad_samples import BadSample
 from cmae.pipeline.batch import LoaderState
 from cmae.pipeline.errors import DataError
-from cmae.pipeline.formats.jpeg import BadImageError, inspect_jpeg
-from cmae.pipeline.formats.member_counts import MemberCounts
-from cmae.pipeline.formats.printable import printable
+from cmae.pipeline.formats.images.jpeg import BadImageError, inspect_jpeg
+from cmae.pipeline.formats.members.member_counts import MemberCounts
 from cmae.pipeline.formats.shard_index import index_path
 from cmae.pipeline.formats.tar import TarRecord, iter_records
 from cmae.pipeline.remote.client import Remote, RemoteConfig, open_stream
@@ -29,6 +28,7 @@ from cmae.pipeline.sampling.counter_rng import hash_words
 from cmae.pipeline.sources.left_out import lost_members
 from cmae.pipeline.sources.records import RawBatch, Record
 from cmae.pipeline.stage_stats import Stage, State
+from cmae.printable import printable
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from cmae.pipeline.formats.jpeg import build_cpu_decoder
+from cmae.pipeline.formats.images.jpeg import build_cpu_decoder
 from cmae.pipeline.stage_stats import Stage
 from cmae.pipeline.views.params import ViewParams
 

@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from torchvision.transforms import functional as tv
 
-from cmae.pipeline.formats.pixels import decode_jpeg
+from cmae.pipeline.formats.images.pixels import decode_jpeg
 from cmae.pipeline.views.config import ViewConfig
 from cmae.pipeline.views.params import JITTER_ORDERS, ViewParams
 

@@ -9,15 +9,14 @@ import pytest
 import torch
 
 from cmae.model import PRESETS, create_model
-from cmae.train.config_parser import build_config_parser, read_config, recipe_names
+from cmae.train.config_parser import load_recipe, recipe_names
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_the_model_of_the_recipe_of_its_name(name: str) -> None:
-    parser = build_config_parser("test", "")
-    assert read_config(parser, ["--recipe", name]).model == PRESETS[name]
+    assert load_recipe(name).model == PRESETS[name]
 
 
 def test_every_recipe_but_the_demo_has_a_preset() -> None:

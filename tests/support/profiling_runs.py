@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from cmae.model import ModelConfig
-from cmae.pipeline import ViewConfig
-from cmae.train.config import Config, DataConfig, OptimConfig, SpeedConfig
+from cmae.pipeline import LoaderConfig, ViewConfig
+from cmae.train.config import Config, OptimConfig, SpeedConfig
 from cmae.train.distributed import World
 from cmae.train.profiling.measure.subject import Subject, open_subject
 
@@ -20,8 +20,8 @@ def quick_config(shards: str) -> Config:
     """Batches of 8 images of 32 px, one decoding thread."""
     views = ViewConfig(img_size=32, source_crop_size=40, target_shift=8, color="none")
     return Config(
-        speed=SpeedConfig(device="cpu", num_threads=1),
-        data=DataConfig(shards=shards, views=views),
+        speed=SpeedConfig(device="cpu"),
+        data=LoaderConfig(shards=shards, views=views, num_threads=1),
         model=ModelConfig(img_size=32, patch_size=8),
         optim=OptimConfig(global_batch_size=8, precision="fp32"),
     )

@@ -165,9 +165,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(body if with_body else b"", headers, fault, len(body))
 
     def _send(self, body: bytes, headers: dict[str, str], fault: Fault | None, size: int) -> None:
-        if (
-            fault == "too_short"
-        ):  # the header is true to the body, but the body is not what was asked for
+        # The header is true to the body, but the body is not what was asked for.
+        if fault == "too_short":
             body, size = body[: size // 2], size // 2
         if fault == "too_long":
             size += 1000

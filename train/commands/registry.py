@@ -148,7 +148,7 @@ def _demo(parser: Parser) -> Run:
     )
 
     def run(parsed: Namespace) -> int:
-        from cmae.train.commands.demo import demo
+        from cmae.train.commands.demo.run import demo
 
         return demo(parsed.out, parsed.seed)
 

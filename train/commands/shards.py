@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cmae.errors import CmaeError
-from cmae.pipeline.formats.jpeg import Decode
-from cmae.pipeline.formats.printable import printable
+from cmae.pipeline.formats.images.jpeg import Decode
+from cmae.printable import printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -64,7 +64,7 @@ def write(
             decides, and images beside subfolders are an error that names both.
         samples_per_shard: Largest number of images in a shard.
         max_shard_mib: Largest size of a shard in MiB; null means no limit.
-        seed: Of the shuffle.
+        seed: Seed of the shuffle.
         shuffle: Mix the classes over all shards, so that a few shards are a fair sample.
         strict: Stop at the first file that is no JPEG we can decode, instead of listing it in skipped.jsonl.
         max_size: Downscale images whose shorter side exceeds this many pixels, where that makes the file
@@ -136,10 +136,10 @@ def index(
         rebuild: Also make indices again that are fresh.
         workers: Threads; null means one for each CPU core, at most 16.
         cache_dir: Folder for remote shards and their indices; s3, gs and http(s) URLs need it.
-        storage_options: Of fsspec's file system, such as {anon: true}, for URLs.
+        storage_options: Options of fsspec's file system, such as {anon: true}, for URLs.
     """
     from cmae.pipeline.formats.dataset_index import build_indices
-    from cmae.pipeline.formats.member_counts import sum_members
+    from cmae.pipeline.formats.members.member_counts import sum_members
     from cmae.pipeline.remote.index import build_remote_indices
     from cmae.pipeline.sources.expand import expand_shards
 
@@ -191,7 +191,7 @@ def verify(
         decode: Also decode every image, with Pillow (pil) or nvImageCodec (nvimgcodec), on the CPU.
         workers: Threads; null means one for each CPU core, at most 16.
         cache_dir: Folder for copies of remote shards, with room for all of them.
-        storage_options: Of fsspec's file system, such as {anon: true}, for URLs.
+        storage_options: Options of fsspec's file system, such as {anon: true}, for URLs.
     """
     from cmae.pipeline.shards.verify import verify_shards
 
@@ -245,7 +245,7 @@ def repair(
         drop_suspect: Also drop images with a sign of damage that is no proof.
         workers: Threads; null means one for each CPU core, at most 16.
         cache_dir: Folder for copies of remote shards, with room for all of them.
-        storage_options: Of fsspec's file system, such as {anon: true}, for URLs.
+        storage_options: Options of fsspec's file system, such as {anon: true}, for URLs.
     """
     from cmae.pipeline.shards.repair import REPAIRED_FILE, RepairPolicy, repair_shards
 
@@ -306,7 +306,7 @@ def inspect(
         num_images: Images on the sheet.
         columns: Images in a row of the sheet.
         cache_dir: Folder for copies of remote shards, with room for all of them.
-        storage_options: Of fsspec's file system, such as {anon: true}, for URLs.
+        storage_options: Options of fsspec's file system, such as {anon: true}, for URLs.
     """
     from rich.console import Console
 

@@ -97,7 +97,7 @@ def frame(run: Path, statuses: Sequence[RunStatus], *, now: float, width: int) -
 
     Args:
         run: its folder, for the title.
-        statuses: of all ranks.
+        statuses: Status of every rank.
         now: Unix time.
         width: columns of the terminal.
     """

@@ -17,8 +17,8 @@ from torch import Tensor
 from cmae.errors import CmaeError
 from cmae.model import CMAE
 from cmae.pipeline import expand_shards
-from cmae.pipeline.formats.labels import NO_LABEL
-from cmae.pipeline.formats.pixels import decode_jpeg
+from cmae.pipeline.formats.images.pixels import decode_jpeg
+from cmae.pipeline.formats.members.labels import NO_LABEL
 from cmae.pipeline.formats.tar import TarRecord, iter_records
 
 

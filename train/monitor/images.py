@@ -17,8 +17,8 @@ from cmae.errors import CmaeError
 from cmae.model import CMAE
 from cmae.model.export.images import to_pixels
 from cmae.pipeline import Batch
-from cmae.pipeline.formats.jpeg import BadImageError
-from cmae.pipeline.formats.pixels import decode_any
+from cmae.pipeline.formats.images.jpeg import BadImageError
+from cmae.pipeline.formats.images.pixels import decode_any
 
 Panel = UInt8[np.ndarray, "S S 3"]
 

@@ -7,7 +7,7 @@ import pytest
 from support.shard_data import assert_equal, indexed_shard, jpeg, shard, write_tar
 
 from cmae.pipeline.formats.dataset_index import DatasetIndex, build_indices
-from cmae.pipeline.formats.jpeg import JpegKind
+from cmae.pipeline.formats.images.jpeg import JpegKind
 from cmae.pipeline.formats.shard_index import build_index, index_path, load_index, save_index
 
 

@@ -141,9 +141,8 @@ def test_inside_a_global_batch_only_a_grid_that_reaches_its_end_may_go_on(shards
         next(loader)
         state = loader.state
     assert state.offset == 16
-    with loader_of(
-        shards, VIEWS, batch_size=8, world_size=2, state=state, **options
-    ) as loader:  # 16 more, twice
+    # 16 more, twice.
+    with loader_of(shards, VIEWS, batch_size=8, world_size=2, state=state, **options) as loader:
         assert [next(loader).state.offset for _ in range(2)] == [32, 48]
     with pytest.raises(ValueError, match=r"offset=16.*global batch of 48; 24 ="):
         loader_of(shards, VIEWS, batch_size=8, world_size=3, state=state, **options)

@@ -143,10 +143,9 @@ def test_memory_files_and_threads_stay_flat(small, backend):
     assert process.num_threads() <= threads
     assert process.num_fds() <= files
     assert len(closed) == 5
-    assert (
-        process.memory_info().rss - memory < 24 * 2**20
-    )  # 400 kept batches of views would be 2.5 MB,
-    # and 400 kept batches of encoded files 3 MB; DALI's pools move by some MB
+    # 400 kept batches of views would be 2.5 MB, and 400 kept batches of encoded files 3 MB;
+    # DALI's pools move by some MB.
+    assert process.memory_info().rss - memory < 24 * 2**20
 
 
 @pytest.mark.parametrize("backends", [("cpu", "cpu"), ("cpu", "dali"), ("dali", "dali")])

@@ -101,9 +101,8 @@ def run_epoch(
     for loader in loaders:
         with loader:
             for batch in loader:
-                if (
-                    batch.epoch == 1
-                ):  # it also brings what was met after the last full batch of epoch 0
+                # It also brings what was met after the last full batch of epoch 0.
+                if batch.epoch == 1:
                     break
                 ids = (
                     (batch.sample_id >> 32) * PER_SHARD + (batch.sample_id & 0xFFFFFFFF)

@@ -14,8 +14,8 @@ from support.fault_data import noise, saved_as, truncated, zeroed_block
 from support.pipeline_data import jpeg, photo
 from support.shard_data import problem_lines, write_tar
 
-from cmae.pipeline.formats.labels import NO_LABEL
-from cmae.pipeline.formats.member_counts import MemberCounts
+from cmae.pipeline.formats.members.labels import NO_LABEL
+from cmae.pipeline.formats.members.member_counts import MemberCounts
 from cmae.pipeline.formats.shard_index import build_index, index_path, load_index, save_index
 from cmae.pipeline.formats.tar import iter_records
 from cmae.pipeline.shards.repair import REPAIRED_FILE, RepairPolicy, RepairReport, repair_shards

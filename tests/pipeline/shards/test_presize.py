@@ -16,7 +16,7 @@ from support.shard_data import contents, tars
 
 from cmae.pipeline import ViewConfig
 from cmae.pipeline.formats.dataset_index import DatasetIndex
-from cmae.pipeline.formats.jpeg import BadImageError, inspect_jpeg
+from cmae.pipeline.formats.images.jpeg import BadImageError, inspect_jpeg
 from cmae.pipeline.formats.presized import downscale_mark
 from cmae.pipeline.formats.shard_index import (
     StaleIndexError,
@@ -99,9 +99,8 @@ def test_a_resized_image_is_the_antialiased_picture(folder: Path) -> None:
     resized = downscale_jpeg(original, inspect_jpeg(original), max_size=64, quality=95)
     block_means = pixels(original).reshape(64, 4, 80, 4, 3).mean((1, 3))
     inside = np.abs(pixels(resized) - block_means)[2:-2, 2:-2]
-    assert (
-        inside.mean() < 2.5
-    )  # every fourth pixel alone is 5 levels away: the noise is not averaged
+    # Every fourth pixel alone is 5 levels away: the noise is not averaged.
+    assert inside.mean() < 2.5
     assert np.abs(pixels(original)[2::4, 2::4] - block_means)[2:-2, 2:-2].mean() > 4
 
 

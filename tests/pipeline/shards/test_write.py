@@ -13,10 +13,10 @@ import webdataset as wds
 from support.shard_data import NUM_IMAGES, contents, jpeg, read_with_webdataset, tars, write
 
 from cmae.pipeline.formats.shard_index import build_index, index_path, load_index
+from cmae.pipeline.formats.shard_tar import ShardTar
 from cmae.pipeline.formats.tar import iter_records
 from cmae.pipeline.shards import output_folder
 from cmae.pipeline.shards.image_folder import ImageSource, scan_image_folder
-from cmae.pipeline.shards.shard_tar import ShardTar
 from cmae.pipeline.shards.verify import VerifyReport, verify_shards
 from cmae.pipeline.shards.write import write_shards
 

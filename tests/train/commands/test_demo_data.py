@@ -12,9 +12,8 @@ from rich.console import Console
 
 from cmae.pipeline import expand_shards
 from cmae.pipeline.formats.shard_index import load_index
-from cmae.train.commands import demo_data
-from cmae.train.commands.demo import MARGIN, conclude
-from cmae.train.commands.demo_data import (
+from cmae.train.commands.demo import data as demo_data
+from cmae.train.commands.demo.data import (
     CELL_PX,
     PHOTOGRAPHS,
     TILE_MEAN,
@@ -24,6 +23,7 @@ from cmae.train.commands.demo_data import (
     tile_windows,
     write_demo_shards,
 )
+from cmae.train.commands.demo.run import MARGIN, conclude
 
 pytest.importorskip("skimage")
 

@@ -139,7 +139,7 @@ def test_compiled_graphs_differ_by_rounding(
 ) -> None:
     # Real graphs, decomposed and partitioned, run by eager operators; a GPU generates code as well.
     backend = "inductor" if torch.cuda.is_available() else "aot_eager_decomp_partition"
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, view_backend=backend))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     torch._dynamo.reset()
     found = curve(batches, SpeedConfig(compile=mode), FP32)
     torch._dynamo.reset()

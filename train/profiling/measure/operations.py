@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from cmae.pipeline import LoaderConfig, ViewConfig, ViewParams, draw_view_params
-from cmae.pipeline.formats.jpeg import JpegKind
+from cmae.pipeline.formats.images.jpeg import JpegKind
 from cmae.pipeline.loader.factory import open_views
 from cmae.pipeline.sources.records import RawBatch, Record
 from cmae.pipeline.views.backend import ViewBackend

@@ -39,7 +39,7 @@ class StorageCurve:
         """The curve for a report, over all ranks.
 
         Args:
-            cache: Where the files lay: 'warm' is in the page cache, 'cold' is not.
+            cache: State of the files: 'warm' ones lay in the page cache, 'cold' ones did not.
             readers: Batches that the run reads at a time.
             world_size: Number of ranks.
         """

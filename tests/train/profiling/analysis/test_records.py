@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cmae.train.commands.profile import profile_tools
+from cmae.train.commands.main import main
 from cmae.train.profiling.analysis.records import (
     Action,
     Component,
@@ -84,9 +84,9 @@ def test_show_draws_a_profile_of_an_older_format(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     old, page = Path(__file__).parent / "data" / "profile_of_format_1.json", tmp_path / "x.html"
-    assert profile_tools(["show", str(old), "--html", str(page)]) == 0
+    assert main(["profile", "show", str(old), "--html", str(page)]) == 0
     assert "Bound by JPEG decode" in capsys.readouterr().out
-    assert profile_tools(["diff", str(old), str(old)]) == 0
+    assert main(["profile", "diff", str(old), str(old)]) == 0
 
 
 def test_another_format_is_refused(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_more_readers_are_proposed_with_the_rate_that_the_simulation_then_reache
     # Little's law: twice the readers, half the time of a batch.
     halved = replace(run, read_warm=125.0, readers=8).readings()["full"][0]
     doubled = actions["read 8 batches at a time"]
-    assert doubled.overrides == {"speed.num_readers": 8}
+    assert doubled.overrides == {"data.num_readers": 8}
     assert doubled.predicted_images_per_s == pytest.approx(halved.images_per_s)
     four = actions["read 16 batches at a time"]
     assert four.predicted_images_per_s == pytest.approx(1000 * IMAGES / run.step)

@@ -9,7 +9,7 @@ import torch
 
 from cmae.pipeline import LoaderState, ViewConfig
 from cmae.pipeline.formats.dataset_index import DatasetIndex
-from cmae.pipeline.formats.jpeg import JpegKind
+from cmae.pipeline.formats.images.jpeg import JpegKind
 from cmae.pipeline.sampling.epoch_plan import EpochPlan
 from cmae.pipeline.sources.expand import expand_shards
 from cmae.pipeline.sources.indexed import IndexedSource

@@ -45,7 +45,7 @@ def test_memory_gives_again_what_storage_gave(small_shards: str) -> None:
 
 def test_overrides_reach_nested_settings_and_refuse_unknown_ones(small_shards: str) -> None:
     config = quick_config(small_shards)
-    changed = override(config, {"speed.num_threads": 3, "data.views.color": "fast"})
-    assert (changed.speed.num_threads, changed.data.views.color) == (3, "fast")
+    changed = override(config, {"data.num_threads": 3, "data.views.color": "fast"})
+    assert (changed.data.num_threads, changed.data.views.color) == (3, "fast")
     with pytest.raises(ValueError, match=r"speed\.num_thread is no setting"):
         override(config, {"speed.num_thread": 3})

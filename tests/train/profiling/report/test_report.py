@@ -14,7 +14,7 @@ from rich.console import Console
 from support.profile_data import decode_bound, estimate, faster
 
 from cmae.pipeline.stage_stats import Histogram
-from cmae.train.commands.profile import profile_tools
+from cmae.train.commands.main import main
 from cmae.train.profiling.analysis.records import Component, Curve, Diagnosis, Profile
 from cmae.train.profiling.report.charts import (
     breakdown_chart,
@@ -227,18 +227,13 @@ def test_the_comparison_shows_both_sentences_and_what_else_differs(tmp_path: Pat
             assert expected in text
 
 
-def test_other_arguments_are_left_to_the_profiler() -> None:
-    assert profile_tools([]) is None
-    assert profile_tools(["--recipe", "demo"]) is None
-
-
 def test_show_and_diff_print_and_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before, after = str(tmp_path / "a.json"), str(tmp_path / "b.json")
     decode_bound().save(Path(before))
     faster().save(Path(after))
-    assert profile_tools(["show", before, "--html", str(tmp_path / "x.html")]) == 0
+    assert main(["profile", "show", before, "--html", str(tmp_path / "x.html")]) == 0
     assert "Bound by JPEG decode" in capsys.readouterr().out
-    assert profile_tools(["diff", before, after, "--html", str(tmp_path / "d.html")]) == 0
+    assert main(["profile", "diff", before, after, "--html", str(tmp_path / "d.html")]) == 0
     assert "data.num_threads" in capsys.readouterr().out
     assert (tmp_path / "x.html").is_file()
     assert (tmp_path / "d.html").is_file()

@@ -27,7 +27,7 @@ from rich.table import Table
 
 from cmae.model import CMAE, build_model, draw_mask, load_model
 from cmae.model.export.stored import list_checkpoints
-from cmae.train.commands.demo_data import PHOTOGRAPHS, TILE_MEAN, TILE_STD, write_demo_shards
+from cmae.train.commands.demo.data import PHOTOGRAPHS, TILE_MEAN, TILE_STD, write_demo_shards
 from cmae.train.config_parser import load_recipe
 from cmae.train.evaluation.knn import EvalImages, extract_features, knn_accuracy, load_eval_images
 from cmae.train.loop.pretrain import pretrain

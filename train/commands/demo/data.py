@@ -116,7 +116,7 @@ def write_demo_shards(
         out: folder; made if missing.
         max_train: training tiles of a photograph, chosen at random among all.
         max_val: validation tiles of a photograph, likewise.
-        seed: of that choice.
+        seed: Seed of that choice.
 
     Raises:
         CmaeError: scikit-image is not installed, or `out` holds shards of other tiles.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from cmae.pipeline.formats.printable import printable
+from cmae.printable import printable
 
 IMAGE = "image"
 LABEL = "label"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cmae.pipeline.formats.jpeg import BadImageError, JpegInfo, JpegKind, inspect_jpeg
+from cmae.pipeline.formats.images.jpeg import BadImageError, JpegInfo, JpegKind, inspect_jpeg
 from cmae.pipeline.formats.tar import iter_records
 
 

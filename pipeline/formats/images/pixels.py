@@ -12,7 +12,7 @@ import warnings
 import numpy as np
 from PIL import Image, ImageChops, ImageOps
 
-from cmae.pipeline.formats.jpeg import MAX_PIXELS, BadImageError, lacks_adobe_marker
+from cmae.pipeline.formats.images.jpeg import MAX_PIXELS, BadImageError, lacks_adobe_marker
 
 OTHER_FORMATS = ("PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 """What `decode_any` takes beside JPEG."""

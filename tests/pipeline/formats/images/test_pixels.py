@@ -9,8 +9,8 @@ from PIL import Image
 from support.fault_data import noise
 from support.pipeline_data import jpeg, photo
 
-from cmae.pipeline.formats.jpeg import BadImageError, build_cpu_decoder
-from cmae.pipeline.formats.pixels import OTHER_FORMATS, decode_any, decode_jpeg
+from cmae.pipeline.formats.images.jpeg import BadImageError, build_cpu_decoder
+from cmae.pipeline.formats.images.pixels import OTHER_FORMATS, decode_any, decode_jpeg
 
 
 def without_adobe_marker(data: bytes) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from cmae.pipeline.formats.labels import LABEL_EXTENSIONS
+from cmae.pipeline.formats.members.labels import LABEL_EXTENSIONS
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "jpe", "jfif"})
 """Lower-case extensions of JPEGs; of a member of a tar, everything after the first dot."""

@@ -9,8 +9,13 @@ from PIL import Image
 from support.fault_data import noise, saved_as, zeroed_block
 from support.pipeline_data import jpeg, photo
 
-from cmae.pipeline.formats.jpeg import BadImageError, find_frame, inspect_jpeg, lacks_adobe_marker
-from cmae.pipeline.formats.jpeg_scan import find_zero_block
+from cmae.pipeline.formats.images.jpeg import (
+    BadImageError,
+    find_frame,
+    inspect_jpeg,
+    lacks_adobe_marker,
+)
+from cmae.pipeline.formats.images.jpeg_scan import find_zero_block
 
 OPTIONS: list[dict[str, object]] = [
     {},

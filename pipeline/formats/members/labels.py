@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from cmae.pipeline.formats.member_counts import LABEL_OUT_OF_RANGE, UNREADABLE_LABEL
-from cmae.pipeline.formats.printable import printable
+from cmae.pipeline.formats.members.member_counts import LABEL_OUT_OF_RANGE, UNREADABLE_LABEL
+from cmae.printable import printable
 
 LABEL_EXTENSIONS = frozenset({"cls", "json"})
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from cmae.pipeline.formats.jpeg import find_frame, iter_segments, scan_end
+from cmae.pipeline.formats.images.jpeg import find_frame, iter_segments, scan_end
 
 ZERO_BLOCK_BYTES = 4096
 """The page of memory, and the block of most file systems."""
@@ -202,8 +202,7 @@ def _walk_codes(codes: bytes, scan: _Scan, num_mcus: int) -> str:
                 return "a block of pixels has more than 64 coefficients"
             if bit > num_bits:
                 return "the pixels end before the image is full"
-    if codes[-(-bit // 8) : -8].strip(
-        b"\0\xff"
-    ):  # encoders may pad with zeros, and fill before a marker
+    # Encoders may pad with zeros, and fill before a marker.
+    if codes[-(-bit // 8) : -8].strip(b"\0\xff"):
         return "data is left when the image is full"
     return ""

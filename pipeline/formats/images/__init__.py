@@ -1,0 +1,1 @@
+"""Encoded images: what their headers say, damage in them, and their pixels."""

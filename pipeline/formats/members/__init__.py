@@ -1,0 +1,1 @@
+"""What the members of a tar are: names, labels, and the account of them all."""

@@ -1,0 +1,1 @@
+"""`cmae demo`: pretraining on real photographs in minutes, on any machine."""
