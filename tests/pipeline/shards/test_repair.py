@@ -282,3 +282,11 @@ def test_whatever_happens_to_a_tar_members_outside_the_harm_survive(tmp_path_fac
 def test_a_whole_tar_is_read_as_usual(tmp_path):
     path = shard(tmp_path / "a.tar")
     assert list(salvage_tar(path)) == list(iter_tar(io.BytesIO(path.read_bytes()), name="x"))
+
+
+def test_an_image_too_long_for_a_jpeg_does_not_end_the_repair(tmp_path):
+    file = io.BytesIO()
+    Image.new("RGB", (65600, 2)).save(file, "PNG")
+    path = write_tar(tmp_path / "a.tar", {"0.png": file.getvalue(), **record(1)})
+    report, (line,) = repair([path], tmp_path / "out", reencode=True)
+    assert (report.num_samples, line["key"], line["action"]) == (1, "0", "dropped")
