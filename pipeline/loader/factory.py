@@ -271,8 +271,6 @@ def _find_index(
     source: str, paths: Sequence[str], remote: RemoteConfig
 ) -> tuple[DatasetIndex | None, Reading | None]:
     """The index, and how its shards are read where they are remote; None and None for a stream."""
-    if source not in ("auto", "indexed", "stream"):
-        raise CmaeError(f"source={source!r} must be auto, indexed or stream")
     if source == "stream":
         return None, None
     if all(map(is_remote, paths)):

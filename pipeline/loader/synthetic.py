@@ -16,7 +16,7 @@ def synthetic_batches(
     batch_size: int,
     device: str | torch.device,
     draw_mask: DrawMask | None = None,
-    seed: int,
+    seed: int = 0,
 ) -> Iterator[Batch]:
     """Endless batches of the loader's shapes and types.
 

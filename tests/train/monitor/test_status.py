@@ -244,8 +244,11 @@ class TestFrame:
         both = sum_windows([window(), window()])
         one = window()
         assert both.time_s == one.time_s
-        assert both.stages["views"].threads == 2 * one.stages["views"].threads
-        assert both.stages["views"].histogram.total == 2 * one.stages["views"].histogram.total
+        assert both.stages["decode_augment"].threads == 2 * one.stages["decode_augment"].threads
+        assert (
+            both.stages["decode_augment"].histogram.total
+            == 2 * one.stages["decode_augment"].histogram.total
+        )
         assert both.wait_s == one.wait_s
 
 
