@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import cmae
 from cmae.errors import CmaeError
+from cmae.printable import printable
 from cmae.train.commands.registry import COMMANDS, Command
 
 _EPILOG = """\
@@ -28,7 +29,8 @@ exit codes
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the console script's entry.
 
-    A `CmaeError` becomes one message; every other exception is a defect and keeps its traceback.
+    A `CmaeError`, and a file that the system refuses, become one message; every other exception is a defect
+    and keeps its traceback.
 
     Args:
         argv: Words after `cmae`; None takes those of this process.
@@ -46,6 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not error.is_on_every_rank or os.environ.get("RANK", "0") == "0":
             print(f"{prog}: error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if error.filename is None:
+            raise
+        # The system's own words and the file's name say all.
+        print(f"{prog}: error: {printable(str(error))}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130
@@ -84,7 +92,8 @@ class _LateParser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse the command's words, if there is a command; its namespace holds what runs it."""
         command = self._command
-        if command is None or command.build is None:
+        is_inside = command is not None and bool(args) and args[0] in command.commands
+        if command is None or command.build is None or is_inside:
             return super().parse_known_args(args, namespace)
         from cmae.train.config_parser import Parser
 

@@ -27,7 +27,7 @@ class Command(NamedTuple):
     description: str = ""
     """Opening of its help; '' takes the summary."""
     commands: dict[str, Command] = {}  # noqa: RUF012 - nobody writes to it
-    """Commands inside it, instead of arguments."""
+    """Commands inside it; a command with arguments of its own has them beside."""
 
 
 def _pretrain(parser: Parser) -> Run:
@@ -62,34 +62,42 @@ def _tune(parser: Parser) -> Run:
 
 
 def _profile(parser: Parser) -> Run:
-    from cmae.train.config_parser import Parser, add_config, instantiate, to_config
+    from cmae.train.config_parser import add_config, instantiate, to_config
     from cmae.train.profiling.config import ProfileConfig
 
     add_config(parser)
-    parser.usage = f"{parser.usage}\n       {parser.prog} show|diff PROFILE ..."
     parser.add_class_arguments(ProfileConfig, "profile")
-    show = Parser(description="Print a profile; draw it where asked.")
-    show.add_argument("profile", type=Path, help="profile.json of `cmae profile`")
-    show.add_argument("--html", type=Path, help="HTML report to write")
-    diff = Parser(description="What changed between two profiles.")
-    diff.add_argument("before", type=Path, help="the older profile.json")
-    diff.add_argument("after", type=Path, help="the newer one")
-    diff.add_argument("--html", type=Path, help="HTML report to write")
-    tools = parser.add_subcommands(required=False, dest="tool")
-    tools.add_subcommand("show", show, help="print or draw a profile that is there already")
-    tools.add_subcommand("diff", diff, help="what changed between two profiles")
-    # jsonargparse puts all of the parent's usage in front of these.
-    show.prog, diff.prog = f"{parser.prog} show", f"{parser.prog} diff"
 
     def run(parsed: Namespace) -> int:
         from cmae.train.commands import profile
 
-        if parsed.tool == "show":
-            return profile.show(parsed.show.profile, html=parsed.show.html)
-        if parsed.tool == "diff":
-            return profile.diff(parsed.diff.before, parsed.diff.after, html=parsed.diff.html)
         sections = instantiate(parser, parsed)
         return profile.profile_run(to_config(sections), sections["profile"])
+
+    return run
+
+
+def _profile_show(parser: Parser) -> Run:
+    parser.add_argument("profile", type=Path, help="profile.json of `cmae profile`")
+    parser.add_argument("--html", type=Path, help="HTML report to write")
+
+    def run(parsed: Namespace) -> int:
+        from cmae.train.commands.profile import show
+
+        return show(parsed.profile, html=parsed.html)
+
+    return run
+
+
+def _profile_diff(parser: Parser) -> Run:
+    parser.add_argument("before", type=Path, help="the older profile.json")
+    parser.add_argument("after", type=Path, help="the newer one")
+    parser.add_argument("--html", type=Path, help="HTML report to write")
+
+    def run(parsed: Namespace) -> int:
+        from cmae.train.commands.profile import diff
+
+        return diff(parsed.before, parsed.after, html=parsed.html)
 
     return run
 
@@ -327,7 +335,12 @@ COMMANDS: dict[str, Command] = {
         _profile,
         "Measure where the time of a training step goes, and what would make it shorter. Takes the recipe "
         "and settings of `cmae pretrain`. Example: cmae profile --recipe cmae_vit_b "
-        "--data.shards '/data/imagenet/train-*.tar'.",
+        "--data.shards '/data/imagenet/train-*.tar'. Profiles that are there already: `cmae profile show "
+        "--help`, `cmae profile diff --help`.",
+        commands={
+            "show": Command("print a profile; draw it where asked", _profile_show),
+            "diff": Command("print what changed between two profiles", _profile_diff),
+        },
     ),
     "reconstruct": Command(
         "image of original, masked and reconstruction",

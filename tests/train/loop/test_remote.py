@@ -100,7 +100,7 @@ def test_a_secret_is_hidden_in_every_form_and_must_be_given_again(tmp_path: Path
     written = (tmp_path / "config.yaml").read_text()
     assert SECRET not in written
     assert yaml.safe_load(written)["data"]["storage_options"]["endpoint_url"] == "https://s3"
-    with pytest.raises(ValueError, match=r"data\.storage_options .*\*\*\*.*give it again"):
+    with pytest.raises(ValueError, match=r"data\.storage_options is '\*\*\*'.*give it again"):
         parse("--recipe", str(tmp_path / "config.yaml"))
 
 
@@ -110,12 +110,16 @@ def test_a_secret_is_hidden_in_every_form_and_must_be_given_again(tmp_path: Path
         ("remote_deadline_s", "600", "below|< 600"),
         ("remote_deadline_s", "0", "must be > 0"),
         ("cache_quota_gib", "0", "must be > 0, or null"),
-        ("remote", "cache", "it must be a folder"),
     ],
 )
 def test_what_is_out_of_range_is_named(key: str, value: str, message: str) -> None:
     with pytest.raises(ValueError, match=rf"data\.(cache_dir|{key}).*({message})"):
         parse(f"--data.{key}", value)
+
+
+def test_a_cache_without_a_folder_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"data\.cache_dir is None; .* when remote is 'cache'"):
+        parse("--data.remote", "cache")
 
 
 def report(done: int, *, what: str = "shards", total: int = 40) -> FillProgress:

@@ -24,6 +24,9 @@ from cmae.train.profiling.analysis.upgrade import FORMAT
 TEN = Estimate(10.0, 9.0, 11.0, n=5)
 
 
+V1 = Path(__file__).parents[3] / "data" / "v1"
+
+
 def profile() -> Profile:
     return Profile(
         created="2026-01-01T00:00:00Z",
@@ -61,7 +64,7 @@ def test_another_file_is_refused_by_name(tmp_path: Path, content: str) -> None:
 
 
 def test_a_profile_of_an_older_format_reads_in_todays_words() -> None:
-    found = load_profile(Path(__file__).parent / "data" / "profile_of_format_1.json")
+    found = load_profile(V1 / "profile_of_format_1.json")
     assert found.format == FORMAT
     assert found.diagnosis.bottleneck == "decode_augment"
     assert found.diagnosis.sentence.startswith("Bound by JPEG decode on 8 cores")
@@ -83,7 +86,7 @@ def test_a_profile_of_an_older_format_reads_in_todays_words() -> None:
 def test_show_draws_a_profile_of_an_older_format(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    old, page = Path(__file__).parent / "data" / "profile_of_format_1.json", tmp_path / "x.html"
+    old, page = V1 / "profile_of_format_1.json", tmp_path / "x.html"
     assert main(["profile", "show", str(old), "--html", str(page)]) == 0
     assert "Bound by JPEG decode" in capsys.readouterr().out
     assert main(["profile", "diff", str(old), str(old)]) == 0
