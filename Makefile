@@ -6,10 +6,10 @@ JOBS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 STAMP := $(VENV)/.installed
 export PYTHONSAFEPATH = 1
 
-.PHONY: help setup check test demo bench docs clean
+.PHONY: help setup check test test-fast demo bench docs clean
 
 help:  ## what each target does
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "cmae needs Python >= 3.11; this is %s. Try: make PYTHON=python3.12" % sys.version.split()[0])'
@@ -29,6 +29,9 @@ check: $(STAMP)  ## format, lint, types, import rules, spelling
 
 test: $(STAMP)  ## all tests that this machine can run
 	$(BIN)/pytest -n $(JOBS) --dist worksteal --durations 15
+
+test-fast: $(STAMP)  ## the tests that take no more than seconds each
+	$(BIN)/pytest -n $(JOBS) --dist worksteal -m 'not slow'
 
 demo: $(STAMP)  ## pretrain a micro CMAE on real photographs and look at what it learnt
 	$(BIN)/cmae demo
