@@ -296,8 +296,8 @@ def test_info_nce_keeps_a_vanishing_loss():
     """Queries that equal their keys: a loss of 1e-9 is still right, where 1 - p would be 0."""
     case = softmax_case(6, 24, 256, 0, torch.float32)
     case["query"] = case["keys"][:6].clone()
-    # 1e-6 of rounding in a cosine is 5e-5 in exp(cosine / 0.03).
-    check_softmax(case, temperature=0.03, limit=2e-4)
+    # 1e-5 of rounding in a cosine is 3e-4 in exp(cosine / 0.03).
+    check_softmax(case, temperature=0.03, limit=5e-4)
 
 
 def test_info_nce_with_the_positive_alone_is_zero():
