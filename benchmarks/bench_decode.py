@@ -4,11 +4,11 @@
     python benchmarks/bench_decode.py --device cpu        what needs no GPU, to test this script
 
 The views' graph (pipeline/views/dali.py) asks for a window on the device with fancy upsampling. Two reports
-say that this pair fails: NVIDIA/nvImageCodec#55 (window decode of 0.9.0 on A100, GB200, H100, B200), and nvJPEG
-before 13.3 (wrong pixels at the window's borders). So every way decodes windows of drawn JPEGs of every kind
-and is held against Pillow's full decode. A way runs in a process of its own; a crash or a hang becomes the
-row of the kind that it met, and the way goes on with the next kind. The border is the outer two pixels of a
-window, shown apart from its interior, since that is where the known fault shows.
+say that this pair fails: NVIDIA/nvImageCodec#55 (window decode of 0.9.0 on A100, GB200, H100, B200), and
+nvJPEG before 13.3 (wrong pixels at the window's borders). So every way decodes windows of drawn JPEGs of
+every kind and is held against Pillow's full decode. A way runs in a process of its own; a crash or a hang
+becomes the row of the kind that it met, and the way goes on with the next kind. The border is the outer two
+pixels of a window, shown apart from its interior, since that is where the known fault shows.
 
 Predictions, written before the first run on a GPU: whole decode is exact to .5 LSB of mean (another IDCT)
 with any share of the JPEG unit; windows either fail or are as exact, the border too; plain upsampling is

@@ -10,10 +10,10 @@ which do not hold the original images.
 
 Predictions, written before the first run (2 CPU cores, from earlier measurements of the parts): torch
 DataLoader with PIL and colour 95-105 images/s a core; our DALI graph 120-150, indexed and stream within 5 %
-of each other, since decoding is the bottleneck, not reading; without colour about 180 a core against 173. Written
-before the peers' first run: webdataset within 10 % of the torch DataLoader (decoding again); DALI's own readers
-within 10 % of our DALI graph; the re-created authors' loader 30 % slower than PIL alone (floats are six times
-the bytes); shards downscaled to 512 px 10 % faster (they hold a fifth less pixels).
+of each other, since decoding is the bottleneck, not reading; without colour about 180 a core against 173.
+Written before the peers' first run: webdataset within 10 % of the torch DataLoader (decoding again); DALI's
+own readers within 10 % of our DALI graph; the re-created authors' loader 30 % slower than PIL alone (floats
+are six times the bytes); shards downscaled to 512 px 10 % faster (they hold a fifth less pixels).
 """
 
 from __future__ import annotations
