@@ -7,7 +7,7 @@ cores' threads and no JPEG unit before ViT-B; on a CPU one decoding thread befor
 host does that waits for an accelerator. No setting that is applied was used to fit the model, but for trials,
 which know their setting's cost.
 
-Predictions, written before the first run: errors within 10 %; the parts sum to the step within 5 %.
+Predictions, written before the first run: errors within 10 %; the components sum to the step within 5 %.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from cmae.train.config import Config, DataConfig, OptimConfig, SpeedConfig
 from cmae.train.distributed import World
 from cmae.train.profiling.analysis.records import Action, Profile
 from cmae.train.profiling.config import ProfileConfig
-from cmae.train.profiling.profiler import measure, open_subject, profile
+from cmae.train.profiling.measure.subject import open_subject
+from cmae.train.profiling.profiler import measure, profile
 from cmae.train.profiling.report.terminal import prediction_error
 
 ON_GPU = torch.cuda.is_available()
@@ -54,7 +55,7 @@ def run(config: Config, options: ProfileConfig) -> Profile:
         return profile(config, options)
     world = World(0, 1, torch.device("cpu"))
     with open_subject(config, world, lambda batches: time.sleep(STEP_S)) as subject:
-        return measure(subject, options, config, say=print)
+        return measure(subject, options, config, log=print)
 
 
 def what_if(action: Action, base: float) -> dict[str, Any]:
@@ -77,11 +78,11 @@ def what_if(action: Action, base: float) -> dict[str, Any]:
 
 
 def summary_row(found: Profile) -> dict[str, Any]:
-    """A row: the account and the verdict."""
+    """A row: the breakdown and the diagnosis."""
     return {
-        "sentence": found.verdict.sentence,
+        "sentence": found.diagnosis.sentence,
         "step_ms": found.step_ms.value,
-        "parts_ms": {part.name: part.ms.value for part in found.parts},
+        "breakdown_ms": {one.name: one.ms.value for one in found.breakdown},
         "operations_cpu_ms": {one.name: one.cpu_ms.value for one in found.operations},
         "notes": list(found.notes),
     }
@@ -110,11 +111,11 @@ def main() -> None:
             f"{row['predicted_images_per_s']:8.1f} predicted, "
             f"{row['measured_images_per_s']['median']:8.1f} measured, {row['error']:+.1%}"
         )
-    print(found.verdict.sentence)
+    print(found.diagnosis.sentence)
     settings = {key: value for key, value in vars(arguments).items() if key != "shards"}
     write_result(
         "profile",
-        config=settings | {"data": data.description, "account": summary_row(found)},
+        config=settings | {"data": data.description, "breakdown": summary_row(found)},
         rows=rows,
     )
 

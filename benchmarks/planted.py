@@ -2,9 +2,9 @@
 
     python benchmarks/planted.py [NAME ...]
 
-Every fault is put around the real source, maker, mask or step; the loader, its threads and the profiler are
-those of `cmae profile`. The step sleeps: a training thread that waits without CPU time is what an accelerator
-looks like from the host. What a real GPU adds (copies, decode engines) is not tested here.
+Every fault is put around the real source, view backend, mask or step; the loader, its threads and the
+profiler are those of `cmae profile`. The step sleeps: a training thread that waits without CPU time is what
+an accelerator looks like from the host. What a real GPU adds (copies, decode engines) is not tested here.
 
 Predictions, written before the first run: all are named; storage faults by the right one of warm and cold.
 """
@@ -52,7 +52,8 @@ from cmae.train.distributed import World, from_main, join_world
 from cmae.train.profiling.analysis.records import Profile, load_profile
 from cmae.train.profiling.config import ProfileConfig
 from cmae.train.profiling.measure.page_cache import evict
-from cmae.train.profiling.profiler import measure, open_subject
+from cmae.train.profiling.measure.subject import open_subject
+from cmae.train.profiling.profiler import measure
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 BATCH_SIZE = 8
@@ -167,7 +168,7 @@ def python_step(seconds: float, python_s: float) -> Callable[[Sequence[Batch]], 
 
 
 def slow_mask(seconds: float) -> Callable[..., Any]:
-    """`draw_mask`, late: a stage of the feed thread that is slow."""
+    """`draw_mask`, late: work of the prefetch thread that is slow."""
 
     def draw(config: ModelConfig, *arguments: Any, **named: Any) -> Any:
         time.sleep(seconds)
@@ -183,7 +184,7 @@ class Fault:
     name: str
     what: str
     expect: tuple[str, ...]
-    """Values of `Verdict.binds` that name it."""
+    """Values of `Diagnosis.bottleneck` that name it."""
     step: Callable[[Sequence[Batch]], None] = field(default_factory=lambda: sleeping_step(STEP_S))
     wrap: Callable[[Source, ViewBackend], tuple[Source, ViewBackend]] | None = None
     mask_s: float = 0.0
@@ -224,17 +225,17 @@ FAULTS = (
     Fault(
         "few decode threads",
         "1 thread, photographs of 2400 px",
-        ("decode",),
+        ("decode_augment",),
         threads=1,
         photographs={"edge": 2400, "count": 64},
     ),
     Fault(
         "oversized images",
         "photographs of 3000 px, 2 threads",
-        ("decode",),
+        ("decode_augment",),
         photographs={"edge": 3000, "count": 64},
     ),
-    Fault("slow stage", "200 ms in the feed thread", ("feed",), mask_s=0.2),
+    Fault("slow stage", "200 ms in the prefetch thread", ("prefetch",), mask_s=0.2),
     Fault(
         "Python in the training thread",
         "100 ms of Python before the step",
@@ -258,11 +259,11 @@ def write_photographs(
     """Indexed shards of crops of scikit-image's photographs, `edge` pixels wide.
 
     Args:
-        folder: to write to.
-        edge: width of a crop, pixels.
-        count: samples; there are 48 crops, which come again and again.
-        per_shard: samples in a shard.
-        padding: bytes after each image, so that reading one does not read the next one ahead.
+        folder: Folder to write to.
+        edge: Width of a crop, pixels.
+        count: Number of samples; there are 48 crops, which come again and again.
+        per_shard: Samples in a shard.
+        padding: Bytes after each image, so that reading one does not read the next one ahead.
     """
     crops = _crops(edge, number=min(count, 48))
     for first in range(0, count, per_shard):
@@ -436,14 +437,14 @@ def main() -> None:
             begun = time.monotonic()
             run = run_slow_rank if fault.name == "slow rank" else plant
             found = run(fault, Path(folder), options)
-        residual = next(part.ms.value for part in found.parts if part.name == "residual")
+        components = {one.name: one.ms.value for one in found.breakdown}
         row = {
             "planted": fault.name,
             "what": fault.what,
-            "named": found.verdict.binds,
-            "right": found.verdict.binds in fault.expect,
-            "sentence": found.verdict.sentence,
-            "residual_percent": 100 * residual / found.step_ms.value,
+            "named": found.diagnosis.bottleneck,
+            "right": found.diagnosis.bottleneck in fault.expect,
+            "sentence": found.diagnosis.sentence,
+            "residual_percent": 100 * components["residual"] / found.step_ms.value,
             "what_if": [
                 {
                     "action": action.what,
@@ -454,12 +455,14 @@ def main() -> None:
                 if action.measured_images_per_s is not None
             ],
             "seconds": time.monotonic() - begun,
-            "parts_ms": {part.name: part.ms.value for part in found.parts},
+            "breakdown_ms": components,
         }
         rows.append(row)
         verdict = "right" if row["right"] else "WRONG"
-        print(f"{fault.name:<30} {verdict} {found.verdict.binds:<10} {found.verdict.sentence}")
-        print({name: round(ms, 1) for name, ms in row["parts_ms"].items()}, flush=True)
+        print(
+            f"{fault.name:<30} {verdict} {found.diagnosis.bottleneck:<10} {found.diagnosis.sentence}"
+        )
+        print({name: round(ms, 1) for name, ms in row["breakdown_ms"].items()}, flush=True)
         for one in row["what_if"]:
             print(
                 f"    {one['action']}: {one['predicted']:.1f} predicted, {one['measured']:.1f} measured"

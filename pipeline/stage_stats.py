@@ -211,7 +211,10 @@ class LoaderSnapshot:
     def from_dict(cls, values: Mapping[str, Any]) -> LoaderSnapshot:
         """The inverse of `to_dict`."""
         stages = {name: StageSnapshot.from_dict(one) for name, one in values["stages"].items()}
-        kinds = {name: KindSnapshot.from_dict(one) for name, one in values["views_by_kind"].items()}
+        kinds = {
+            name: KindSnapshot.from_dict(one)
+            for name, one in values.get("views_by_kind", {}).items()
+        }
         return cls(**{**values, "stages": stages, "views_by_kind": kinds})
 
 

@@ -52,13 +52,21 @@ class Parser(ArgumentParser):
             UsageError: It names none.
         """
         found = super()._parse_optional(arg_string)
-        if not _is_unknown(found):
-            return found
         name, equals, value = arg_string.partition("=")
+        if not _is_unknown(found) or self._is_of_subcommand(name):
+            return found
         found = super()._parse_optional(f"--{name[2:].replace('-', '_')}{equals}{value}")
         if _is_unknown(found):
             self.error(f"there is no option {name}{nearest(name.lstrip('-'), self.settings())}")
         return found
+
+    def _is_of_subcommand(self, name: str) -> bool:
+        """Whether a subcommand has this option: argparse looks at all words before it hands some on."""
+        if self._subcommands_action is None:
+            return False
+        return any(
+            name in one._option_string_actions for one in self._subcommands_action.choices.values()
+        )
 
     def settings(self) -> list[str]:
         """Dotted names of everything that can be set."""

@@ -62,8 +62,8 @@ class Prefetcher:
         self._ready: queue.Queue[QueuedBatch | BaseException] = queue.Queue(prefetch)
         self._stop = threading.Event()
         self._seed = state.seed
-        self.stage = Stage("finish", threads=1, first_state=State.STARVED)
-        self.ready = Stage("ready", threads=1, first_state=State.AWAY)
+        self.stage = Stage("prefetch", threads=1, first_state=State.STARVED)
+        self.ready = Stage("queue", threads=1, first_state=State.AWAY)
         self.depth = QueueDepth()
         view_backend.stage.downstream = self.stage
         # A thread that asks for the first time gets the number that was set last, by any thread: ask here and

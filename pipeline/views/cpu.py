@@ -55,7 +55,7 @@ class CpuViews:
             num_threads, thread_name_prefix="cmae-views", initializer=self._start_worker
         )
         self._buffers = BufferPool()
-        self.stage = Stage("views", threads=num_threads)
+        self.stage = Stage("decode_augment", threads=num_threads)
         self.kinds = KindTable()
         self._is_cancelled = False
 

@@ -160,7 +160,7 @@ class DaliViews:
         self._depth = depth
         # DALI's own threads cannot be watched. Busy is what waiting for it and colour take: less than its
         # run time while it is ahead, all of it when it is what the loader waits for.
-        self.stage = Stage("views", threads=1)
+        self.stage = Stage("decode_augment", threads=1)
         self.kinds = None  # which of a batch's images took the time is not known either
         self._warm_up(depth)
 

@@ -9,13 +9,13 @@ import numpy as np
 
 from cmae.train.profiling.analysis.records import (
     Action,
+    Component,
     Curve,
+    Diagnosis,
     Estimate,
     Operation,
-    Part,
     Phase,
     Profile,
-    Verdict,
 )
 
 BATCH = 256
@@ -46,7 +46,7 @@ def stage(
         "items": 28800,
         "bytes": 28800 * (112_000 if name == "read" else 301_056),
         "cpu_s": 0.9 * seconds["busy_s"],
-        "histogram": histogram(median_ms, 0.5 if name == "views" else 0.3, 5000, seed),
+        "histogram": histogram(median_ms, 0.5 if name == "decode_augment" else 0.3, 5000, seed),
         **seconds,
     }
 
@@ -54,9 +54,9 @@ def stage(
 def loader(time_s: float = 30.0) -> dict[str, Any]:
     stages = [
         stage("read", threads=4, shares=(0.06, 0.0, 0.94), median_ms=0.25, seed=1),
-        stage("views", threads=8, shares=(0.97, 0.01, 0.02), median_ms=7.6, seed=2),
-        stage("finish", threads=1, shares=(0.04, 0.95, 0.01), median_ms=9.5, seed=3),
-        stage("ready", threads=1, shares=(0.0, 0.62, 0.0), median_ms=165.0, seed=4),
+        stage("decode_augment", threads=8, shares=(0.97, 0.01, 0.02), median_ms=7.6, seed=2),
+        stage("prefetch", threads=1, shares=(0.04, 0.95, 0.01), median_ms=9.5, seed=3),
+        stage("queue", threads=1, shares=(0.0, 0.62, 0.0), median_ms=165.0, seed=4),
     ]
     return {
         "time_s": time_s,
@@ -66,7 +66,6 @@ def loader(time_s: float = 30.0) -> dict[str, Any]:
         "wait_s": 18.6,
         "queue_depth_mean": 0.06,
         "bad_samples": 0,
-        "views_by_kind": {},
     }
 
 
@@ -111,20 +110,20 @@ def decode_bound() -> Profile:
             phase("full", "everything, from shards not read before", 268.0, 6, with_loader=True),
         ),
         step_ms=estimate(268.0, 4.0),
-        parts=(
-            Part("model", estimate(101.0, 0.5), "synthetic step"),
-            Part("host_to_device", estimate(0.6, 0.4), "replay less synthetic"),
-            Part("decode", estimate(157.5, 4.2), "memory less interference"),
-            Part("feed", estimate(0.4, 0.3), "time of the training thread in next()"),
-            Part("fetch_warm", estimate(4.0, 2.1), "warm less memory"),
-            Part("fetch_cold", estimate(2.0, 3.0), "full less warm"),
-            Part("interference", estimate(2.9, 0.8), "replay beside an unread loader"),
-            Part("residual", estimate(-0.4, 5.5), "what the parts do not explain"),
+        breakdown=(
+            Component("model", estimate(101.0, 0.5), "synthetic step"),
+            Component("host_to_device", estimate(0.6, 0.4), "replay less synthetic"),
+            Component("decode_augment", estimate(157.5, 4.2), "memory less interference"),
+            Component("prefetch", estimate(0.4, 0.3), "time of the training thread in next()"),
+            Component("read_warm", estimate(4.0, 2.1), "warm less memory"),
+            Component("read_cold", estimate(2.0, 3.0), "full less warm"),
+            Component("interference", estimate(2.9, 0.8), "replay beside an unread loader"),
+            Component("residual", estimate(-0.4, 5.5), "what the components do not explain"),
         ),
-        verdict=Verdict(
+        diagnosis=Diagnosis(
             "Bound by JPEG decode on 8 cores: 8 more cores give 1.9x, speed.hw_decoder_load 0.6 gives "
-            "2.4x, then the model binds.",
-            binds="decode",
+            "2.4x, then the model is the bottleneck.",
+            bottleneck="decode_augment",
             headroom=1.93,
         ),
         actions=(
@@ -135,9 +134,9 @@ def decode_bound() -> Profile:
                 "model",
                 estimate(2205.0, 40.0),
             ),
-            Action("decode on 8 more cores", {"speed.num_threads": 16}, 1815.0, "decode"),
-            Action("no colour operations", {"data.views.color": "none"}, 1420.0, "decode"),
-            Action("a faster disk", {}, 961.0, "decode"),
+            Action("decode on 8 more cores", {"speed.num_threads": 16}, 1815.0, "decode_augment"),
+            Action("no colour operations", {"data.views.color": "none"}, 1420.0, "decode_augment"),
+            Action("a faster disk", {}, 961.0, "decode_augment"),
         ),
         curves=(
             Curve(
@@ -155,15 +154,33 @@ def decode_bound() -> Profile:
                 now=0.0,
             ),
         ),
-        tails=(
-            {"kind": "BASELINE", "megapixels": "0.1 to 0.25", "items": 24100, "ms": 6.9},
-            {"kind": "BASELINE", "megapixels": "over 4", "items": 210, "ms": 61.0},
-            {"kind": "PROGRESSIVE", "megapixels": "0.1 to 0.25", "items": 812, "ms": 13.2},
+        slow_images=(
+            {
+                "jpeg_kind": "baseline",
+                "megapixels": 0.1,
+                "megapixels_up_to": 0.25,
+                "items": 24100,
+                "ms": 6.9,
+            },
+            {
+                "jpeg_kind": "baseline",
+                "megapixels": 4.0,
+                "megapixels_up_to": None,
+                "items": 210,
+                "ms": 61.0,
+            },
+            {
+                "jpeg_kind": "progressive",
+                "megapixels": 0.1,
+                "megapixels_up_to": 0.25,
+                "items": 812,
+                "ms": 13.2,
+            },
         ),
         operations=(
             Operation("decode", estimate(5.1, 0.2), estimate(0.64, 0.03), 1560.0),
             Operation("resize, flip", estimate(1.2, 0.1), estimate(0.15, 0.02), 1265.0),
-            Operation("cut", estimate(0.08, 0.05), estimate(0.01, 0.01), 1250.0),
+            Operation("crop", estimate(0.08, 0.05), estimate(0.01, 0.01), 1250.0),
             Operation("colour jitter", estimate(0.9, 0.1), estimate(0.12, 0.02), 1087.0),
         ),
         gpu={
@@ -189,15 +206,15 @@ def decode_bound() -> Profile:
 def faster() -> Profile:
     """The same machine after 16 threads decode: half the decode time, the rest within its noise."""
     before = decode_bound()
-    parts = tuple(
-        replace(part, ms=estimate(35.0, 3.0)) if part.name == "decode" else part
-        for part in before.parts
+    breakdown = tuple(
+        replace(one, ms=estimate(35.0, 3.0)) if one.name == "decode_augment" else one
+        for one in before.breakdown
     )
     return replace(
         before,
         created="2026-11-24T16:20:00Z",
         config={**before.config, "speed": {"num_threads": 16, "prefetch": 2}},
         step_ms=estimate(145.5, 3.0),
-        parts=parts,
-        verdict=Verdict("Bound by the model; the loader has 1.1x head-room.", "model", 1.1),
+        breakdown=breakdown,
+        diagnosis=Diagnosis("Bound by the model; the loader has 1.1x head-room.", "model", 1.1),
     )

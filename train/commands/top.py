@@ -15,18 +15,27 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from cmae.pipeline.stage_stats import Histogram, LoaderSnapshot, StageSnapshot
-from cmae.train.monitor.status import EVERY_S, RunStatus, read_status
-from cmae.train.profiling.analysis.stages import StageShares, stage_shares
+from cmae.train.monitor.status import EVERY_S, RunStatus, format_duration, read_status
+from cmae.train.profiling.analysis.stages import (
+    StageShares,
+    format_number,
+    stage_bar,
+    stage_shares,
+    stage_table,
+    sum_windows,
+)
 from cmae.train.profiling.analysis.verdict import NAMES, SMALL
-from cmae.train.profiling.report.terminal import format_number, stage_bar, stage_table
 
 _SILENT_S = 15.0
 """A rank whose file is older than this, in spite of its writing thread, is taken for dead."""
 _UNEVEN = 0.05
 """Share of the step by which a rank's waiting must exceed the others' for it to be called a straggler."""
 _MAX_RANKS = 32
-_BINDS = {"read": NAMES["storage"], "views": NAMES["decode"], "finish": NAMES["feed"]}
+_BOTTLENECKS = {
+    "read": NAMES["storage"],
+    "decode_augment": NAMES["decode_augment"],
+    "prefetch": NAMES["prefetch"],
+}
 """What `cmae profile` calls each stage of the loader when it limits the run."""
 _COLOURS = {"running": "green", "stuck": "yellow", "finished": "green", "stopped": "yellow"}
 
@@ -50,8 +59,8 @@ def top(run: Path, *, once: bool = False, every_s: float = EVERY_S) -> int:
         return _exit_code(statuses)
     with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
         while True:
-            picture = frame(run, statuses, now=time.time(), width=console.width)
-            live.update(picture, refresh=True)
+            shown = frame(run, statuses, now=time.time(), width=console.width)
+            live.update(shown, refresh=True)
             if not any(_is_going(one, time.time()) for one in statuses):
                 return _exit_code(statuses)
             time.sleep(every_s)
@@ -84,7 +93,7 @@ def condition(status: RunStatus, now: float) -> str:
 
 
 def frame(run: Path, statuses: Sequence[RunStatus], *, now: float, width: int) -> RenderableType:
-    """One picture of the run.
+    """One frame of the display.
 
     Args:
         run: its folder, for the title.
@@ -93,7 +102,7 @@ def frame(run: Path, statuses: Sequence[RunStatus], *, now: float, width: int) -
         width: columns of the terminal.
     """
     shown = [one for one in statuses if _is_going(one, now)] or statuses
-    stages = stage_shares(sum_windows([one.window for one in shown]))
+    stages = stage_shares(sum_windows([one.window for one in shown], side_by_side=True))
     lines = [_headline(run, statuses, now), Text(verdict(statuses, now), style="bold")]
     lines += [Text(line, style="yellow") for line in stragglers(statuses, now)]
     return Group(
@@ -114,16 +123,11 @@ def _headline(run: Path, statuses: Sequence[RunStatus], now: float) -> Text:
         parts.append(f"{format_number(rate)} images/s")
         seconds = (total - step) * statuses[0].global_batch_size / rate
         if any(_is_going(one, now) for one in statuses):
-            parts.append(f"ETA {_duration(seconds)}")
+            parts.append(f"ETA {format_duration(seconds)}")
     losses = [one.loss for one in statuses if one.loss is not None]
     if losses:
         parts.append(f"loss {losses[0]:.4f}")
     return Text("  ".join(parts))
-
-
-def _duration(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
 
 
 def verdict(statuses: Sequence[RunStatus], now: float) -> str:
@@ -137,7 +141,7 @@ def verdict(statuses: Sequence[RunStatus], now: float) -> str:
         if ranks:
             return _ended(ended, [one for one in statuses if one.rank in ranks], now)
     if not any(found in ("running", "stuck") for found in conditions.values()):
-        return f"The run has {statuses[0].state}, {_duration(now - statuses[0].time)} ago."
+        return f"The run has {statuses[0].state}, {format_duration(now - statuses[0].time)} ago."
     stuck = [one for one in statuses if conditions[one.rank] == "stuck"]
     if stuck:
         age = max(one.step_age_s for one in stuck)
@@ -153,26 +157,28 @@ def _ended(how: str, statuses: Sequence[RunStatus], now: float) -> str:
         return f"Failed: {ranks}: {one.error}"
     return (
         f"Dead: {ranks} ({one.host}, process {one.pid}) was running and has been silent for "
-        f"{_duration(now - one.time)}."
+        f"{format_duration(now - one.time)}."
     )
 
 
 def _limit(statuses: Sequence[RunStatus]) -> str:
     """The verdict on a run that goes: the model, or the stage of the loader that it waits for."""
-    window = sum_windows([one.window for one in statuses])
+    window = sum_windows([one.window for one in statuses], side_by_side=True)
     worst = max(statuses, key=lambda one: one.wait_share)
-    stages = [stage for stage in stage_shares(window) if stage.name in _BINDS]
+    stages = [stage for stage in stage_shares(window) if stage.name in _BOTTLENECKS]
     if worst.wait_share < SMALL:
         headroom = min(
             (one.capacity_images_per_s / one.images_per_s for one in stages if one.images_per_s),
             default=float("nan"),
         )
         return (
-            f"The model binds; the loader has {headroom:.1f}x head-room "
+            f"The model is the bottleneck; the loader has {headroom:.1f}x head-room "
             f"({worst.wait_share:.0%} of the step is waiting for data)."
         )
     stages = [
-        stage for stage in stage_shares(worst.window) if stage.name in _BINDS and stage.busy > 0
+        stage
+        for stage in stage_shares(worst.window)
+        if stage.name in _BOTTLENECKS and stage.busy > 0
     ]
     if not stages:
         return (
@@ -180,7 +186,7 @@ def _limit(statuses: Sequence[RunStatus]) -> str:
         )
     busiest = max(stages, key=lambda stage: stage.busy)
     return (
-        f"Bound by {_BINDS[busiest.name]} ({busiest.stage.threads} threads, {busiest.busy:.0%} busy): "
+        f"Bound by {_BOTTLENECKS[busiest.name]} ({busiest.stage.threads} threads, {busiest.busy:.0%} busy): "
         f"{worst.wait_share:.0%} of the step is waiting for data."
     )
 
@@ -220,7 +226,7 @@ def _rank_table(statuses: Sequence[RunStatus], now: float, width: int) -> Table:
         table.add_column(name, no_wrap=True)
     for name in ("step", "ms", "wait", "queue"):
         table.add_column(name, justify="right", no_wrap=True)
-    names = [name for name in statuses[0].window.stages if name in _BINDS]
+    names = [name for name in statuses[0].window.stages if name in _BOTTLENECKS]
     for name in names:
         table.add_column(name, width=bar_width, no_wrap=True)
     has_gpu = any(one.gpu for one in statuses)
@@ -263,38 +269,3 @@ def _ranks(ranks: Sequence[int]) -> str:
         return f"rank {ranks[0]}"
     listed = ", ".join(map(str, ranks[:8]))
     return f"each of ranks {listed}{' and others' if len(ranks) > 8 else ''}"
-
-
-def sum_windows(windows: Sequence[LoaderSnapshot]) -> LoaderSnapshot:
-    """Counters of several loaders as if they were one: threads, items and seconds add up."""
-    time_s = statistics.fmean(one.time_s for one in windows)
-    names = dict.fromkeys(name for one in windows for name in one.stages)
-    return LoaderSnapshot(
-        time_s=time_s,
-        stages={
-            name: _sum_stages([one.stages[name] for one in windows if name in one.stages])
-            for name in names
-        },
-        batches=sum(one.batches for one in windows),
-        samples=sum(one.samples for one in windows),
-        wait_s=statistics.fmean(one.wait_s for one in windows),
-        queue_depth_mean=statistics.fmean(one.queue_depth_mean for one in windows),
-        bad_samples=sum(one.bad_samples for one in windows),
-    )
-
-
-def _sum_stages(stages: Sequence[StageSnapshot]) -> StageSnapshot:
-    def total(name: str) -> float:
-        return float(sum(getattr(one, name) for one in stages))
-
-    return StageSnapshot(
-        name=stages[0].name,
-        threads=sum(one.threads for one in stages),
-        items=sum(one.items for one in stages),
-        bytes=sum(one.bytes for one in stages),
-        busy_s=total("busy_s"),
-        cpu_s=total("cpu_s"),
-        starved_s=total("starved_s"),
-        blocked_s=total("blocked_s"),
-        histogram=sum((one.histogram for one in stages), start=Histogram()),
-    )

@@ -78,7 +78,7 @@ def pretrain(config: Config) -> Outcome:
         )
         found = _agree_on_checkpoint(config, world)
         resumed = _load_complete(found, config) if found else None
-        cold_start = ColdStart(speak=world.is_main)
+        cold_start = ColdStart(prints=world.is_main)
         loader = stack.enter_context(
             open_loader(config, split, world, resumed=resumed, progress=cold_start)
         )
@@ -93,9 +93,9 @@ def pretrain(config: Config) -> Outcome:
         cold_start.show = run_log.fill
         model = build_model(config.model, seed=config.seed)
         if config.init_from is not None and not resumed:
-            run_log.say(load_initial_weights(model, config.init_from))
+            run_log.log(load_initial_weights(model, config.init_from))
         train_step = TrainStep(
-            model.to(world.device), config.optim, config.speed, world, log=run_log.say
+            model.to(world.device), config.optim, config.speed, world, log=run_log.log
         )
         if resumed:
             train_step.load_state_dict(resumed)
@@ -167,7 +167,7 @@ def _loop(run: _Run, step: int, *, total_steps: int) -> Outcome:
                 bad_samples=step_batches.bad_samples,
             )
         if config.run.image_every and step % config.run.image_every == 0:
-            run_log.picture(step, run.train_step.model, batches[0])
+            run_log.draw_images(step, run.train_step.model, batches[0])
         if checkpoints is not None and (
             step % config.run.checkpoint_every == 0 or step == last_step
         ):

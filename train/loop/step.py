@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from inspect import signature
 from typing import Any
 
@@ -118,6 +118,22 @@ class TrainStep:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return not skipped.wait()  # the step's one host synchronisation
+
+    @contextmanager
+    def without_collectives(self) -> Iterator[None]:
+        """Steps of this rank alone, as if there were no other: what is left when nobody is waited for.
+
+        The bank of keys is this rank's own meanwhile; gradients stay on the rank, so that weights drift apart
+        unless the learning rate is 0.
+        """
+        world, network = self.world, self.network
+        self.world, self.network = World(0, 1, world.device), self.model
+        set_all_reduce(self.model, lambda value: value)
+        try:
+            yield
+        finally:
+            set_all_reduce(self.model, sum_over_ranks)
+            self.world, self.network = world, network
 
     def move_target(self, momentum: float) -> None:
         """Moving average of the target, and its 16-bit copy."""

@@ -22,7 +22,7 @@ class GpuReader:
         bus_id: PCI address of the GPU; `bus_id_of` finds it for a torch device.
 
     Raises:
-        NoNvmlError: pynvml, the driver or the GPU is not there.
+        NoNvmlError: The package pynvml, the driver or the GPU is not there.
     """
 
     def __init__(self, bus_id: str) -> None:
@@ -83,7 +83,7 @@ def bus_id_of(device: torch.device) -> str:
     """PCI address of a CUDA device, whatever CUDA_VISIBLE_DEVICES has renumbered.
 
     Raises:
-        NoNvmlError: the device is no GPU.
+        NoNvmlError: The device is no GPU.
     """
     if device.type != "cuda":
         raise NoNvmlError(f"the run is on {device.type}: there is no GPU to ask")
@@ -97,8 +97,8 @@ class GpuSampler:
     Without a GPU or its driver nothing is sampled: `load` is empty and `note` says why.
 
     Args:
-        device: torch's.
-        every_s: seconds between two samples; the driver's own period is 1/6 s at best.
+        device: Device of torch.
+        every_s: Seconds between two samples; the driver's own period is 1/6 s at best.
     """
 
     def __init__(self, device: torch.device, *, every_s: float = 0.2) -> None:
@@ -145,9 +145,8 @@ class GpuSampler:
         while True:
             try:
                 values = self._reader.read()
-            except (
-                Exception
-            ) as error:  # a GPU that falls off the bus must not look like an idle one
+            except Exception as error:
+                # A GPU that falls off the bus must not look like an idle one.
                 self.note = f"GPU load is incomplete: {error}"
                 return
             for name, value in values.items():

@@ -1,4 +1,4 @@
-"""Pictures to look at: the first batch of a run, and what a model paints where it sees nothing."""
+"""Image grids to look at: the first batch of a run, and what a model paints where it sees nothing."""
 
 from __future__ import annotations
 
@@ -21,17 +21,10 @@ from cmae.pipeline import Batch
 Panel = UInt8[np.ndarray, "S S 3"]
 
 GRAY = 205
-
-PANEL_PX = 144
-
-ROWS = 4
-
-GAP_PX = 6
-
-MARGIN_PX = 18
-
-TITLE_PX = 26
-
+"""Of what is hidden."""
+PANEL_PX, ROWS = 144, 4
+"""Side to which small images are enlarged, about; and rows before the grid goes on to the right."""
+GAP_PX, MARGIN_PX, TITLE_PX = 6, 18, 26
 INK, PAPER = (40, 40, 40), (255, 255, 255)
 
 
@@ -53,7 +46,7 @@ def draw_reconstructions(
     the mean and the scale of the true one, which the network is not asked for.
 
     Raises:
-        CmaeError: the model has no pixel decoder, or images and ids do not fit it.
+        CmaeError: The model has no pixel decoder, or images and ids do not fit it.
     """
     was_training = model.training
     model.eval()
@@ -94,16 +87,16 @@ def draw_grid(columns: dict[str, list[Panel]], path: Path) -> None:
     block = len(columns) * step - GAP_PX
     width = 2 * MARGIN_PX + num_blocks * block + (num_blocks - 1) * 2 * MARGIN_PX
     height = 2 * MARGIN_PX + TITLE_PX + rows * step - GAP_PX
-    sheet = Image.new("RGB", (width, height), PAPER)
-    pen = ImageDraw.Draw(sheet)
+    grid = Image.new("RGB", (width, height), PAPER)
+    pen = ImageDraw.Draw(grid)
     for column, (title, panels) in enumerate(columns.items()):
         for row, panel in enumerate(panels):
             left = MARGIN_PX + (row // rows) * (block + 2 * MARGIN_PX) + column * step
             if row % rows == 0:
                 centre = (left + side / 2, MARGIN_PX + TITLE_PX / 2 - GAP_PX)
                 pen.text(centre, title, INK, font=_font(), anchor="mm")
-            sheet.paste(_enlarged(panel), (left, MARGIN_PX + TITLE_PX + (row % rows) * step))
-    sheet.save(path)
+            grid.paste(_enlarged(panel), (left, MARGIN_PX + TITLE_PX + (row % rows) * step))
+    grid.save(path)
 
 
 def _hidden_pixels(

@@ -1,4 +1,4 @@
-"""What a run says while it goes: JSON lines, TensorBoard, Weights & Biases, and the terminal."""
+"""What a run reports while it goes: JSON lines, TensorBoard, Weights & Biases, and the terminal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from torch import Tensor
 from cmae.errors import CmaeError
 from cmae.model import Losses
 from cmae.pipeline import FillProgress
+from cmae.pipeline.formats.atomic import atomic_write
 from cmae.train.distributed import World, mean_over_ranks
+from cmae.train.monitor.status import format_duration
 
 
 class MetricWindow:
@@ -39,8 +41,8 @@ class MetricWindow:
         """Means over the window and all ranks; starts the next window. Synchronises with the device.
 
         Args:
-            images_per_step: over all ranks.
-            waited_s: seconds that the loop has waited for data since its start.
+            images_per_step: Images of a step over all ranks.
+            waited_s: Seconds that the loop has waited for data since its start.
             world: This process among all; a collective, every rank must call.
         """
         means = mean_over_ranks(self._sums / max(1, self._steps), world).tolist()
@@ -111,9 +113,9 @@ def _drop_records_after(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = [record for record in read_metrics(path) if record["step"] <= step]
-    temporary = path.with_suffix(".tmp")  # a kill in the middle must not cost the history
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    temporary.replace(path)
+    # A kill in the middle must not cost the history.
+    with atomic_write(path) as file:
+        file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
 
 
 def _start_wandb(project: str, out: Path, config: dict[str, Any] | None) -> Any:
@@ -124,7 +126,8 @@ def _start_wandb(project: str, out: Path, config: dict[str, Any] | None) -> Any:
             f"run.wandb_project is {project!r}, but the package wandb is not installed; "
             "`pip install wandb`, or leave the key out"
         ) from error
-    stored = out / "wandb_id"  # of its own: two runs may have folders of one name
+    # An id of its own: two runs may have folders of one name.
+    stored = out / "wandb_id"
     if not stored.is_file():
         stored.write_text(wandb.util.generate_id(), encoding="utf-8")
     return wandb.init(
@@ -141,9 +144,9 @@ class Display:
     """The terminal: a live bar where there is one, else a line for every record.
 
     Args:
-        total_steps: length of the bar.
-        start_step: where a resumed run begins.
-        live: draw the bar when the output is a terminal.
+        total_steps: Length of the bar.
+        start_step: Step that a resumed run begins after.
+        live: Whether to draw the bar when the output is a terminal.
     """
 
     def __init__(self, total_steps: int, *, start_step: int = 0, live: bool = True) -> None:
@@ -194,7 +197,7 @@ class Display:
         """Show how far the copying of remote shards is: in a bar of its own, or as a line now and then."""
         if self._bar is None:
             if self._fill_lines.is_due(progress):
-                self.say(describe_fill(progress))
+                self.log(describe_fill(progress))
             return
         if self._fill_task is None:
             self._fill_task = self._bar.add_task("", total=progress.num_total, text="", eta="-")
@@ -207,7 +210,7 @@ class Display:
             visible=not done,
         )
 
-    def say(self, message: str) -> None:
+    def log(self, message: str) -> None:
         """Print a message above the bar."""
         self.console.print(message, soft_wrap=True)
 
@@ -216,7 +219,7 @@ class Display:
         if step <= first:
             return "-"
         seconds = (time.perf_counter() - started) / (step - first) * (self._total - step)
-        return _clock(seconds)
+        return format_duration(seconds)
 
 
 class _FillLines:
@@ -238,20 +241,20 @@ class ColdStart:
     """Takes the loader's reports on remote shards, which begin before there is a display.
 
     Args:
-        speak: print lines until `show` is set; the first rank's task.
+        prints: Whether to print lines until `show` is set; the first rank's task.
     """
 
-    def __init__(self, *, speak: bool) -> None:
+    def __init__(self, *, prints: bool) -> None:
         self.show: Callable[[FillProgress], None] | None = None
         """Where reports go as soon as the display is there."""
-        self._speak = speak
+        self._prints = prints
         self._lines = _FillLines()
 
     def __call__(self, progress: FillProgress) -> None:
         """Show a report."""
         if self.show is not None:
             self.show(progress)
-        elif self._speak and self._lines.is_due(progress):
+        elif self._prints and self._lines.is_due(progress):
             Console(stderr=True, highlight=False).print(describe_fill(progress), soft_wrap=True)
 
 
@@ -264,13 +267,8 @@ def describe_fill(progress: FillProgress) -> str:
             f"{progress.bytes_per_s / 1e6:.0f} MB/s",
         ]
     if progress.eta_s is not None:
-        parts.append(f"ETA {_clock(progress.eta_s)}")
+        parts.append(f"ETA {format_duration(progress.eta_s)}")
     return "  ".join(parts)
-
-
-def _clock(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
 
 
 def describe(record: dict[str, float]) -> str:

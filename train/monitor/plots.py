@@ -24,7 +24,7 @@ class _Panel:
 _PANELS = (
     _Panel("total loss", {"total": "total"}),
     _Panel("pixel loss (masked patches)", {"reconstruction": "reconstruction"}),
-    _Panel("InfoNCE", {"info_nce": "InfoNCE"}),
+    _Panel("contrastive loss, unweighted", {"contrastive_raw": "contrastive"}),
     _Panel(
         "cosine in the projection space",
         {"positive_similarity": "same image", "negative_similarity": "other images"},
@@ -32,6 +32,7 @@ _PANELS = (
     _Panel("learning rate", {"lr": "lr"}, from_zero=True),
     _Panel("images / s", {"images_per_s": "images / s"}, from_zero=True),
 )
+_OLDER_NAMES = {"info_nce": "contrastive_raw"}
 _COLOURS = ("#1f5fa8", "#d9822b")
 _GRAY = "#8a8a8a"
 
@@ -42,16 +43,16 @@ def loss_plot(metrics: Path, path: Path) -> None:
     Terms that the model does not have (zero throughout) are left out.
 
     Args:
-        metrics: a run's `metrics.jsonl`.
+        metrics: File `metrics.jsonl` of a run.
         path: PNG to write.
 
     Raises:
-        CmaeError: there is no record yet.
+        CmaeError: There is no record yet.
     """
-    records = read_metrics(metrics)
+    records = [_in_todays_words(record) for record in read_metrics(metrics)]
     if not records:
         raise CmaeError(f"{metrics} holds no record; a run writes one every run.log_every steps")
-    panels = [panel for panel in _PANELS if any(_is_live(records, key) for key in panel.keys)]
+    panels = [panel for panel in _PANELS if any(_is_present(records, key) for key in panel.keys)]
     num_rows = -(-len(panels) // 3)
     figure = Figure(figsize=(12, 3.1 * num_rows), layout="constrained")
     FigureCanvasAgg(figure)
@@ -91,6 +92,11 @@ def _draw_waiting(axes: Axes, steps: list[float], records: list[dict[str, float]
     axes.spines[["top"]].set_visible(False)
 
 
-def _is_live(records: list[dict[str, float]], key: str) -> bool:
+def _in_todays_words(record: dict[str, float]) -> dict[str, float]:
+    """A record whose terms have their names of today; runs that began earlier wrote others."""
+    return {_OLDER_NAMES.get(name, name): value for name, value in record.items()}
+
+
+def _is_present(records: list[dict[str, float]], key: str) -> bool:
     """Whether the metric was ever there and not zero."""
     return any(record.get(key) for record in records)

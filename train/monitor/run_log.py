@@ -1,4 +1,4 @@
-"""The first rank's voice: progress, metrics, pictures and the record of skipped steps of one run."""
+"""What a run leaves behind and shows: progress, metrics, image grids and the record of skipped steps."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from cmae.train.monitor.status import StatusPublisher
 
 
 class RunLog:
-    """Collects losses on every rank; on the first one also writes files and speaks.
+    """Collects losses on every rank; on the first one also writes files and prints.
 
     Args:
-        config: of the run.
-        world: this process among all.
-        start_step: step that the run begins after.
-        total_steps: length of the schedule.
-        loader: asked for its waiting time.
+        config: Configuration of the run.
+        world: This process among all.
+        start_step: Step that the run begins after.
+        total_steps: Length of the schedule.
+        loader: Loader that is asked for its counters.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class RunLog:
         self._start_step = start_step
         self._total_steps = total_steps
         self._window = MetricWindow(world.device)
-        self._live = StatusPublisher(
+        self._publisher = StatusPublisher(
             config.run.out,
             world,
             step=start_step,
@@ -58,7 +58,7 @@ class RunLog:
         )
         self._resources = ExitStack()
         self._seen_bad = 0
-        self._said_not_live = False
+        self._reported_unpublished = False
 
     def __enter__(self) -> Self:
         """Open the files and start the display, on the first rank."""
@@ -76,7 +76,7 @@ class RunLog:
             self._display = self._resources.enter_context(
                 Display(self._total_steps, start_step=self._start_step, live=run.progress)
             )
-        self._resources.enter_context(self._live)
+        self._resources.enter_context(self._publisher)
         return self
 
     def __exit__(
@@ -89,27 +89,27 @@ class RunLog:
         self._resources.__exit__(kind, error, trace)
 
     def opening(self, resumed_from: Path | None, notes: Sequence[str]) -> None:
-        """Say what is about to run, and what differs from the checkpoint it continues."""
+        """Report what is about to run, and what differs from the checkpoint it continues."""
         if not self._world.is_main:
             return
         config, loader = self._config, self._loader
-        self._display.say(
+        self._display.log(
             f"{config.run.out}: {loader.num_samples or 'an unknown number of'} samples, "
             f"{loader.steps_per_epoch or '?'} steps an epoch, {self._total_steps} steps, "
             f"global batch {config.optim.global_batch_size} on {self._world.world_size} x "
             f"{self._world.device.type}, {config.optim.precision}"
         )
         if loader.downscaled:
-            self._display.say(f"[yellow]not the original files:[/] {loader.downscaled}")
+            self._display.log(f"[yellow]not the original files:[/] {loader.downscaled}")
         if resumed_from is not None:
-            self._display.say(f"continuing {resumed_from}")
+            self._display.log(f"continuing {resumed_from}")
         for note in notes:
-            self._display.say(f"[yellow]changed:[/] {note}")
+            self._display.log(f"[yellow]changed:[/] {note}")
 
-    def say(self, message: str) -> None:
+    def log(self, message: str) -> None:
         """Print a message, on the first rank."""
         if self._world.is_main:
-            self._display.say(message)
+            self._display.log(message)
 
     def fill(self, progress: FillProgress) -> None:
         """Show how far the copying of remote shards is, on the first rank. From any thread."""
@@ -119,7 +119,7 @@ class RunLog:
     def step(self, step: int, batches: Sequence[Batch], losses: Tensor) -> None:
         """Note a step that was taken."""
         self._window.add(losses)
-        self._live.step(step)
+        self._publisher.step(step)
         if not self._world.is_main:
             return
         self._display.advance(step)
@@ -133,7 +133,7 @@ class RunLog:
             waited_s=self._loader.wait_s,
             world=self._world,
         )
-        self._live.loss = record["total"]
+        self._publisher.loss = record["total"]
         if not self._world.is_main:
             return
         record |= {"lr": lr, "epoch": epoch, "bad_samples": bad_samples}
@@ -141,14 +141,14 @@ class RunLog:
         self._display.show(step, record)
         if bad_samples > self._seen_bad:
             self._seen_bad = bad_samples
-            self._display.say(
+            self._display.log(
                 f"[yellow]{self._seen_bad} bad samples replaced so far[/]; "
                 f"see {self._config.run.out / LEDGER_FILE}"
             )
-        if self._live.error is not None and not self._said_not_live:
-            self._said_not_live = True
-            self._display.say(
-                f"[yellow]`cmae top` will not see this run:[/] {escape(str(self._live.error))}"
+        if self._publisher.error is not None and not self._reported_unpublished:
+            self._reported_unpublished = True
+            self._display.log(
+                f"[yellow]`cmae top` will not see this run:[/] {escape(str(self._publisher.error))}"
             )
 
     def skipped(self, step: int, count: int, batches: Sequence[Batch], losses: Tensor) -> None:
@@ -166,33 +166,33 @@ class RunLog:
         ) as file:
             file.write(json.dumps(line) + "\n")
         if self._world.is_main:
-            self._display.say(
+            self._display.log(
                 f"[yellow]step {step + 1} skipped ({count} in a row): gradients are not finite[/]"
             )
 
-    def picture(self, step: int, model: CMAE, batch: Batch) -> None:
+    def draw_images(self, step: int, model: CMAE, batch: Batch) -> None:
         """Draw original, masked and reconstruction of the first images of a batch."""
         if self._world.is_main:
-            folder = self._config.run.out / "pictures"
+            folder = self._config.run.out / "images"
             folder.mkdir(exist_ok=True)
-            # A compiled block would be compiled again for the few images of a picture.
+            # A compiled block would be compiled again for the few images of a grid.
             eagerly = torch.compiler.set_stance("force_eager")
             with torch.no_grad(), eagerly, unpinned(model):
                 reconstruction_grid(model, batch, folder / f"step-{step:08d}.png")
 
     def closing(self, step: int, checkpoint: Path | None, *, stopped: bool) -> None:
-        """Say where the results lie."""
+        """Report where the results lie."""
         if not self._world.is_main:
             return
         out = self._config.run.out
         if self._log.path.stat().st_size:
             loss_plot(self._log.path, out / "loss.png")
         if stopped:
-            self._display.say(f"stopped at step {step}; run the same command again to continue")
+            self._display.log(f"stopped at step {step}; run the same command again to continue")
         elif checkpoint is None:
-            self._display.say(f"nothing to do: {out} is already at step {step}")
+            self._display.log(f"nothing to do: {out} is already at step {step}")
         else:
-            self._display.say(f"done: step {step}, {checkpoint}")
+            self._display.log(f"done: step {step}, {checkpoint}")
 
 
 def write_config(config: Config, path: Path) -> None:

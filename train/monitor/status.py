@@ -1,4 +1,4 @@
-"""What a running job says about itself, for `cmae top`: a small file a rank, rewritten every two seconds.
+"""What a running job reports of itself, for `cmae top`: a small file a rank, rewritten every two seconds.
 
 A background thread writes it, not the training loop: storage that hangs does not stop the run, and a step
 that hangs does not stop the file, so that a reader can tell a stuck run from a dead one. The loop itself only
@@ -17,11 +17,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from cmae.errors import CmaeError
+from cmae.pipeline.formats.atomic import atomic_write
 from cmae.pipeline.stage_stats import LoaderSnapshot
-from cmae.train.distributed import World
+
+if TYPE_CHECKING:
+    # `cmae top` reads without torch.
+    from cmae.train.distributed import World
 
 EVERY_S = 2.0
 _WINDOW_S = 10.0
@@ -70,9 +74,8 @@ class RunStatus:
     def save(self, path: Path) -> None:
         """Write atomically: a reader sees the old file or the new one."""
         content = vars(self) | {"window": self.window.to_dict()}
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(content), encoding="utf-8")
-        temporary.replace(path)
+        with atomic_write(path) as file:
+            file.write(json.dumps(content).encode())
 
 
 def status_folder(out: Path) -> Path:
@@ -80,11 +83,17 @@ def status_folder(out: Path) -> Path:
     return out / "live"
 
 
+def format_duration(seconds: float) -> str:
+    """Hours, minutes and seconds: `0:05:30`."""
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+
 def read_status(out: Path) -> list[RunStatus]:
     """The status of every rank of a run, by rank.
 
     Raises:
-        CmaeError: no rank has written one, or another version has.
+        CmaeError: No rank has written one, or another version has.
     """
     paths = sorted(status_folder(out).glob("rank-*.json"))
     if not paths:
@@ -118,14 +127,14 @@ class StatusPublisher:
     """Writes this rank's status while it is open.
 
     Args:
-        out: folder of the run, on storage that `cmae top` sees too.
-        world: this process among all.
-        step: that the run begins after.
-        total_steps: length of the schedule.
-        global_batch_size: images of a step over all ranks.
-        snapshot: `Loader.snapshot`.
-        read_gpu: load of this rank's GPU, where there is one.
-        every_s: seconds between two writings.
+        out: Folder of the run, on storage that `cmae top` sees too.
+        world: This process among all.
+        step: Step that the run begins after.
+        total_steps: Length of the schedule.
+        global_batch_size: Images of a step over all ranks.
+        snapshot: Function that reads the loader's counters.
+        read_gpu: Function that reads the load of this rank's GPU, where there is one.
+        every_s: Seconds between two writings.
     """
 
     def __init__(
@@ -148,14 +157,12 @@ class StatusPublisher:
         self._world, self._total_steps = world, total_steps
         self._global_batch_size = global_batch_size
         self._snapshot, self._read_gpu, self._every_s = snapshot, read_gpu, every_s
-        self._last = (
-            step,
-            time.perf_counter(),
-        )  # one assignment: the other thread sees both or none
+        # One assignment: the other thread sees both or none.
+        self._last = (step, time.perf_counter())
         self._first: _Mark | None = None
         self._marks: deque[_Mark] = deque()
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="cmae-live", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="cmae-status", daemon=True)
 
     def __enter__(self) -> Self:
         """Remove what an earlier run with more ranks left, and start writing."""
@@ -178,7 +185,8 @@ class StatusPublisher:
     ) -> None:
         """Write how it ended."""
         self._stop.set()
-        self._thread.join(timeout=5.0)  # storage that hangs must not keep the process
+        # Storage that hangs must not keep the process.
+        self._thread.join(timeout=5.0)
         if self._thread.is_alive():
             return
         if kind is not None:
@@ -190,7 +198,8 @@ class StatusPublisher:
         """Note that a step is done."""
         now = time.perf_counter()
         self._last = (step, now)
-        if self._first is None:  # windows begin here: the first step compiles and fills caches
+        if self._first is None:
+            # Windows begin here: the first step compiles and fills caches.
             self._first = _Mark(now, step, now, self._snapshot())
 
     def _run(self) -> None:
@@ -207,8 +216,10 @@ class StatusPublisher:
             self.error = failure
 
     def _status(self, state: str, error: str) -> RunStatus:
+        # Looked at first: a mark from before the first step must not come after it.
+        first = self._first
         now = _Mark(time.perf_counter(), *self._last, self._snapshot())
-        before = self._window_start(now)
+        before = self._window_start(first, now) if first else None
         steps = now.step - before.step if before else 0
         return RunStatus(
             rank=self._world.rank,
@@ -229,15 +240,14 @@ class StatusPublisher:
             error=error,
         )
 
-    def _window_start(self, now: _Mark) -> _Mark | None:
-        """The newest mark that is old enough and at least a step back; None before the first step."""
+    def _window_start(self, first: _Mark, now: _Mark) -> _Mark:
+        """The newest mark that is old enough and at least a step back."""
         marks = self._marks
-        if self._first is None:
-            return None
         if not marks:
-            marks.append(self._first)
+            marks.append(first)
         if len(marks) > 1 and marks[-1].step == now.step:
-            marks.pop()  # a step that takes hours must not pile them up
+            # A step that takes hours must not pile them up.
+            marks.pop()
         while len(marks) > 1 and now.time - marks[1].time > _WINDOW_S and marks[1].step < now.step:
             marks.popleft()
         marks.append(now)

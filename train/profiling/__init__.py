@@ -1,5 +1,18 @@
-"""Where the time of a training step goes: phases, a breakdown, a diagnosis, predictions and reports."""
+"""Where the time of a training step goes: phases, breakdown, diagnosis, predictions and reports."""
 
-import lazy_loader
+from __future__ import annotations
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cmae.train.profiling.any_loader import profile_loader
+
+__all__ = ["profile_loader"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from cmae.train.profiling import any_loader
+
+    return getattr(any_loader, name)

@@ -171,7 +171,7 @@ def test_on_a_terminal_the_copying_has_a_bar_of_its_own_until_it_is_done(
 def test_before_the_display_the_first_rank_prints_lines_and_the_others_nothing(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first, other = ColdStart(speak=True), ColdStart(speak=False)
+    first, other = ColdStart(prints=True), ColdStart(prints=False)
     clock.now += 6
     for cold_start in (first, other):
         cold_start(report(3, what="indices"))

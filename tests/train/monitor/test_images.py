@@ -1,4 +1,4 @@
-"""What the pictures show is what happened: hidden patches are gray, visible ones the original's."""
+"""What the image grids show is what happened: hidden patches are gray, visible ones the original's."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ def batch() -> Batch:
 
 
 def panel(path: Path, row: int, column: int) -> np.ndarray:
-    """The image in a sheet, at its own size again."""
-    sheet = np.asarray(Image.open(path))
+    """The image in a grid, at its own size again."""
+    grid = np.asarray(Image.open(path))
     left = MARGIN_PX + column * (ENLARGED + GAP_PX)
     top = MARGIN_PX + TITLE_PX + row * (ENLARGED + GAP_PX)
-    return sheet[top : top + ENLARGED : ENLARGED // SIZE, left : left + ENLARGED : ENLARGED // SIZE]
+    return grid[top : top + ENLARGED : ENLARGED // SIZE, left : left + ENLARGED : ENLARGED // SIZE]
 
 
 def is_hidden(batch: Batch, row: int) -> np.ndarray:
@@ -122,11 +122,11 @@ def test_first_batch_shows_views_and_mask(batch: Batch, tmp_path: Path, with_tar
     assert Image.open(path).width == 2 * MARGIN_PX + columns * (ENLARGED + GAP_PX) - GAP_PX
 
 
-def test_long_sheets_go_on_to_the_right(tmp_path: Path) -> None:
+def test_long_grids_go_on_to_the_right(tmp_path: Path) -> None:
     images = [np.full((SIZE, SIZE, 3), 10 * i, np.uint8) for i in range(9)]
     draw_grid({"a": images}, tmp_path / "s.png")
-    sheet = np.asarray(Image.open(tmp_path / "s.png"))
-    assert {10 * i for i in range(9)} <= set(np.unique(sheet[MARGIN_PX + TITLE_PX :]).tolist())
+    grid = np.asarray(Image.open(tmp_path / "s.png"))
+    assert {10 * i for i in range(9)} <= set(np.unique(grid[MARGIN_PX + TITLE_PX :]).tolist())
 
 
 def test_reconstruct_command_takes_image_files(
@@ -160,8 +160,9 @@ def records(**constant: float) -> str:
 def test_loss_plot_leaves_out_what_the_model_does_not_have(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
     heights = []
-    for info_nce in (0.0, 3.0):
-        metrics.write_text(records(info_nce=info_nce, images_per_s=100.0, data_wait_pct=5.0))
+    # The second is of a run that began when the term had another name.
+    for terms in ({"contrastive_raw": 0.0}, {"info_nce": 3.0}):
+        metrics.write_text(records(**terms, images_per_s=100.0, data_wait_pct=5.0))
         loss_plot(metrics, tmp_path / "loss.png")
         heights.append(np.asarray(Image.open(tmp_path / "loss.png").convert("L")))
     assert heights[0].shape == heights[1].shape

@@ -29,8 +29,8 @@ def estimates(
     widen the interval of a difference. With 3 rounds the interval is the range of what was seen, no more.
 
     Args:
-        rounds: values by phase and round.
-        combine: medians by phase -> named numbers.
+        rounds: Values by phase and round.
+        combine: Function from medians by phase to named numbers.
     """
     count = len(next(iter(rounds.values())))
     table = np.array([rounds[name] for name in rounds])  # (phases, rounds)

@@ -7,9 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.optimize import linprog
-
-RESOURCES = ("model", "cores", "decode", "feed", "readers", "storage")
 
 
 @dataclass(frozen=True)
@@ -22,10 +19,10 @@ class Costs:
     """CPU seconds of the step, all threads."""
     loader_cpu_s: float
     """CPU seconds of the loader, all threads."""
-    decode_s: float
+    decode_augment_s: float
     """Busy seconds of the decoding threads."""
-    feed_s: float
-    """Busy seconds of the feed thread, which is one."""
+    prefetch_s: float
+    """Busy seconds of the prefetch thread, which is one."""
     read_warm_s: float
     """Busy seconds of a reader for a file in the page cache."""
     read_cold_s: float
@@ -36,9 +33,13 @@ class Costs:
     cores: float
     """CPU cores that this rank can have."""
     threads: float
-    """Decoding threads."""
+    """Decoding threads; workers of a loader without stages."""
     readers: float
     """Files that are read at the same time (Little's law: rate = readers / latency)."""
+    worker_s: float = 0.0
+    """Busy seconds of a worker in a loader whose stages cannot be told apart; it has no decoding threads."""
+    in_thread_s: float = 0.0
+    """Seconds that such a loader works in the training thread."""
     bandwidth_warm: float = math.inf
     """Bytes per second of reads that hit the page cache, for one rank; infinite where it was not reached."""
     bandwidth_cold: float = math.inf
@@ -56,18 +57,18 @@ class Rate:
     """Answer of the model."""
 
     images_per_s: float
-    binds: str
-    next_binds: str
-    """What limits when `binds` does not."""
+    bottleneck: str
+    next_bottleneck: str
+    """What limits when `bottleneck` does not."""
     headroom: float
-    """Rate without the limit that binds, over the rate."""
+    """Rate without the bottleneck, over the rate."""
 
 
 def solve(costs: Costs) -> Rate:
-    """Largest rate that no resource forbids, and which one does."""
-    rate, binds = _maximise(costs, without=())
-    freed, next_binds = _maximise(costs, without=(binds,))
-    return Rate(rate, binds, next_binds, freed / rate)
+    """Largest rate that no resource forbids, and the resource that limits it."""
+    rate, bottleneck = _maximise(costs, without=())
+    freed, then = _maximise(costs, without=(bottleneck,))
+    return Rate(rate, bottleneck, then, freed / rate)
 
 
 def loader_rate(costs: Costs) -> float:
@@ -76,22 +77,28 @@ def loader_rate(costs: Costs) -> float:
 
 
 def loader_limit(costs: Costs) -> tuple[float, str]:
-    """That rate, and what binds then."""
-    return _maximise(replace(costs, step_cpu_s=0.0), without=("model",))
+    """That rate, and what limits it."""
+    alone = replace(costs, model_s=0.0, step_cpu_s=0.0)
+    return _maximise(alone, without=())
 
 
 def _maximise(costs: Costs, *, without: Sequence[str]) -> tuple[float, str]:
     """Maximise warm + cold images per second under every resource but those in `without`."""
+    # Here, since reports and `cmae top` need this module's neighbours and not scipy.
+    from scipy.optimize import linprog
+
     both = lambda cost: (cost, cost)  # noqa: E731
     loader = costs.efficiency
-    demands = {  # units that one warm image and one cold image take, and units there are in a second
-        "model": (*both(costs.model_s), 1.0),
+    # Units that one warm image and one cold image take, and units there are in a second.
+    demands = {
+        "model": (*both(costs.model_s + costs.in_thread_s), 1.0),
         "cores": (
             *both(costs.step_cpu_s + costs.loader_cpu_s / costs.core_efficiency),
             costs.cores,
         ),
-        "decode": (*both(costs.decode_s), costs.threads * loader),
-        "feed": (*both(costs.feed_s), loader),
+        "decode_augment": (*both(costs.decode_augment_s), costs.threads * loader),
+        "loader": (*both(costs.worker_s), costs.threads * loader),
+        "prefetch": (*both(costs.prefetch_s), loader),
         "readers": (costs.read_warm_s, costs.read_cold_s, costs.readers * loader),
         "storage": (
             costs.num_bytes / costs.bandwidth_warm,
@@ -104,8 +111,11 @@ def _maximise(costs: Costs, *, without: Sequence[str]) -> tuple[float, str]:
         for name, (warm, cold, capacity) in demands.items()
         if name not in without and warm + cold > 0
     ]
+    if not names:
+        return math.inf, "unexplained"
     table = np.array([demands[name] for name in names])
-    scale = table[:, 2]  # every row in shares of what there is: no unit dwarfs another
+    # Every row in shares of what there is: no unit dwarfs another.
+    scale = table[:, 2]
     answer = linprog(
         c=[-1.0, -1.0],
         A_ub=table[:, :2] / scale[:, None],
@@ -115,17 +125,5 @@ def _maximise(costs: Costs, *, without: Sequence[str]) -> tuple[float, str]:
         method="highs",
     )
     if not answer.success:
-        raise RuntimeError(f"the resource model has no solution: {answer.message}")
+        raise RuntimeError(f"the bottleneck model has no solution: {answer.message}")
     return float(-answer.fun), names[int(np.argmin(answer.slack))]
-
-
-def cache_hits(cached: float) -> float:
-    """Share of reads that hit a cache of this share of the data, when every epoch is a new permutation.
-
-    Between two uses of a sample lie its place from the end of one epoch and from the start of the next; for a
-    cache that drops what was unused longest, the chance that fewer than `cached` of the data came between is
-    a + (1 - a) ln(1 - a).
-    """
-    if cached >= 1:
-        return 1.0
-    return cached + (1 - cached) * math.log(1 - cached) if cached > 0 else 0.0

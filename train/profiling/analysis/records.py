@@ -8,20 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from cmae.errors import CmaeError
-from cmae.pipeline import LoaderSnapshot
-
-FORMAT = 1
+from cmae.pipeline.stage_stats import LoaderSnapshot
+from cmae.train.profiling.analysis.upgrade import FORMAT, upgrade
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What one stretch of a phase measured, on this rank."""
+    """What one measurement window of a phase gave, on this rank."""
 
     phase: str
     step_times_ms: tuple[float, ...]
     wall_s: float
     images: int
-    """Of this rank."""
+    """Images of this rank."""
     next_s: float
     """Seconds that the training thread spent in `next`."""
     next_cpu_s: float
@@ -41,6 +40,26 @@ class Reading:
         """Mean wall time of a step, ms."""
         return 1000 * self.wall_s / len(self.step_times_ms)
 
+    @property
+    def next_ms(self) -> float:
+        """Mean time in `next` of a step, ms."""
+        return 1000 * self.next_s / len(self.step_times_ms)
+
+    @property
+    def next_cpu_ms(self) -> float:
+        """Mean CPU time of the training thread in `next` of a step, ms."""
+        return 1000 * self.next_cpu_s / len(self.step_times_ms)
+
+    @property
+    def step_cpu_ms(self) -> float:
+        """Mean CPU time of the training thread outside `next` of a step, ms."""
+        return 1000 * self.step_cpu_s / len(self.step_times_ms)
+
+    @property
+    def images_per_s(self) -> float:
+        """Rate of this rank."""
+        return self.images / self.wall_s
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -58,7 +77,7 @@ class Phase:
     """One way of running the step or the loader, repeated and interleaved with the others."""
 
     name: str
-    """synthetic, replay, replay_h2d, interference, memory, warm, cold, full, loader_memory, ..."""
+    """synthetic, replay, replay_h2d, interference, prefetch, memory, warm, cold, full, loader_memory, ..."""
     what: str
     """One line for the reader: what runs in it and what does not."""
     step_ms: Estimate
@@ -68,16 +87,16 @@ class Phase:
     loader: dict[str, Any] | None = None
     """`LoaderSnapshot.to_dict()` of the whole phase; None where no loader runs."""
     step_times_ms: tuple[float, ...] = ()
-    """Every single step, in order, for histograms and the trace."""
+    """Every single step, in order, for histograms."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """One line of the account of the step."""
+class Component:
+    """One line of the breakdown of the step."""
 
     name: str
-    """model, host_to_device, decode, feed, fetch_warm, fetch_cold, interference, collective, straggler,
-    residual."""
+    """model, python, straggler, collective, host_to_device, interference, prefetch, decode_augment,
+    read_warm, read_cold, loader, residual."""
     ms: Estimate
     note: str
     """How it was found, and what it means."""
@@ -92,19 +111,19 @@ class Action:
     overrides: dict[str, Any]
     """Dotted settings that apply it; empty where it is no setting (a faster disk)."""
     predicted_images_per_s: float
-    then_binds: str
-    """The resource that limits next."""
+    then_bottleneck: str
+    """What limits next."""
     measured_images_per_s: Estimate | None = None
     """After `--verify`."""
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Diagnosis:
     """The sentence on top."""
 
     sentence: str
-    binds: str
-    """Resource that limits: model, decode, storage, feed, h2d, collective, straggler, ..."""
+    bottleneck: str
+    """What limits: model, decode_augment, storage, prefetch, host_to_device, collective, straggler, ..."""
     headroom: float
     """Rate of the second most limiting resource over that of the first; >= 1."""
 
@@ -126,11 +145,11 @@ class Operation:
     """What one operation of the views costs an image: with it, less without it and all that follows."""
 
     name: str
-    """decode; resize, flip; cut; colour jitter; grayscale; blur."""
+    """decode; resize, flip; crop; colour jitter; grayscale; blur."""
     cpu_ms: Estimate
     """CPU time of all threads."""
     wall_ms: Estimate
-    """Time of the whole view maker; on a GPU that of the device counts too."""
+    """Time of the whole view backend; on a GPU that of the device counts too."""
     images_per_s: float
     """Rate with all operations up to this one, nothing else running."""
 
@@ -146,16 +165,16 @@ class Profile:
     world_size: int
     phases: tuple[Phase, ...]
     step_ms: Estimate
-    """Of the full run."""
-    parts: tuple[Part, ...]
+    """Wall time of a step of the full run, ms."""
+    breakdown: tuple[Component, ...]
     """Their values sum to `step_ms`, the residual included."""
-    verdict: Verdict
+    diagnosis: Diagnosis
     actions: tuple[Action, ...] = ()
     curves: tuple[Curve, ...] = ()
-    tails: tuple[dict[str, Any], ...] = ()
-    """Decode time by JPEG kind and size: kind, megapixels, items, ms."""
     operations: tuple[Operation, ...] = ()
     """What each operation on an image costs, in their order; empty where it was not measured."""
+    slow_images: tuple[dict[str, Any], ...] = ()
+    """Time of an image by jpeg_kind and size, slowest first; empty where it was not measured."""
     gpu: dict[str, Any] = field(default_factory=dict)
     """Mean load of decoder, SM, memory and PCIe while the full run went; empty without a GPU."""
     ranks: tuple[dict[str, Any], ...] = ()
@@ -171,33 +190,41 @@ class Profile:
 
 
 def load_profile(path: Path) -> Profile:
-    """Read a profile back.
+    """Read a profile back, of this format or an older one.
 
     Raises:
-        CmaeError: no profile, or of another format.
+        CmaeError: No profile, or one of a newer format.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         found = values["format"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise CmaeError(f"{path} is no profile; `cmae profile` writes profile.json") from error
-    if found != FORMAT:
-        raise CmaeError(f"{path} has format {found}, this version reads {FORMAT}: profile again")
-    values["phases"] = tuple(_phase(phase) for phase in values["phases"])
-    values["step_ms"] = Estimate(**values["step_ms"])
-    values["parts"] = tuple(
-        Part(**part | {"ms": Estimate(**part["ms"])}) for part in values["parts"]
-    )
-    values["verdict"] = Verdict(**values["verdict"])
-    values["actions"] = tuple(_action(action) for action in values["actions"])
-    values["curves"] = tuple(
-        Curve(**curve | {name: tuple(curve[name]) for name in ("x", "images_per_s")})
-        for curve in values["curves"]
-    )
-    values["operations"] = tuple(_operation(one) for one in values.get("operations", ()))
-    for name in ("tails", "notes", "ranks"):
-        values[name] = tuple(values.get(name, ()))
-    return Profile(**values)
+    if found not in range(1, FORMAT + 1):
+        raise CmaeError(
+            f"{path} has format {found}, this version reads 1 to {FORMAT}: profile again"
+        )
+    return _from_dict(upgrade(values))
+
+
+def _from_dict(values: dict[str, Any]) -> Profile:
+    records: dict[str, tuple[Any, ...]] = {
+        "phases": tuple(_phase(one) for one in values["phases"]),
+        "breakdown": tuple(
+            Component(**one | {"ms": Estimate(**one["ms"])}) for one in values["breakdown"]
+        ),
+        "actions": tuple(_action(one) for one in values["actions"]),
+        "curves": tuple(
+            Curve(**one | {name: tuple(one[name]) for name in ("x", "images_per_s")})
+            for one in values["curves"]
+        ),
+        "operations": tuple(_operation(one) for one in values["operations"]),
+        "slow_images": tuple(values["slow_images"]),
+        "notes": tuple(values["notes"]),
+        "ranks": tuple(values["ranks"]),
+    }
+    step_ms, diagnosis = Estimate(**values["step_ms"]), Diagnosis(**values["diagnosis"])
+    return Profile(**values | records | {"step_ms": step_ms, "diagnosis": diagnosis})
 
 
 def _phase(values: dict[str, Any]) -> Phase:

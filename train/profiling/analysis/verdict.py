@@ -1,63 +1,68 @@
-"""What limits, in a sentence; what to change, and what that would bring; curves."""
+"""What limits, in a sentence, and what to change, with what that would bring."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
 from cmae.train.profiling.analysis.bottleneck_model import Costs, Rate, loader_rate, solve
-from cmae.train.profiling.analysis.records import Action, Curve, Part, Verdict
+from cmae.train.profiling.analysis.records import Action, Component, Diagnosis
 
 SMALL = 0.1
-"""A part below this share of the step is not what one should work on."""
+"""A component below this share of the step is not what one should work on."""
 
 _AGREED = 0.02
-"""Share of the step that the lower end of a part's interval must exceed, else the rounds do not agree that it
-is there. Three rounds that all lie above zero are no rarity."""
+"""Share of the step that the lower end of a component's interval must exceed, else the rounds do not agree
+that it is there. Three rounds that all lie above zero are no rarity."""
 
-BINDS = {
+NEIGHBOUR_CORES = 0.25
+"""CPU cores that others take, and share of decoding in which threads wait for a core, from which on the
+neighbours are named."""
+
+BOTTLENECKS = {
     "python": "python",
     "straggler": "straggler",
     "collective": "collective",
-    "host_to_device": "h2d",
+    "host_to_device": "host_to_device",
     "interference": "cores",
-    "feed": "feed",
-    "decode": "decode",
-    "fetch_warm": "storage",
-    "fetch_cold": "storage",
+    "prefetch": "prefetch",
+    "decode_augment": "decode_augment",
+    "read_warm": "storage",
+    "read_cold": "storage",
+    "loader": "loader",
     "residual": "unexplained",
 }
-
-_CPU = ("decode", "cores", "neighbour")
+"""Component of the step -> bottleneck that it shows."""
 
 NAMES = {
     "model": "the model",
     "python": "Python in the training thread",
     "straggler": "the slowest rank",
     "collective": "communication between ranks",
-    "h2d": "copies to the device",
+    "host_to_device": "copies to the device",
     "cores": "CPU cores that the step and the loader share",
-    "feed": "the feed thread",
-    "decode": "decode and augmentation",
+    "prefetch": "the prefetch thread",
+    "decode_augment": "decode and augmentation",
     "readers": "the readers' latency",
     "storage": "storage",
+    "loader": "the loader",
     "neighbour": "other processes on the CPU cores",
     "unexplained": "something that no phase isolates",
 }
 
+_CPU = ("decode_augment", "loader", "cores", "neighbour")
+
 
 @dataclass(frozen=True)
 class Facts:
-    """What the verdict is made from."""
+    """What the diagnosis is made from."""
 
-    parts: Sequence[Part]
+    breakdown: Sequence[Component]
     costs: Costs
     measured_images_per_s: float
-    """Of the full run, one rank."""
+    """Rate of the full run, one rank."""
     world_size: int
     device: str
     others_cores: float
@@ -65,8 +70,18 @@ class Facts:
     waiting_for_cores: float
     """Share of the decoding threads' busy time in which this process's threads waited for a core."""
     details: Mapping[str, str] = field(default_factory=dict)
-    """Words that say more about a resource, by its name: '2 threads'."""
+    """Words that say more about a bottleneck, by its name: '2 threads'."""
     trials: Sequence[Trial] = ()
+
+    @property
+    def rate(self) -> float:
+        """Images per second of the full run over all ranks."""
+        return self.measured_images_per_s * self.world_size
+
+    @property
+    def step_ms(self) -> float:
+        """Milliseconds of the full step, which the components sum to."""
+        return sum(one.ms.value for one in self.breakdown)
 
 
 @dataclass(frozen=True)
@@ -75,75 +90,72 @@ class Trial:
 
     what: str
     overrides: dict[str, Any]
-    decode_s: float
+    decode_augment_s: float
     loader_cpu_s: float
     efficiency: float
 
 
-def judge(facts: Facts) -> Verdict:
-    """The sentence on top, and the resource that it names."""
-    binds = _binding(facts)
-    if binds == "model":
+def diagnose(facts: Facts) -> Diagnosis:
+    """The sentence on top, and the bottleneck that it names."""
+    bottleneck = _bottleneck(facts)
+    if bottleneck == "model":
         headroom = max(1.0, loader_rate(facts.costs) * facts.costs.model_s)
-        sentence = f"The model binds; the loader has {headroom:.1f}x head-room."
-        return Verdict(sentence, binds, headroom)
-    lost = _share(facts, binds)
-    headroom = 1 / max(0.01, 1 - lost)  # measured: the step without this part of the account
-    name = NAMES[binds] + (f" ({facts.details[binds]})" if binds in facts.details else "")
-    change, gain, then = "without it", headroom, _without(facts, binds).binds
-    best = next((action for action, helps in _rank(facts) if binds in helps), None)
-    if best is not None and best.predicted_images_per_s > 1.05 * _measured(facts):
-        change, then = best.what, best.then_binds
-        gain = best.predicted_images_per_s / _measured(facts)
+        sentence = f"The model is the bottleneck; the loader has {headroom:.1f}x head-room."
+        return Diagnosis(sentence, bottleneck, headroom)
+    lost = _share(facts, bottleneck)
+    # Measured: the step without these components.
+    headroom = 1 / max(0.01, 1 - lost)
+    name = NAMES[bottleneck]
+    if bottleneck in facts.details:
+        name += f" ({facts.details[bottleneck]})"
+    change, gain, then = "without it", headroom, _without(facts, bottleneck).bottleneck
+    best = next((action for action, helps in _rank(facts) if bottleneck in helps), None)
+    if best is not None and best.predicted_images_per_s > 1.05 * facts.rate:
+        change, then = best.what, best.then_bottleneck
+        gain = best.predicted_images_per_s / facts.rate
     sentence = (
         f"Bound by {name}: {100 * lost:.0f} % of the step. Predicted: {change}, {gain:.1f}x; "
         f"the next limit is then {NAMES[then]}."
     )
-    return Verdict(sentence, binds, headroom)
+    return Diagnosis(sentence, bottleneck, headroom)
 
 
-def _measured(facts: Facts) -> float:
-    return facts.measured_images_per_s * facts.world_size
-
-
-def _share(facts: Facts, binds: str) -> float:
-    total = sum(part.ms.value for part in facts.parts)
-    names = [part for part in facts.parts if BINDS.get(part.name) == _cause(binds, facts)]
-    return min(1.0, sum(part.ms.value for part in names) / total)
-
-
-def _cause(binds: str, facts: Facts) -> str:
-    """The account's name of a neighbour's effect is that of what it slows."""
-    return _largest(facts)[0] if binds == "neighbour" else binds
+def _share(facts: Facts, bottleneck: str) -> float:
+    # The breakdown's name of a neighbour's effect is that of what it slows.
+    name = _largest(facts)[0] if bottleneck == "neighbour" else bottleneck
+    found = [one.ms.value for one in facts.breakdown if BOTTLENECKS.get(one.name) == name]
+    return min(1.0, sum(found) / facts.step_ms)
 
 
 def _largest(facts: Facts) -> tuple[str, float]:
-    total = sum(part.ms.value for part in facts.parts)
+    """The bottleneck with the largest share of the step among those that the rounds agree on."""
     shares: dict[str, float] = {}
-    for part in facts.parts:
-        if part.name in BINDS and part.ms.low > _AGREED * total:
-            name = BINDS[part.name]
-            shares[name] = shares.get(name, 0.0) + part.ms.value / total
+    for one in facts.breakdown:
+        if one.name in BOTTLENECKS and one.ms.low > _AGREED * facts.step_ms:
+            name = BOTTLENECKS[one.name]
+            shares[name] = shares.get(name, 0.0) + one.ms.value / facts.step_ms
     name = max(shares, key=lambda one: shares[one], default="model")
     return name, shares.get(name, 0.0)
 
 
-def _binding(facts: Facts) -> str:
+def _bottleneck(facts: Facts) -> str:
     name, share = _largest(facts)
     if share < SMALL:
         return "model"
-    needs_cores = name in ("decode", "cores")
-    if needs_cores and facts.others_cores >= 0.25 and facts.waiting_for_cores >= 0.25:
+    needs_cores = name in ("decode_augment", "cores")
+    if needs_cores and min(facts.others_cores, facts.waiting_for_cores) >= NEIGHBOUR_CORES:
         return "neighbour"
     return name
 
 
-def _without(facts: Facts, binds: str) -> Rate:
-    """The rate if what binds cost nothing; what lies inside the step is part of the model here."""
+def _without(facts: Facts, bottleneck: str) -> Rate:
+    """The rate if the bottleneck cost nothing; what lies inside the step is part of the model here."""
     costs = facts.costs
     freed = {
-        "decode": {"decode_s": 0.0, "loader_cpu_s": 0.0},
-        "feed": {"feed_s": 0.0},
+        "decode_augment": {"decode_augment_s": 0.0, "loader_cpu_s": 0.0},
+        "loader": {"worker_s": 0.0, "loader_cpu_s": 0.0},
+        "python": {"in_thread_s": 0.0},
+        "prefetch": {"prefetch_s": 0.0},
         "storage": {
             "read_warm_s": 0.0,
             "read_cold_s": 0.0,
@@ -153,7 +165,7 @@ def _without(facts: Facts, binds: str) -> Rate:
         "cores": {"cores": math.inf},
         "neighbour": {"cores": costs.cores + facts.others_cores},
     }
-    return solve(replace(costs, **freed.get(binds, {})))
+    return solve(replace(costs, **freed.get(bottleneck, {})))
 
 
 def rank_actions(facts: Facts, *, most: int = 8) -> tuple[Action, ...]:
@@ -162,17 +174,17 @@ def rank_actions(facts: Facts, *, most: int = 8) -> tuple[Action, ...]:
 
 
 def _rank(facts: Facts) -> list[tuple[Action, tuple[str, ...]]]:
-    """Changes that help, best first, and the verdicts that each answers."""
+    """Changes that help, best first, and the bottlenecks that each answers."""
     before = solve(facts.costs)
     # The model knows no burst and no jitter: what the run lost to them, it loses after the change too.
     jitter = min(1.1, facts.measured_images_per_s / before.images_per_s)
     found = []
     for change in _candidates(facts):
         after = solve(change.costs)
-        limit = 1 / change.costs.model_s
+        limit = 1 / (change.costs.model_s + change.costs.in_thread_s)
         predicted = min(after.images_per_s * jitter, limit) * facts.world_size
-        if predicted > 1.02 * _measured(facts):
-            action = Action(change.what, change.overrides, predicted, after.binds)
+        if predicted > 1.02 * facts.rate:
+            action = Action(change.what, change.overrides, predicted, after.bottleneck)
             found.append((action, change.helps))
     found.sort(key=lambda pair: (-pair[0].predicted_images_per_s, not pair[0].overrides))
     return found
@@ -183,17 +195,20 @@ class _Change:
     what: str
     overrides: dict[str, Any]
     costs: Costs
-    """After it."""
+    """Costs after it."""
     helps: tuple[str, ...]
-    """Values of `Verdict.binds` that it answers."""
+    """Values of `Diagnosis.bottleneck` that it answers."""
 
 
 def _candidates(facts: Facts) -> list[_Change]:
     """Everything that could be changed."""
-    return [*_loader_changes(facts), *_storage_changes(facts.costs), *_other_changes(facts)]
+    costs = facts.costs
+    has_stages = not (costs.worker_s or costs.in_thread_s)
+    loader = [*_thread_changes(facts), *_storage_changes(costs)] if has_stages else []
+    return [*loader, *_worker_changes(costs), *_other_changes(facts)]
 
 
-def _loader_changes(facts: Facts) -> list[_Change]:
+def _thread_changes(facts: Facts) -> list[_Change]:
     costs = facts.costs
     found: list[_Change] = []
     physical = max(1, round(costs.cores + facts.others_cores))
@@ -201,7 +216,7 @@ def _loader_changes(facts: Facts) -> list[_Change]:
         if costs.threads < threads <= physical:
             what = f"decode on {threads} threads instead of {int(costs.threads)}"
             after = replace(costs, threads=float(threads))
-            found.append(_Change(what, {"speed.num_threads": threads}, after, ("decode",)))
+            found.append(_Change(what, {"speed.num_threads": threads}, after, ("decode_augment",)))
     for factor in (2, 4):
         after = replace(costs, cores=costs.cores * factor, threads=costs.threads * factor)
         what = f"+{physical * (factor - 1)} CPU cores, with a decoding thread each"
@@ -209,12 +224,38 @@ def _loader_changes(facts: Facts) -> list[_Change]:
     for trial in facts.trials:
         after = replace(
             costs,
-            decode_s=trial.decode_s,
+            decode_augment_s=trial.decode_augment_s,
             loader_cpu_s=trial.loader_cpu_s,
             efficiency=trial.efficiency,
         )
         found.append(_Change(trial.what, trial.overrides, after, _CPU))
     return found
+
+
+def _worker_changes(costs: Costs) -> list[_Change]:
+    """Changes of a loader whose stages cannot be told apart."""
+    if not (costs.worker_s or costs.in_thread_s):
+        return []
+    helps = ("loader", "python", "cores") if costs.in_thread_s else ("loader", "cores")
+    workers = 2 * int(costs.threads) if costs.worker_s else 1
+    working = replace(
+        costs,
+        in_thread_s=0.0,
+        worker_s=costs.worker_s + costs.in_thread_s,
+        threads=float(workers),
+    )
+    more_cores = replace(working, cores=2 * costs.cores, threads=2 * costs.threads)
+    cheaper = replace(
+        costs,
+        in_thread_s=costs.in_thread_s / 2,
+        worker_s=costs.worker_s / 2,
+        loader_cpu_s=costs.loader_cpu_s / 2,
+    )
+    return [
+        _Change(f"num_workers={workers}", {}, working, helps),
+        _Change("twice the CPU cores, with as many more workers", {}, more_cores, helps),
+        _Change("a loader of half the cost", {}, cheaper, helps),
+    ]
 
 
 def _storage_changes(costs: Costs) -> list[_Change]:
@@ -239,55 +280,11 @@ def _storage_changes(costs: Costs) -> list[_Change]:
 
 def _other_changes(facts: Facts) -> list[_Change]:
     costs, found = facts.costs, []
-    if facts.others_cores >= 0.25:
+    if facts.others_cores >= NEIGHBOUR_CORES:
         after = replace(costs, cores=costs.cores + facts.others_cores)
         what = f"stop the other processes, which take {facts.others_cores:.1f} cores"
         found.append(_Change(what, {}, after, ("neighbour", "cores")))
-    prefetcher = replace(costs, feed_s=costs.feed_s / 2)
-    found.append(_Change("a feed thread of half the cost", {}, prefetcher, ("feed",)))
+    cheaper = replace(costs, prefetch_s=costs.prefetch_s / 2)
+    found.append(_Change("a prefetch thread of half the cost", {}, cheaper, ("prefetch",)))
     faster = replace(costs, model_s=costs.model_s / 2, step_cpu_s=costs.step_cpu_s / 2)
     return [*found, _Change("a step of half the time", {}, faster, ("model",))]
-
-
-def draw_curves(facts: Facts) -> tuple[Curve, ...]:
-    """Predicted rate against cores, threads, readers and share of the data in the page cache."""
-    costs, world = facts.costs, facts.world_size
-
-    def curve(
-        title: str, label: str, x: Sequence[float], now: float, change: Callable[[float], Costs]
-    ) -> Curve:
-        rates = tuple(solve(change(value)).images_per_s * world for value in x)
-        return Curve(title, label, tuple(x), rates, now)
-
-    per_core = costs.threads / costs.cores
-    counts = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0]
-    return (
-        curve(
-            "CPU cores a rank, decoding threads in proportion",
-            "cores",
-            counts,
-            costs.cores,
-            lambda cores: replace(costs, cores=cores, threads=max(1.0, cores * per_core)),
-        ),
-        curve(
-            "decoding threads, cores as they are",
-            "threads",
-            counts,
-            costs.threads,
-            lambda threads: replace(costs, threads=threads),
-        ),
-        curve(
-            "batches read at a time",
-            "readers",
-            counts,
-            costs.readers,
-            lambda readers: replace(costs, readers=readers),
-        ),
-        curve(
-            "share of reads that miss the page cache",
-            "share",
-            [float(share) for share in np.linspace(0, 1, 11)],
-            costs.cold_share,
-            lambda share: replace(costs, cold_share=share),
-        ),
-    )

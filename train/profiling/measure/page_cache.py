@@ -8,9 +8,8 @@ from collections.abc import Sequence
 
 from cmae.pipeline.sources.records import Extent
 
-_LARGEST_FOLIO = (
-    2 << 20
-)  # the kernel caches in pieces of up to this size, and drops whole ones only
+# The kernel caches in pieces of up to this size, and drops whole ones only.
+_LARGEST_FOLIO = 2 << 20
 _MAX_PROBES = 400
 
 

@@ -1,11 +1,10 @@
-"""The phases of a profile of this project's loader: what runs in each, and how a round of them is run."""
+"""The phases of a profile of this project's loader: what runs in each, and how it is run."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import cycle
 from typing import Any
 
@@ -13,19 +12,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cmae.model.heads import set_all_reduce
-from cmae.pipeline import Batch, Loader, LoaderState
-from cmae.pipeline.loader.loader import Wrap
+from cmae.pipeline import Batch, LoaderState
 from cmae.pipeline.sources.records import Extent
-from cmae.train.distributed import World, sum_over_ranks
-from cmae.train.loop.loader_settings import LoaderSettings
-from cmae.train.loop.step import TrainStep
 from cmae.train.profiling.analysis.records import Reading
 from cmae.train.profiling.measure.page_cache import evict, resident_fraction, touch
-from cmae.train.profiling.measure.switches import SwitchedBackend, SwitchedSource
+from cmae.train.profiling.measure.subject import Step, Subject
+from cmae.train.profiling.measure.switches import Mode
 from cmae.train.profiling.measure.timing import (
     background_consumer,
-    run_stretch,
+    measure_window,
+    synchronise,
     wait_until_idle,
 )
 
@@ -35,7 +31,7 @@ WHAT = {
     "replay": "the step on real batches that lie on the device",
     "replay_h2d": "the same batches, copied from pinned host memory one step ahead",
     "interference": "replay, while the loader works beside it at the step's rate for nobody",
-    "feed": "the step fed by the loader, whose views are ready: no reading, no decoding",
+    "prefetch": "the step fed by the loader, whose views are ready: no reading, no decoding",
     "memory": "the step fed by the loader, with encoded files held in memory: no reading",
     "warm": "the step fed by the loader, files in the page cache",
     "cold": "the step fed by the loader, files evicted from the page cache before",
@@ -47,80 +43,42 @@ WHAT = {
 
 _WITHOUT_LOADER = ("synthetic", "replay", "local", "replay_h2d")
 
-Step = Callable[[Sequence[Batch]], object]
-
 _FILL = 4
 """Batches thrown away after a switch, at least; as many as there are readers, which begin together and have
 to get out of step."""
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is profiled."""
-
-    loader: Loader
-    source: SwitchedSource
-    view_backend: SwitchedBackend
-    step: Step
-    synthetic: list[Batch]
-    """One optimiser step's micro-batches that never change."""
-    world: World
-    start: LoaderState
-    settings: LoaderSettings
-    """The loader's threads and queues."""
-    local: Callable[[], AbstractContextManager[None]] | None = None
-    """Within it the step talks to no other rank; None where there is no other."""
-    wrap: Wrap | None = None
-    """What lies around the real source and maker, inside the switches."""
-
-    @property
-    def accumulation(self) -> int:
-        """Micro-batches in a step."""
-        return len(self.synthetic)
-
-    @property
-    def images_per_step(self) -> int:
-        """Of this rank."""
-        return sum(len(batch.label) for batch in self.synthetic)
 
 
 class Bench:
     """Runs phases of a subject; keeps what one phase leaves for another.
 
     Args:
-        subject: what is profiled.
-        steps: timed steps in a stretch.
-        cold_share: evict this share of the full run's files first: once all were read, all would be warm.
+        subject: Loader and step to profile.
+        steps: Timed steps in a measurement window.
+        cold_share: Share of the full run's files that is evicted first: once all were read, all would be
+            warm.
     """
 
     def __init__(self, subject: Subject, *, steps: int, cold_share: float = 0.0) -> None:
         self._subject = subject
         self.steps = steps
         self.warm_up = True
-        """Take a step that is not timed in front of each stretch."""
+        """Take a step that is not timed in front of each window."""
         self._cold_share = cold_share
         # Batches that may be read before they are asked for.
         self._fill = max(_FILL, subject.settings.num_readers)
         self._ahead = self._fill + subject.settings.num_readers + subject.settings.prefetch + 4
-        self._place = subject.start
+        self.place = subject.start
+        """Place where samples begin that no phase has read; another bench may have gone further."""
         if subject.source.can_return:
-            _, self._place = subject.source.upcoming(subject.start, self._ahead)
-        self._window: list[Extent] = []
-        self._window_start, self._window_batches = subject.start, 1
+            _, self.place = subject.source.upcoming(subject.start, self._ahead)
+        self._files: list[Extent] = []
+        self._round_start, self._round_batches = subject.start, 1
         self._replay: list[Batch] = []
-        self._stretch = 0
+        self._number = 0
+        """Number of the last switch, which the batches that come after it carry."""
         self.resident: list[float] = []
         """Share of the files in the page cache as each round found them."""
         self.notes: list[str] = []
-
-    @property
-    def place(self) -> LoaderState:
-        """Where samples begin that no phase has read; another bench may have gone further."""
-        return self._place
-
-    @place.setter
-    def place(self, place: LoaderState) -> None:
-        self._place = place
 
     def phases(self) -> list[str]:
         """Phases that can be run here, `full` first: the others use what it read."""
@@ -128,13 +86,13 @@ class Bench:
         names = ["full", "synthetic", "replay"]
         names += ["local"] if subject.local else []
         names += ["replay_h2d"] if subject.world.device.type == "cuda" else []
-        names += ["interference", "feed", "memory", "loader_memory"]
+        names += ["interference", "prefetch", "memory", "loader_memory"]
         if subject.source.can_return:
             return [*names, "warm", "cold", "loader_warm"]
         return [*names, "loader_full"]
 
     def run(self, phase: str) -> Reading:
-        """One stretch of a phase, on every rank at the same time; a range of its name for NVTX tools."""
+        """One measurement window of a phase, on every rank at the same time; NVTX tools see its name."""
         if self._subject.world.device.type != "cuda":
             return self._run(phase)
         with torch.cuda.nvtx.range(f"cmae {phase}"):
@@ -152,7 +110,7 @@ class Bench:
             "local": self._local,
             "replay_h2d": self._replay_h2d,
             "interference": self._interference,
-            "feed": self._feed,
+            "prefetch": self._prefetch,
             "cold": self._cold,
         }
         return runs[phase]() if phase in runs else self._by_loader(phase)
@@ -162,8 +120,8 @@ class Bench:
         if phase.endswith("memory"):
             self._switch("memory")
         elif phase.endswith("warm"):
-            touch(self._window)
-            self._switch("storage", start=self._window_start)
+            touch(self._files)
+            self._switch("storage", start=self._round_start)
         else:
             self._switch("storage")
         return self._fed(phase, alone=alone)
@@ -173,37 +131,37 @@ class Bench:
         if not self._subject.source.can_return:
             self._switch("storage", record=True)
         else:
-            self._open_window()
-            evict(spread_out(self._window, self._cold_share))
+            self._open_round()
+            evict(spread_out(self._files, self._cold_share))
             found = resident_fraction(self._unread())
             if found is not None:
                 self.resident.append(found)
-            self._switch("storage", start=self._window_start, record=True)
+            self._switch("storage", start=self._round_start, record=True)
         return self._fed("full", keep=not self._replay)
 
     def _cold(self) -> Reading:
-        evict(self._window)
+        evict(self._files)
         stayed = resident_fraction(self._unread())
         if stayed is None:
             self._note("this file system does not say what is cached: cold files may be warm")
         elif stayed > 0.1:
             self._note(f"{100 * stayed:.0f} % of the files stayed in the page cache when evicted")
-        self._switch("storage", start=self._window_start)
+        self._switch("storage", start=self._round_start)
         return self._fed("cold")
 
-    def _feed(self) -> Reading:
+    def _prefetch(self) -> Reading:
         self._subject.view_backend.instant = True
         try:
             self._switch("memory")
-            return self._fed("feed")
+            return self._fed("prefetch")
         finally:
             self._subject.view_backend.instant = False
 
     def _interference(self) -> Reading:
         subject = self._subject
         if subject.source.can_return:
-            touch(self._window)
-            self._switch("storage", start=self._window_start)
+            touch(self._files)
+            self._switch("storage", start=self._round_start)
         else:
             self._switch("memory")
         replayed = self._replayed()
@@ -232,30 +190,30 @@ class Bench:
         if not any(one[-40:] == note[-40:] for one in self.notes):
             self.notes.append(note)
 
-    # --- parts of a stretch ---------------------------------------------------------------------
-
-    def _open_window(self) -> None:
+    def _open_round(self) -> None:
         """Choose the samples of this round: those that it takes, and those that are read ahead."""
         count = self._fill + (1 + self.steps) * self._subject.accumulation + self._ahead
-        self._window_start, self._window_batches = self._place, count
-        self._window, self._place = self._subject.source.upcoming(self._place, count)
+        self._round_start, self._round_batches = self.place, count
+        self._files, self.place = self._subject.source.upcoming(self.place, count)
 
     def _unread(self) -> list[Extent]:
-        """The window's last files, read ahead at most: to look whether a file is cached caches it."""
-        return self._window[-(_FILL * len(self._window) // self._window_batches) :]
+        """The round's last files, read ahead at most: to look whether a file is cached caches it."""
+        return self._files[-(_FILL * len(self._files) // self._round_batches) :]
 
-    def _switch(self, mode: Any, *, start: LoaderState | None = None, record: bool = False) -> None:
+    def _switch(
+        self, mode: Mode, *, start: LoaderState | None = None, record: bool = False
+    ) -> None:
         """Change what the loader does, and drop what it had made before."""
-        self._stretch = self._subject.source.switch(mode, start=start, record=record)
+        self._number = self._subject.source.switch(mode, start=start, record=record)
         fresh = 0
         while fresh < self._fill:
-            fresh += next(self._subject.loader).state.epoch == self._stretch
+            fresh += next(self._subject.loader).state.epoch == self._number
 
     def _next_micro_batches(self) -> list[Batch]:
         return [next(self._subject.loader) for _ in range(self._subject.accumulation)]
 
     def _fed(self, phase: str, *, alone: bool = False, keep: bool = False) -> Reading:
-        """A stretch on the loader's batches; without the step when `alone`."""
+        """A window on the loader's batches; without the step when `alone`."""
         if not alone:
             batches = self._warm_up(self._next_micro_batches)
             if keep:
@@ -279,7 +237,7 @@ class Bench:
         loader: bool = False,
     ) -> Reading:
         subject = self._subject
-        return run_stretch(
+        return measure_window(
             phase,
             draw,
             step or subject.step,
@@ -294,7 +252,7 @@ class Bench:
         return lambda: [next(batches) for _ in range(self._subject.accumulation)]
 
     def _on_a_side_stream(self, take: Callable[[], object]) -> Callable[[], object]:
-        """Keep the drained batches' events away from the stream that trains."""
+        """Keep the consumed batches' events away from the stream that trains."""
         device = self._subject.world.device
         if device.type != "cuda":
             return take
@@ -320,12 +278,6 @@ def _no_step(batches: Sequence[Batch]) -> None:
     """The loader alone."""
 
 
-def synchronise(device: torch.device) -> None:
-    """Wait for a GPU; a CPU has nothing to wait for."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def _map_tensors(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
     changed: dict[str, Any] = {
         name: change(value) for name, value in vars(batch).items() if isinstance(value, Tensor)
@@ -349,21 +301,3 @@ def _copied_ahead(host: Iterator[Batch], device: torch.device) -> Iterator[Batch
             if isinstance(value, Tensor):
                 value.record_stream(main)
         yield ready
-
-
-@contextmanager
-def without_collectives(step: TrainStep) -> Iterator[None]:
-    """Steps of this rank alone, as if there were no other: what is left when nobody is waited for.
-
-    The bank of keys is this rank's own meanwhile; gradients stay on the rank, so that weights drift apart
-    unless the learning rate is 0.
-    """
-    world, network = step.world, step.network
-    step.world = World(0, 1, world.device)
-    step.network = step.model
-    set_all_reduce(step.model, lambda value: value)
-    try:
-        yield
-    finally:
-        set_all_reduce(step.model, sum_over_ranks)
-        step.world, step.network = world, network

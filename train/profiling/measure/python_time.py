@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class StepTimes:
     """One step under torch's profiler."""
 
     operators_ms: float
@@ -25,7 +25,7 @@ class Anatomy:
     """Time of the training thread between operators: Python, and the profiler's own."""
 
 
-def dissect(step: Callable[[], object], device: torch.device) -> Anatomy:
+def time_one_step(step: Callable[[], object], device: torch.device) -> StepTimes:
     """Run one step under torch's profiler."""
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
@@ -46,7 +46,7 @@ def dissect(step: Callable[[], object], device: torch.device) -> Anatomy:
     ]
     kernels = [event for event in events if event.device_type.name == "CUDA"]
     operators_ms = _union_ms(operators)
-    return Anatomy(operators_ms, _union_ms(kernels), max(0.0, wall_ms - operators_ms))
+    return StepTimes(operators_ms, _union_ms(kernels), max(0.0, wall_ms - operators_ms))
 
 
 def _union_ms(events: Sequence[Any]) -> float:
@@ -58,11 +58,11 @@ def _union_ms(events: Sequence[Any]) -> float:
     return covered_us / 1000
 
 
-def python_ms(cpu_ms: float, step_ms: float, anatomy: Anatomy) -> float:
+def python_ms(cpu_ms: float, step_ms: float, one_step: StepTimes) -> float:
     """Python's part of a step: CPU time of the training thread outside operators, where nothing hides it.
 
     It is no more than the gaps between operators in the step that was looked at, which may have run while the
     core was faster. On a GPU, what the training thread does while kernels run costs nothing.
     """
-    outside = min(max(0.0, cpu_ms - anatomy.operators_ms), anatomy.gaps_ms)
-    return min(outside, max(0.0, step_ms - anatomy.kernels_ms))
+    outside = min(max(0.0, cpu_ms - one_step.operators_ms), one_step.gaps_ms)
+    return min(outside, max(0.0, step_ms - one_step.kernels_ms))

@@ -8,11 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from cmae.pipeline import LoaderState
+from cmae.train.profiling.analysis.records import Curve
 from cmae.train.profiling.measure.page_cache import evict, touch
 from cmae.train.profiling.measure.switches import SwitchedSource
 
 READERS = (1, 2, 4, 8)
-_SATURATED = 1.3  # twice the readers bring less than this: more readers are no answer
+_SATURATED = 1.3
+"""Twice the readers bring less than this: more readers are no answer."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,22 @@ class StorageCurve:
             return math.inf
         return (half + most) / 2 * self.bytes_per_image
 
+    def to_curve(self, cache: str, readers: float, world_size: int) -> Curve:
+        """The curve for a report, over all ranks.
+
+        Args:
+            cache: Where the files lay: 'warm' is in the page cache, 'cold' is not.
+            readers: Batches that the run reads at a time.
+            world_size: Number of ranks.
+        """
+        return Curve(
+            f"reading alone, {'in' if cache == 'warm' else 'not in'} the page cache (measured)",
+            "batches read at a time",
+            tuple(map(float, self.images_per_s)),
+            tuple(rate * world_size for rate in self.images_per_s.values()),
+            readers,
+        )
+
 
 def probe_storage(
     source: SwitchedSource, start: LoaderState, *, cold: bool, budget_s: float = 10.0
@@ -40,10 +58,10 @@ def probe_storage(
     """Read batches with 1, 2, 4 and 8 readers, as long as the budget lasts.
 
     Args:
-        source: whose loader is idle.
-        start: where to read.
-        cold: evict the files first; else they are read once before.
-        budget_s: no new number of readers is tried after this time.
+        source: Source whose loader is idle.
+        start: Place where to read.
+        cold: Whether to evict the files first; else they are read once before.
+        budget_s: Seconds after which no new number of readers is tried.
 
     Returns:
         The curve, and the state after what was read.

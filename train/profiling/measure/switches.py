@@ -1,6 +1,6 @@
-"""Switches around the loader's source and view maker, so that one loader can run every phase.
+"""Switches around the loader's source and view backend, so that one loader can run every phase.
 
-One set of threads and buffers serves all phases; what changes between two stretches is where encoded files
+One set of threads and buffers serves all phases; what changes between two phases is where encoded files
 come from, and whether views are made at all.
 """
 
@@ -23,13 +23,13 @@ Mode = Literal["storage", "memory"]
 
 
 @dataclass
-class _Stretch:
+class _Supply:
     """What the source is to do until the next switch."""
 
     number: int
     mode: Mode
     start: LoaderState | None
-    """Where storage is read from; None: go on where the last stretch stopped."""
+    """Where storage is read from; None: go on where the last one stopped."""
     record: bool
     made: list[RawBatch] = field(default_factory=list)
 
@@ -37,12 +37,12 @@ class _Stretch:
 class SwitchedSource:
     """A source that reads storage, or gives again what it has read before.
 
-    A batch carries the number of its stretch as `state.epoch`, so that what was still on its way when the
+    A batch carries the number of its switch as `state.epoch`, so that what was still on its way when the
     source was switched can be told apart and dropped. Nothing is ever resumed from these states.
 
     Args:
-        inner: the real source.
-        max_recorded_bytes: encoded files that are kept for the mode 'memory'.
+        inner: Real source.
+        max_recorded_bytes: Bytes of encoded files that are kept for the mode 'memory'.
     """
 
     def __init__(self, inner: Source, *, max_recorded_bytes: int = 1 << 30) -> None:
@@ -52,7 +52,7 @@ class SwitchedSource:
         self.steps_per_epoch = inner.steps_per_epoch
         self.stage: Stage = inner.stage
         self._max_recorded_bytes = max_recorded_bytes
-        self._stretch = _Stretch(0, "storage", None, record=False)
+        self._supply = _Supply(0, "storage", None, record=False)
         self._recorded: list[RawBatch] = []
 
     @classmethod
@@ -77,7 +77,7 @@ class SwitchedSource:
 
     @property
     def recorded(self) -> list[RawBatch]:
-        """Batches kept by the last stretch that recorded."""
+        """Batches kept since the last switch that recorded."""
         return self._recorded
 
     def upcoming(self, state: LoaderState, num_batches: int) -> tuple[list[Extent], LoaderState]:
@@ -91,27 +91,27 @@ class SwitchedSource:
         return self.inner.read(state)
 
     def switch(self, mode: Mode, *, start: LoaderState | None = None, record: bool = False) -> int:
-        """Begin a stretch with the next batch that is asked for; returns its number."""
-        number = self._stretch.number + 1
+        """Change with the next batch that is asked for; returns the number of the switch."""
+        number = self._supply.number + 1
         if record:
             self._recorded = []
-        self._stretch = _Stretch(number, mode, start, record)
+        self._supply = _Supply(number, mode, start, record)
         return number
 
     def batches(self, state: LoaderState) -> Iterator[RawBatch]:
         """Batches as the switch says, without end."""
         storage: Iterator[RawBatch] | None = None
         while True:
-            stretch = self._stretch
-            if stretch.mode == "storage" and (storage is None or stretch.start is not None):
-                storage = self.inner.batches(stretch.start or state)
-            source = self._again() if storage is None or stretch.mode == "memory" else storage
+            supply = self._supply
+            if supply.mode == "storage" and (storage is None or supply.start is not None):
+                storage = self.inner.batches(supply.start or state)
+            source = self._again() if storage is None or supply.mode == "memory" else storage
             for number, raw in enumerate(source):
-                if stretch.record:
+                if supply.record:
                     self._keep(raw)
-                place = LoaderState(raw.state.seed, stretch.number, number, self.digest)
+                place = LoaderState(raw.state.seed, supply.number, number, self.digest)
                 yield replace(raw, records=list(raw.records), state=place)
-                if self._stretch is not stretch:
+                if self._supply is not supply:
                     break
 
     def _again(self) -> Iterator[RawBatch]:
@@ -134,7 +134,7 @@ class SwitchedSource:
 
 
 class SwitchedBackend:
-    """A view maker that can hand out views it has made before, at no cost."""
+    """A view backend that can hand out views it has made before, at no cost."""
 
     def __init__(self, inner: ViewBackend) -> None:
         self.inner = inner
@@ -145,11 +145,11 @@ class SwitchedBackend:
 
     @property
     def kinds(self) -> KindTable | None:
-        """The real maker's counts by JPEG kind."""
+        """The real backend's counts by JPEG kind."""
         return self.inner.kinds
 
     def depth(self, batch_size: int) -> int:
-        """As the real maker says."""
+        """Batches that the real backend works on at a time."""
         return self.inner.depth(batch_size)
 
     def submit(
@@ -174,9 +174,9 @@ class SwitchedBackend:
         return views
 
     def cancel(self) -> None:
-        """Drop the real maker's work that has not begun."""
+        """Drop the real backend's work that has not begun."""
         self.inner.cancel()
 
     def close(self) -> None:
-        """Close the real maker."""
+        """Close the real backend."""
         self.inner.close()

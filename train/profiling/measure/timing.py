@@ -1,4 +1,4 @@
-"""One stretch of one phase: steps timed one by one, and who took CPU time meanwhile."""
+"""One measurement window of one phase: steps timed one by one, and who took CPU time meanwhile."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from cmae.pipeline import LoaderSnapshot
 from cmae.train.profiling.analysis.records import Reading
 
 
-def run_stretch(
+def measure_window(
     phase: str,
     draw: Callable[[], Any],
     step: Callable[[Any], object],
@@ -28,7 +28,17 @@ def run_stretch(
     synchronise: Callable[[], None],
     snapshot: Callable[[], LoaderSnapshot] | None = None,
 ) -> Reading:
-    """Time `count` steps, each on what `draw` returns."""
+    """Time `count` steps, each on what `draw` returns.
+
+    Args:
+        phase: Name of the phase.
+        draw: Function that returns the next batch.
+        step: Function that trains on it.
+        count: Number of steps.
+        images_per_step: Images of this rank in a step.
+        synchronise: Function that waits for the device.
+        snapshot: Function that reads the loader's counters; None where no loader runs.
+    """
     synchronise()
     meter = _Meter()
     before = snapshot() if snapshot else None
@@ -125,12 +135,12 @@ def background_consumer(take: Callable[[], object]) -> Iterator[Callable[[], Non
     It falls behind when batches come too slowly; leaving waits for the batch that is being taken.
 
     Raises:
-        Exception: whatever `take` raised.
+        BaseException: Whatever `take` raised.
     """
     wanted, stop = threading.Semaphore(0), threading.Event()
     failures: list[BaseException] = []
 
-    def drain() -> None:
+    def consume() -> None:
         try:
             while True:
                 wanted.acquire()
@@ -140,7 +150,7 @@ def background_consumer(take: Callable[[], object]) -> Iterator[Callable[[], Non
         except BaseException as error:
             failures.append(error)
 
-    thread = threading.Thread(target=drain, name="cmae-drain", daemon=True)
+    thread = threading.Thread(target=consume, name="cmae-consumer", daemon=True)
     thread.start()
     try:
         yield wanted.release
@@ -152,16 +162,7 @@ def background_consumer(take: Callable[[], object]) -> Iterator[Callable[[], Non
         raise failures[0]
 
 
-def merge_snapshots(snapshots: list[LoaderSnapshot]) -> LoaderSnapshot:
-    """The sum of several windows of one loader, in order.
-
-    Counters only know differences, so a window is added by subtracting its negative. The last window comes
-    first, since it knows every kind of JPEG that was met.
-    """
-    total = snapshots[-1]
-    zero = total - total
-    for snapshot in snapshots[:-1]:
-        total = total - (zero - snapshot)
-    seconds = sum(one.time_s for one in snapshots)
-    depth = sum(one.time_s * one.queue_depth_mean for one in snapshots) / seconds
-    return replace(total, queue_depth_mean=depth)
+def synchronise(device: torch.device) -> None:
+    """Wait for a GPU; a CPU has nothing to wait for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,10 +1,11 @@
-"""Other settings, tried: what they cost the loader (trials), and what they bring the run (verification)."""
+"""Other settings, tried: what they cost the loader alone, and what the full run gains by them."""
 
 from __future__ import annotations
 
 import io
 import math
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -15,26 +16,32 @@ from PIL import Image
 
 from cmae.errors import CmaeError
 from cmae.pipeline import Loader
-from cmae.pipeline.sources.records import RawBatch, Record, Source
-from cmae.pipeline.views.backend import ViewBackend
-from cmae.train.config import BatchSplit, Config
-from cmae.train.distributed import World
-from cmae.train.loop.pretrain import open_loader
+from cmae.pipeline.sources.records import RawBatch, Record
+from cmae.train.config import Config
+from cmae.train.distributed import World, from_main
+from cmae.train.profiling.analysis.bootstrap import estimate
 from cmae.train.profiling.analysis.bottleneck_model import Costs
-from cmae.train.profiling.analysis.records import Reading
+from cmae.train.profiling.analysis.records import Action, Estimate, Reading
 from cmae.train.profiling.analysis.verdict import Trial
-from cmae.train.profiling.measure.switches import SwitchedSource
-from cmae.train.profiling.measure.timing import run_stretch, wait_until_idle
+from cmae.train.profiling.config import ProfileConfig
+from cmae.train.profiling.measure.phases import Bench
+from cmae.train.profiling.measure.rounds import whole_bursts
+from cmae.train.profiling.measure.subject import Log, Subject, open_recorded, open_subject
+from cmae.train.profiling.measure.timing import measure_window, wait_until_idle
 
-_WARM = 3  # batches that are not timed
-_STRETCH_S = 0.7
+_WARM = 3
+"""Batches that are not timed."""
+_WINDOW_S = 0.7
+
+_BUDGET_S = 40.0
+"""Time for one action, when three pairs have been measured."""
 
 
 def override(config: Config, overrides: Mapping[str, Any]) -> Config:
     """The configuration with dotted settings changed.
 
     Raises:
-        CmaeError: there is no such setting.
+        CmaeError: There is no such setting.
     """
     for key, value in overrides.items():
         config = _override(config, key.split("."), value, key)
@@ -67,7 +74,7 @@ def run_trials(
     recorded: list[RawBatch],
     *,
     costs: Costs,
-    say: Callable[[str], None],
+    log: Log,
     rounds: int = 5,
 ) -> list[Trial]:
     """Measure the loader alone, from memory, as other settings of the views would have it.
@@ -76,25 +83,25 @@ def run_trials(
     times the median ratio of the two in a round.
 
     Args:
-        config: of the run.
-        world: this process among all.
-        recorded: encoded files.
-        costs: measured ones of the run.
-        say: called with a line for each trial.
-        rounds: how often each is measured, in turn.
+        config: Configuration of the run.
+        world: This process among all.
+        recorded: Encoded files.
+        costs: Measured costs of the run.
+        log: Function that takes a line for each trial.
+        rounds: Repetitions of each, in turn.
     """
     variants = [_Variant("as it is", {}, recorded), *_variants(config, world, recorded)]
     with ExitStack() as stack:
         loaders = [
-            stack.enter_context(_open(override(config, one.overrides), world, one.batches))
+            stack.enter_context(open_recorded(override(config, one.overrides), world, one.batches))
             for one in variants
         ]
-        count = math.ceil(4 * _STRETCH_S / _time(loaders[0], 4).wall_s)
+        count = math.ceil(4 * _WINDOW_S / _time(loaders[0], 4).wall_s)
         readings: list[list[Reading]] = [[] for _ in variants]
         for number in range(rounds):
             turns = list(zip(variants, loaders, readings, strict=True))
             for variant, loader, found in turns[:: 1 if number % 2 else -1]:
-                say(f"trial: {variant.what}")
+                log(f"trial: {variant.what}")
                 found.append(_time(loader, min(max(4, count), 64)))
     return [
         _trial(variant, costs, readings[0], found)
@@ -105,7 +112,7 @@ def run_trials(
 def _trial(
     variant: _Variant, costs: Costs, base: Sequence[Reading], found: Sequence[Reading]
 ) -> Trial:
-    """A trial's rate is taken for the decoder's: with files in memory little else can bind."""
+    """A trial's rate is taken for the decoder's: with files in memory little else can limit it."""
 
     def ratio(cost: Callable[[Reading], float]) -> float:
         pairs = zip(base, found, strict=True)
@@ -114,7 +121,7 @@ def _trial(
     return Trial(
         variant.what,
         variant.overrides,
-        decode_s=costs.decode_s * ratio(lambda one: one.wall_s / one.images),
+        decode_augment_s=costs.decode_augment_s * ratio(lambda one: one.wall_s / one.images),
         loader_cpu_s=costs.loader_cpu_s * ratio(lambda one: one.process_cpu_s / one.images),
         efficiency=costs.efficiency,
     )
@@ -147,7 +154,7 @@ def _resized(raw: RawBatch, side: int) -> RawBatch:
 
 
 def _resize(record: Record, side: int) -> Record:
-    """The same image with its shorter side cut down to `side`, as JPEG."""
+    """The same image with its shorter side scaled down to `side`, as JPEG."""
     image = Image.open(io.BytesIO(record.data.tobytes()))
     shorter = min(image.size)
     if shorter <= side:
@@ -160,23 +167,13 @@ def _resize(record: Record, side: int) -> Record:
     return replace(record, data=data, height=size[1], width=size[0])
 
 
-def _open(config: Config, world: World, recorded: list[RawBatch]) -> Loader:
-    split = BatchSplit.of(
-        config.optim.global_batch_size, config.speed.micro_batch_size, world.world_size
-    )
-
-    def from_memory(source: Source, view_backend: ViewBackend) -> tuple[Source, ViewBackend]:
-        return SwitchedSource.holding(source, recorded), view_backend
-
-    return open_loader(config, split, world, wrap=from_memory)
-
-
 def _time(loader: Loader, num_batches: int) -> Reading:
-    wait_until_idle()  # the loader that was timed before fills its queue
+    # The loader that was timed before fills its queue.
+    wait_until_idle()
     for _ in range(_WARM + 2):
         next(loader)
     size = len(next(loader).label)
-    return run_stretch(
+    return measure_window(
         "trial",
         lambda: next(loader),
         lambda batch: None,
@@ -185,3 +182,72 @@ def _time(loader: Loader, num_batches: int) -> Reading:
         synchronise=lambda: None,
         snapshot=loader.snapshot,
     )
+
+
+def verify(
+    subject: Subject,
+    config: Config,
+    actions: Sequence[Action],
+    *,
+    options: ProfileConfig,
+    steps: int,
+    base_rates: Sequence[float],
+    cold_share: float = 0.0,
+    log: Log,
+) -> tuple[Action, ...]:
+    """Apply the best actions that are settings, one by one, and measure what the full run gains by each.
+
+    The run as it is and the run with the change take turns, so that drift of the machine since the profile
+    meets both; what is noted is the gain times the rate of the profile.
+
+    Args:
+        subject: Run as it is; its `start` is where samples begin that nothing has read.
+        config: Configuration of the run as it is.
+        actions: Actions, best first.
+        options: Options of the profile; `verify` is the number of actions to apply.
+        steps: Timed steps in a measurement window.
+        base_rates: Images per second of this rank's full runs.
+        cold_share: Share of the files that those missed in the page cache; as many are evicted here.
+        log: Function that takes a line for each action.
+    """
+    measured = list(actions)
+    cold_share = cold_share if cold_share > 0.05 else 0.0
+    bench = Bench(subject, steps=steps, cold_share=cold_share)
+    base = estimate([subject.world.world_size * rate for rate in base_rates])
+    settings = [number for number, action in enumerate(actions) if action.overrides]
+    for number in settings[: options.verify]:
+        action = actions[number]
+        log(f"verify: {action.what}")
+        changed = override(config, action.overrides)
+        with open_subject(changed, subject.world, subject.step, wrap=subject.wrap) as other:
+            whole = whole_bursts(steps, other.settings.num_readers)
+            beside = Bench(other, steps=whole, cold_share=cold_share)
+            gain = estimate(_gains(bench, beside, options, subject.world))
+        measured[number] = replace(action, measured_images_per_s=_scaled(gain, base.value))
+    return tuple(measured)
+
+
+def _gains(bench: Bench, changed: Bench, options: ProfileConfig, world: World) -> list[float]:
+    """Rate with a change over the rate without it, in neighbouring windows of the full run.
+
+    Each reads files that neither has read before.
+    """
+    gains: list[float] = []
+    end = time.monotonic() + _BUDGET_S
+    for number in range(1 + (options.rounds or 7)):
+        rates = []
+        for one, other in ((bench, changed), (changed, bench)):
+            wait_until_idle()
+            rates.append(one.run("full").images_per_s)
+            other.place = one.place
+        # The first pair warms up.
+        if number:
+            gains.append(rates[1] / rates[0])
+        is_over = number >= 3 and time.monotonic() > end
+        if from_main(is_over, world):
+            break
+    return gains
+
+
+def _scaled(value: Estimate, factor: float) -> Estimate:
+    return Estimate(value.value * factor, value.low * factor, value.high * factor, value.n)

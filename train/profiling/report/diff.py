@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cmae.train.profiling.analysis.records import Estimate, Phase, Profile, Verdict
+from cmae.train.profiling.analysis.records import Estimate, Phase, Profile
 from cmae.train.profiling.analysis.stages import (
     StageShares,
+    format_number,
     loader_phase,
     loader_window,
     stage_shares,
@@ -21,9 +22,8 @@ from cmae.train.profiling.analysis.stages import (
 from cmae.train.profiling.report.terminal import (
     flatten,
     format_interval,
-    format_number,
     format_value,
-    part_label,
+    label,
 )
 
 
@@ -65,7 +65,7 @@ class ProfileDiff:
     before: Profile
     after: Profile
     step: Difference
-    parts: tuple[Difference, ...]
+    breakdown: tuple[Difference, ...]
     stages: tuple[Difference, ...]
     """Busy milliseconds of a thread for 1000 images, by stage."""
     operations: tuple[Difference, ...]
@@ -74,28 +74,23 @@ class ProfileDiff:
     settings: tuple[tuple[str, Any, Any], ...]
     """Settings and facts of the machine that are not equal."""
 
-    @property
-    def verdicts(self) -> tuple[Verdict, Verdict]:
-        """Then and now."""
-        return self.before.verdict, self.after.verdict
-
 
 def diff_profiles(before: Profile, after: Profile) -> ProfileDiff:
-    """Compare two profiles, part by part and stage by stage.
+    """Compare two profiles, component by component and stage by stage.
 
     Args:
-        before: the older one, or the one to compare with.
-        after: the newer one.
+        before: Older profile, or the one to compare with.
+        after: Newer profile.
     """
     both = (before, after)
-    parts = [{part.name: part.ms for part in one.parts} for one in both]
+    components = [{each.name: each.ms for each in one.breakdown} for one in both]
     operations = [{cost.name: cost.cpu_ms for cost in one.operations} for one in both]
     shares = tuple(_shares(before, after))
     return ProfileDiff(
         before,
         after,
         step=Difference("step", "ms", before.step_ms, after.step_ms),
-        parts=tuple(_differences(*parts)),
+        breakdown=tuple(_differences(*components)),
         operations=tuple(_differences(*operations)),
         stages=tuple(_stage_differences(before, after, shares)),
         shares=shares,
@@ -160,10 +155,10 @@ def _facts(profile: Profile) -> dict[str, Any]:
 
 
 def print_diff(diff: ProfileDiff, console: Console) -> None:
-    """Print verdicts then and now, and every difference with its interval."""
+    """Print the diagnosis then and now, and every difference with its interval."""
     for when, profile in (("then", diff.before), ("now", diff.after)):
-        console.print(f"[bold]{when}[/] ({profile.created}): {escape(profile.verdict.sentence)}")
-    console.print(_table("Account of the step, ms", (*diff.parts, diff.step)))
+        console.print(f"[bold]{when}[/] ({profile.created}): {escape(profile.diagnosis.sentence)}")
+    console.print(_table("Breakdown of the step, ms", (*diff.breakdown, diff.step)))
     if diff.stages:
         console.print(_table("Busy thread time of 1000 images, ms", diff.stages))
     if diff.operations:
@@ -193,7 +188,7 @@ def _table(title: str, differences: tuple[Difference, ...]) -> Table:
     for row in differences:
         change = row.change
         table.add_row(
-            part_label(row.name),
+            label(row.name),
             *(format_number(one.value) if one else "-" for one in (row.before, row.after)),
             f"{change.value:+.3g}" if change else "-",
             format_interval(change) if change else "-",

@@ -11,29 +11,29 @@ from cmae.train.profiling.analysis.records import Phase, Profile
 from cmae.train.profiling.analysis.stages import (
     WHAT,
     StageShares,
+    format_number,
     loader_phase,
     loader_window,
     stage_shares,
 )
 from cmae.train.profiling.report.charts import (
-    BarChart,
+    Chart,
+    breakdown_chart,
     latency_histogram,
     line_chart,
     step_histogram,
-    waterfall_rows,
 )
 from cmae.train.profiling.report.diff import CAUTION, ProfileDiff, describe_change
 from cmae.train.profiling.report.terminal import (
-    account_cells,
+    component_cells,
     flatten,
     format_interval,
-    format_number,
     format_overrides,
     format_value,
     images_per_s,
+    label,
     machine_line,
     operation_rows,
-    part_label,
     prediction_error,
     speedup,
 )
@@ -47,9 +47,7 @@ def write_html(profile: Profile, path: Path) -> None:
         "profile.html.j2",
         path,
         profile=profile,
-        rows=list(
-            zip(profile.parts, waterfall_rows(profile.parts, profile.step_ms.value), strict=True)
-        ),
+        chart=breakdown_chart(profile.breakdown),
         phase=phase,
         stages=stages,
         histograms=_histograms(profile, stages),
@@ -65,9 +63,9 @@ def write_diff_html(diff: ProfileDiff, path: Path) -> None:
     _write("diff.html.j2", path, diff=diff, caution=CAUTION)
 
 
-def _histograms(profile: Profile, stages: list[StageShares]) -> list[BarChart]:
+def _histograms(profile: Profile, stages: list[StageShares]) -> list[Chart]:
     shown = [_phase(profile, name) for name in ("full", "synthetic")]
-    charts: list[BarChart | None] = [
+    charts: list[Chart | None] = [
         step_histogram(f"steps, phase {phase.name}", phase.step_times_ms)
         for phase in shown
         if phase is not None
@@ -82,7 +80,7 @@ def _phase(profile: Profile, name: str) -> Phase | None:
 
 def _write(template: str, path: Path, **values: Any) -> None:
     environment = Environment(
-        loader=PackageLoader("cmae.train.profiling"),
+        loader=PackageLoader("cmae.train.profiling.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -91,12 +89,12 @@ def _write(template: str, path: Path, **values: Any) -> None:
     environment.filters |= {
         "number": format_number,
         "interval": format_interval,
-        "label": part_label,
+        "label": label,
         "overrides": format_overrides,
         "cell": format_value,
     }
     environment.globals |= {
-        "account_cells": account_cells,
+        "component_cells": component_cells,
         "prediction_error": prediction_error,
         "machine_line": machine_line,
         "describe_change": describe_change,

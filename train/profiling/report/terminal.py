@@ -1,11 +1,10 @@
-"""A profile in the terminal: the verdict first, then what it rests on."""
+"""A profile in the terminal: the diagnosis first, then what it rests on."""
 
 from __future__ import annotations
 
 import json
-import math
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -14,26 +13,25 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from cmae.train.profiling.analysis.records import Action, Estimate, Part, Profile
+from cmae.train.profiling.analysis.breakdown import waterfall
+from cmae.train.profiling.analysis.records import Action, Component, Estimate, Profile
 from cmae.train.profiling.analysis.stages import (
-    WHAT,
-    StageShares,
+    NARROW,
+    format_number,
     loader_phase,
     loader_window,
     stage_shares,
+    stage_table,
 )
 
 _BAR_WIDTH, _NARROW_BAR_WIDTH = 28, 14
-_NARROW = 116
-"""Columns of a terminal below which notes are left out and bars are shorter."""
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
-_STAGE_BAR = {"busy": ("█", "blue"), "starved": ("░", "yellow"), "blocked": ("▒", "magenta")}
 
 
 def print_profile(profile: Profile, console: Console) -> None:
-    """Print verdict, account of the step, stages, actions, tails and notes."""
+    """Print diagnosis, breakdown of the step, stages, actions, cost of images and notes."""
     console.print(_headline(profile))
-    console.print(_account(profile, console.width))
+    console.print(_breakdown(profile, console.width))
     phase = loader_phase(profile)
     if phase is not None:
         stages = stage_shares(loader_window(phase))
@@ -42,16 +40,6 @@ def print_profile(profile: Profile, console: Console) -> None:
         console.print(table)
     for note in profile.notes:
         console.print(f"[dim]note:[/] {escape(note)}", soft_wrap=True)
-
-
-def format_number(value: float) -> str:
-    """Three significant digits, thousands separated; '-' for what is not there."""
-    if not math.isfinite(value):
-        return "-"
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    digits = 2 if value == 0 else max(0, min(3, 2 - math.floor(math.log10(abs(value)))))
-    return f"{value:.{digits}f}"
 
 
 def format_interval(estimate: Estimate) -> str:
@@ -68,7 +56,7 @@ def _argument(value: Any) -> str:
     return shlex.quote(value if isinstance(value, str) else json.dumps(value))
 
 
-def part_label(name: str) -> str:
+def label(name: str) -> str:
     """`host_to_device` -> 'host to device'."""
     return name.replace("_", " ")
 
@@ -110,38 +98,38 @@ def _headline(profile: Profile) -> Panel:
     facts = (
         f"step {format_number(step.value)} ms ({format_interval(step)}), "
         f"{format_number(rate)} images/s, global batch {profile.global_batch_size}, {ranks}; "
-        f"head-room {format_number(profile.verdict.headroom)}x"
+        f"head-room {format_number(profile.diagnosis.headroom)}x"
     )
     text = Text.assemble(
-        (profile.verdict.sentence, "bold"), "\n", facts, "\n", (machine_line(profile), "dim")
+        (profile.diagnosis.sentence, "bold"), "\n", facts, "\n", (machine_line(profile), "dim")
     )
-    return Panel(text, title=f"bound by {part_label(profile.verdict.binds)}", title_align="left")
+    return Panel(text, title=f"bound by {label(profile.diagnosis.bottleneck)}", title_align="left")
 
 
-def _account(profile: Profile, width: int) -> Table:
-    bar_width = _NARROW_BAR_WIDTH if width < _NARROW else _BAR_WIDTH
-    table = Table(title="\nAccount of the step", title_justify="left", title_style="bold")
-    table.add_column("part", no_wrap=True)
+def _breakdown(profile: Profile, width: int) -> Table:
+    bar_width = _NARROW_BAR_WIDTH if width < NARROW else _BAR_WIDTH
+    table = Table(title="\nBreakdown of the step", title_justify="left", title_style="bold")
+    table.add_column("component", no_wrap=True)
     for name in ("ms", "95 % interval", "share"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", width=bar_width, no_wrap=True)
-    if width >= _NARROW:
+    if width >= NARROW:
         table.add_column("how it was found", overflow="fold", style="dim")
-    cells = bar_width / _extent(profile.parts)
-    for part, start in waterfall(profile.parts):
-        bar = _floating_bar(start * cells, part.ms.value * cells, bar_width)
+    cells = bar_width / _extent(profile.breakdown)
+    for one, start in waterfall(profile.breakdown):
+        bar = _floating_bar(start * cells, one.ms.value * cells, bar_width)
         table.add_row(
-            part_label(part.name),
-            *account_cells(part.ms, profile.step_ms),
-            Text(bar, style=_part_style(part)),
-            *[escape(part.note)][: width >= _NARROW],
+            label(one.name),
+            *component_cells(one.ms, profile.step_ms),
+            Text(bar, style=_style(one)),
+            *[escape(one.note)][: width >= NARROW],
         )
     table.add_section()
-    table.add_row("step", *account_cells(profile.step_ms, profile.step_ms), style="bold")
+    table.add_row("step", *component_cells(profile.step_ms, profile.step_ms), style="bold")
     return table
 
 
-def account_cells(ms: Estimate, step: Estimate) -> tuple[str, str, str]:
+def component_cells(ms: Estimate, step: Estimate) -> tuple[str, str, str]:
     """Milliseconds, interval and share of the step, with as many decimals as the step is worth."""
     decimals = 1 if step.value >= 50 else 2 if step.value >= 5 else 3
     value, low, high = (f"{_without_minus_zero(x, decimals):.{decimals}f}" for x in _ends(ms))
@@ -157,21 +145,13 @@ def _without_minus_zero(value: float, decimals: int) -> float:
     return round(value, decimals) + 0.0
 
 
-def waterfall(parts: tuple[Part, ...]) -> Iterator[tuple[Part, float]]:
-    """Each part with the ms at which it begins when all are laid end to end."""
-    start = 0.0
-    for part in parts:
-        yield part, start
-        start += part.ms.value
-
-
-def _extent(parts: tuple[Part, ...]) -> float:
-    ends = [start + max(part.ms.value, 0.0) for part, start in waterfall(parts)]
+def _extent(breakdown: Sequence[Component]) -> float:
+    ends = [start + max(one.ms.value, 0.0) for one, start in waterfall(breakdown)]
     return max([*ends, 1e-9])
 
 
-def _part_style(part: Part) -> str:
-    return {"model": "blue", "residual": "white"}.get(part.name, "yellow")
+def _style(one: Component) -> str:
+    return {"model": "blue", "residual": "white"}.get(one.name, "yellow")
 
 
 def _floating_bar(start: float, length: float, width: int) -> str:
@@ -184,51 +164,13 @@ def _floating_bar(start: float, length: float, width: int) -> str:
     return " " * first + "█" * full + _EIGHTHS[rest].strip()
 
 
-def stage_table(stages: list[StageShares], title: str, width: int) -> Table:
-    """Stages of a loader with their threads' time: busy, starved, blocked."""
-    table = Table(title=f"\n{title}", title_justify="left", title_style="bold")
-    is_wide = width >= _NARROW
-    table.add_column("stage", no_wrap=True)
-    if is_wide:
-        table.add_column("threads' time", width=_BAR_WIDTH, no_wrap=True)
-    for name, (block, colour) in _STAGE_BAR.items():
-        table.add_column(f"[{colour}]{block}[/] {name}", justify="right", no_wrap=True)
-    rate = "images/s" if is_wide else "images\n/s"
-    for name in ("threads", rate, *["MB/s"][:is_wide], "p50 ms", "p99 ms"):
-        table.add_column(name, justify="right")
-    for stage in stages:
-        table.add_row(
-            stage.name,
-            *[stage_bar(stage, _BAR_WIDTH)][:is_wide],
-            *(f"{getattr(stage, name):.0%}" for name in _STAGE_BAR),
-            str(stage.stage.threads),
-            format_number(stage.images_per_s),
-            *[format_number(stage.mb_per_s)][:is_wide],
-            *(format_number(stage.stage.percentile_ms(q)) for q in (50, 99)),
-        )
-    what = (f"{stage.name}: {WHAT[stage.name]}" for stage in stages if stage.name in WHAT)
-    table.caption, table.caption_justify = "; ".join(what), "left"
-    return table
-
-
-def stage_bar(stage: StageShares, width: int) -> Text:
-    """Busy, starved and blocked shares of a stage as blocks."""
-    bar, done, share = Text(), 0, 0.0
-    for name, (block, colour) in _STAGE_BAR.items():
-        share += getattr(stage, name)
-        end = min(round(share * width), width)
-        bar.append(block * (end - done), colour)
-        done = end
-    return bar
-
-
 def _optional_tables(profile: Profile) -> Iterator[Table]:
     if profile.actions:
         yield _actions(profile)
     if profile.operations:
         yield _plain_table("What each operation on an image costs", operation_rows(profile))
-    if profile.tails:
-        yield _plain_table("Decode time by kind and size of JPEG", profile.tails)
+    if profile.slow_images:
+        yield _plain_table("Time of an image by kind and size of JPEG", profile.slow_images)
     if profile.gpu:
         rows = [{"engine": name, "load": value} for name, value in flatten(profile.gpu).items()]
         yield _plain_table("GPU during the full run", tuple(rows))
@@ -240,7 +182,7 @@ def _actions(profile: Profile) -> Table:
     table.add_column("action", overflow="fold")
     table.add_column("predicted\nimages/s", justify="right", no_wrap=True)
     table.add_column("gain", justify="right", no_wrap=True)
-    table.add_column("then binds", overflow="fold")
+    table.add_column("next bottleneck", overflow="fold")
     table.add_column("measured", justify="right")
     table.add_column("error", justify="right", no_wrap=True)
     for action in profile.actions:
@@ -252,7 +194,7 @@ def _actions(profile: Profile) -> Table:
             what,
             format_number(action.predicted_images_per_s),
             f"{speedup(action, profile):.2f}x",
-            part_label(action.then_binds),
+            label(action.then_bottleneck),
             f"{format_number(measured.value)} ({format_interval(measured)})" if measured else "-",
             "-" if error is None else f"{error:+.0%}",
         )
@@ -297,14 +239,16 @@ def _plain_table(title: str, rows: tuple[Mapping[str, Any], ...]) -> Table:
     table = Table(title=f"\n{title}", title_justify="left", title_style="bold")
     for name in rows[0]:
         is_number = isinstance(rows[0][name], int | float)
-        table.add_column(part_label(name), justify="right" if is_number else "left")
+        table.add_column(label(name), justify="right" if is_number else "left")
     for row in rows:
         table.add_row(*(format_value(value) for value in row.values()))
     return table
 
 
 def format_value(value: Any) -> str:
-    """A cell: floats to three digits, the rest as it is."""
+    """A cell: floats to three digits, '-' for what is not there, the rest as it is."""
+    if value is None:
+        return "-"
     return format_number(value) if isinstance(value, float) else str(value)
 
 

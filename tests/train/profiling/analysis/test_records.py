@@ -6,17 +6,20 @@ from pathlib import Path
 
 import pytest
 
+from cmae.train.commands.main import main
 from cmae.train.profiling.analysis.records import (
     Action,
+    Component,
     Curve,
+    Diagnosis,
     Estimate,
     Operation,
-    Part,
     Phase,
     Profile,
-    Verdict,
     load_profile,
 )
+from cmae.train.profiling.analysis.stages import loader_window
+from cmae.train.profiling.analysis.upgrade import FORMAT
 
 TEN = Estimate(10.0, 9.0, 11.0, n=5)
 
@@ -30,14 +33,14 @@ def profile() -> Profile:
         world_size=1,
         phases=(Phase("full", "everything", TEN, TEN, {"batches": 3}, (9.0, 10.0, 11.0)),),
         step_ms=TEN,
-        parts=(Part("model", TEN, "synthetic step"),),
-        verdict=Verdict("The model binds.", binds="model", headroom=4.2),
+        breakdown=(Component("model", TEN, "synthetic step"),),
+        diagnosis=Diagnosis("The model is the bottleneck.", bottleneck="model", headroom=4.2),
         actions=(
             Action("more threads", {"speed.num_threads": 4}, 12.0, "model"),
             Action("faster disk", {}, 13.0, "model", measured_images_per_s=TEN),
         ),
         curves=(Curve("threads", "threads", (1.0, 2.0), (5.0, 10.0), now=1.0),),
-        tails=({"kind": "baseline", "megapixels": 0.2, "items": 4, "ms": 2.0},),
+        slow_images=({"jpeg_kind": "baseline", "megapixels": 0.2, "items": 4, "ms": 2.0},),
         operations=(Operation("decode", TEN, TEN, 100.0),),
         notes=("no GPU",),
     )
@@ -55,6 +58,35 @@ def test_another_file_is_refused_by_name(tmp_path: Path, content: str) -> None:
     path.write_text(content)
     with pytest.raises(ValueError, match=r"x\.json is no profile"):
         load_profile(path)
+
+
+def test_a_profile_of_an_older_format_reads_in_todays_words() -> None:
+    found = load_profile(Path(__file__).parent / "data" / "profile_of_format_1.json")
+    assert found.format == FORMAT
+    assert found.diagnosis.bottleneck == "decode_augment"
+    assert found.diagnosis.sentence.startswith("Bound by JPEG decode on 8 cores")
+    components = {one.name: one.ms.value for one in found.breakdown}
+    assert list(components) == [
+        *("model", "host_to_device", "decode_augment", "prefetch", "read_warm", "read_cold"),
+        *("interference", "residual"),
+    ]
+    assert components["decode_augment"] == 157.5
+    assert [one.name for one in found.phases] == ["replay", "prefetch", "full"]
+    assert [one.then_bottleneck for one in found.actions][:2] == ["model", "decode_augment"]
+    assert found.operations[2].name == "crop"
+    assert found.slow_images[2]["jpeg_kind"] == "PROGRESSIVE"
+    stages = loader_window(found.phases[-1]).stages
+    assert list(stages) == ["read", "decode_augment", "prefetch", "queue"]
+    assert {name: one.name for name, one in stages.items()} == {name: name for name in stages}
+
+
+def test_show_draws_a_profile_of_an_older_format(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, page = Path(__file__).parent / "data" / "profile_of_format_1.json", tmp_path / "x.html"
+    assert main(["profile", "show", str(old), "--html", str(page)]) == 0
+    assert "Bound by JPEG decode" in capsys.readouterr().out
+    assert main(["profile", "diff", str(old), str(old)]) == 0
 
 
 def test_another_format_is_refused(tmp_path: Path) -> None:

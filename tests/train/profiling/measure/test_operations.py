@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import time
+from dataclasses import replace
 
 import pytest
 import torch
 
 from cmae.pipeline import LoaderState, ViewConfig
 from cmae.pipeline.formats.dataset_index import DatasetIndex
+from cmae.pipeline.formats.jpeg import JpegKind
 from cmae.pipeline.sampling.epoch_plan import EpochPlan
 from cmae.pipeline.sources.expand import expand_shards
 from cmae.pipeline.sources.indexed import IndexedSource
@@ -16,7 +17,8 @@ from cmae.pipeline.sources.records import RawBatch
 from cmae.pipeline.views.color_image import ImageColor
 from cmae.train.loop.loader_settings import LoaderSettings
 from cmae.train.profiling.analysis.records import Operation
-from cmae.train.profiling.measure.operations import measure_operations
+from cmae.train.profiling.measure import operations
+from cmae.train.profiling.measure.operations import measure_operations, measure_slow_images
 
 VIEWS = ViewConfig(img_size=32, source_crop_size=40, target_shift=8, jitter_prob=1.0)
 SETTINGS = LoaderSettings(num_threads=1, prefetch=2, num_readers=1, hw_decoder_load=0.0)
@@ -48,7 +50,7 @@ def test_operations_come_in_order_and_decoding_costs_something(
     recorded: list[RawBatch], backend: str
 ) -> None:
     found = measure(recorded, backend=backend)
-    assert list(found) == ["decode", "resize, flip", "cut", *COLORS]
+    assert list(found) == ["decode", "resize, flip", "crop", *COLORS]
     assert found["decode"].cpu_ms.value > 0
     assert found["decode"].cpu_ms.n == 2
 
@@ -56,18 +58,36 @@ def test_operations_come_in_order_and_decoding_costs_something(
 def test_a_cost_is_found_in_its_operation(
     recorded: list[RawBatch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    jitter = ImageColor._jitter
+    jitter, spent = ImageColor._jitter, []
 
     def slow(*arguments: object) -> None:
-        end = time.thread_time() + 0.005
-        while time.thread_time() < end:
-            pass
+        spent.append(0.005)
         jitter(*arguments)
 
     monkeypatch.setattr(ImageColor, "_jitter", slow)
+    # CPU time is what was spent here, so that other work on the machine cannot be seen.
+    monkeypatch.setattr(operations, "process_cpu_s", lambda: sum(spent))
     costs = {name: one.cpu_ms.value for name, one in measure(recorded).items()}
-    assert costs.pop("colour jitter") == pytest.approx(5, rel=0.4)
-    assert max(costs.values()) < 3
+    assert costs.pop("colour jitter") == pytest.approx(5)
+    assert list(costs.values()) == pytest.approx([0.0] * len(costs))
+
+
+def test_images_are_timed_by_kind_and_size_the_slowest_first(recorded: list[RawBatch]) -> None:
+    odd = recorded[0].records[0]
+    recorded[0].records[0] = replace(odd, kind=JpegKind.PROGRESSIVE)
+    recorded[0].records[1] = replace(odd, height=2000, width=3000)
+    rows = measure_slow_images(
+        VIEWS, recorded, device=torch.device("cpu"), backend="auto", settings=SETTINGS
+    )
+    found = {(one["jpeg_kind"], one["megapixels"], one["megapixels_up_to"]): one for one in rows}
+    assert {key: one["items"] for key, one in found.items()} == {
+        ("baseline", 0.0, 0.1): 22,
+        ("progressive", 0.0, 0.1): 1,
+        ("baseline", 4.0, None): 1,
+    }
+    times = [one["ms"] for one in rows]
+    assert times == sorted(times, reverse=True)
+    assert min(times) > 0
 
 
 def test_colours_that_are_off_are_no_operation(recorded: list[RawBatch]) -> None:
