@@ -7,15 +7,27 @@ data and the configuration. It needs no state of random generators: views, masks
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import threading
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cmae.model.export.stored import FORMAT, CheckpointError, current_fields, list_checkpoints
+from cmae.model.export.stored import (
+    FORMAT,
+    CheckpointError,
+    current_fields,
+    list_checkpoints,
+    load_checkpoint,
+)
 from cmae.pipeline import LoaderState
 from cmae.pipeline.formats.atomic import atomic_write
 from cmae.pipeline.loader.config import FOR_THE_MACHINE
@@ -31,12 +43,21 @@ class Checkpointer:
         folder: Place of `step-00001000.pt` and its like.
         keep: Number of the newest ones that stay.
         keep_every: Period in steps of those that stay for good.
+        warn: Function that takes a line about a checkpoint that could not be written.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 3, keep_every: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int = 3,
+        keep_every: int | None = None,
+        warn: Callable[[str], None] = print,
+    ) -> None:
         self.folder = folder
         self.keep = keep
         self.keep_every = keep_every
+        self._warn = warn
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
         folder.mkdir(parents=True, exist_ok=True)
@@ -46,10 +67,12 @@ class Checkpointer:
     def save(self, step: int, state: dict[str, Any]) -> Path:
         """Copy the state to host memory now and write it in the background.
 
-        Raises:
-            OSError: The checkpoint before this one could not be written.
+        A checkpoint that the disk refuses is a warning: older ones are still there, and the next is tried.
         """
-        self.wait()
+        try:
+            self.wait()
+        except CheckpointError as error:
+            self._warn(f"{error}; the run goes on, and the next checkpoint is tried")
         path = self.folder / f"step-{step:08d}.pt"
         snapshot = _to_host({"format": FORMAT, "step": step, **state})
         self._writer = threading.Thread(target=self._write, args=(path, snapshot), daemon=False)
@@ -57,7 +80,11 @@ class Checkpointer:
         return path
 
     def wait(self) -> None:
-        """Return once the last checkpoint is on the disk; raise what went wrong with it."""
+        """Return once the last checkpoint is on the disk.
+
+        Raises:
+            CheckpointError: It could not be written.
+        """
         if self._writer is not None:
             self._writer.join()
             self._writer = None
@@ -69,7 +96,16 @@ class Checkpointer:
         try:
             write_atomically(path, snapshot)
             self._retire()
-        except BaseException as error:  # raised again on the training thread, by wait()
+        # Raised again on the training thread, by wait().
+        except (OSError, RuntimeError) as error:
+            # torch's writer hides the system's error behind one of its own.
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            self._error = CheckpointError(
+                f"{path} cannot be written: {getattr(cause, 'strerror', None) or cause}. Older checkpoints "
+                "are as they were; make room, or check the file system of run.out",
+                key=str(path),
+            )
+        except BaseException as error:
             self._error = error
 
     def _retire(self) -> None:
@@ -82,22 +118,42 @@ def write_atomically(path: Path, state: dict[str, Any]) -> None:
     """Write, sync and rename: a reader sees the old file or the whole new one, whatever happens."""
     with atomic_write(path) as file:
         torch.save(state, file)
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename survive a power cut, on file systems that can sync a folder (CIFS and FUSE may not)."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the rename itself must survive a power cut
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF):
+            raise
     finally:
-        os.close(folder)
+        os.close(handle)
 
 
 def find_checkpoint(resume: str, folder: Path) -> Path | None:
     """The checkpoint that `run.resume` means: None starts afresh.
 
+    A file that a crash or a full disk has cut off is passed over for the newest whole one. After a start
+    from a named file, the same command goes on with what it has written since.
+
     Raises:
-        CheckpointError: The file is missing, or 'never' meets a folder that holds checkpoints.
+        CheckpointError: The file is missing, every checkpoint is damaged, or 'never' meets a folder that
+            holds checkpoints.
     """
-    newest = max(list_checkpoints(folder), default=None)
+    stored = list_checkpoints(folder)
+    newest = max(stored, default=None)
     if resume == "auto":
-        return newest
+        whole = next((path for path in sorted(stored, reverse=True) if is_whole(path)), None)
+        if stored and whole is None:
+            raise CheckpointError(
+                f"{newest} and the {len(stored) - 1} checkpoints before it are cut off or damaged: restore "
+                "one, or start afresh in another run.out",
+                key="run.resume",
+            )
+        return whole
     if resume == "never":
         if newest is not None:
             raise CheckpointError(
@@ -111,7 +167,76 @@ def find_checkpoint(resume: str, folder: Path) -> Path | None:
             f"run.resume is {resume!r}: there is no such file; it must be 'auto', 'never' or the "
             f"path of a checkpoint (the newest in {folder}: {newest})"
         )
-    return path
+    return _newest_descendant(path, stored) or path
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint has its end and no damaged part: torch writes a zip archive with checksums."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return bool(archive.namelist()) and archive.testzip() is None
+    # zipfile raises many things over damaged bytes.
+    except Exception:
+        return False
+
+
+def _newest_descendant(named: Path, stored: Sequence[Path]) -> Path | None:
+    """The newest checkpoint that a run with this very `run.resume` has written."""
+    wanted = named.resolve()
+    for path in sorted(stored, reverse=True):
+        if path.resolve() == wanted or not is_whole(path):
+            continue
+        resumed = load_checkpoint(path)["config"].get("run", {}).get("resume", "auto")
+        if resumed not in ("auto", "never") and Path(resumed).resolve() == wanted:
+            return path
+    return None
+
+
+def set_aside_newer(folder: Path, step: int) -> list[Path]:
+    """Move what a run passes over out of the way, so that names are the order of writing again.
+
+    Args:
+        folder: Folder of the run's checkpoints.
+        step: Number of steps that the run begins after.
+
+    Returns:
+        New paths, in `set-aside` below the folder, of the checkpoints of later steps.
+    """
+    moved = []
+    for path in list_checkpoints(folder):
+        if _step_of(path) > step:
+            place = folder / "set-aside"
+            place.mkdir(exist_ok=True)
+            names = chain([path.name], (f"{path.stem}.{number}.pt" for number in count(2)))
+            target = next(place / name for name in names if not (place / name).exists())
+            moved.append(path.rename(target))
+    return moved
+
+
+@contextmanager
+def hold_folder(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder of checkpoints; the system lets go when the process ends, however.
+
+    A file system without locks is used without one.
+
+    Args:
+        folder: Folder of the run's checkpoints; made if missing.
+
+    Raises:
+        CheckpointError: Another run holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(
+                f"another run writes checkpoints to {folder}: stop it, or choose another run.out",
+                key="run.out",
+            ) from error
+        except OSError:
+            pass
+        yield
 
 
 def check_model_fits(path: Path, stored: dict[str, Any], current: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 import torch
+from rich.markup import escape
 
 from cmae.errors import CmaeError
 from cmae.kernels import use_backend
@@ -27,6 +28,8 @@ from cmae.train.loop.checkpoint import (
     check_model_fits,
     check_same_order,
     find_checkpoint,
+    hold_folder,
+    set_aside_newer,
 )
 from cmae.train.loop.loader_settings import LoaderSettings, loader_settings
 from cmae.train.loop.schedules import build_schedule, ema_momentum
@@ -58,7 +61,7 @@ class Outcome:
 
     @property
     def exit_code(self) -> int:
-        """0: all done. 130: Ctrl-C. 75 (EX_TEMPFAIL): stopped by SIGTERM or SIGUSR1, start it again."""
+        """0: all done. 130: Ctrl-C. 75 (EX_TEMPFAIL): stopped by another signal, start it again."""
         if self.signal is None:
             return 0
         return 130 if self.signal == signal.SIGINT else 75
@@ -76,6 +79,8 @@ def pretrain(config: Config) -> Outcome:
         split = BatchSplit.of(
             config.optim.global_batch_size, config.speed.micro_batch_size, world.world_size
         )
+        if world.is_main:
+            stack.enter_context(hold_folder(config.run.out / "checkpoints"))
         found = _agree_on_checkpoint(config, world)
         resumed = _load_complete(found, config) if found else None
         cold_start = ColdStart(prints=world.is_main)
@@ -90,6 +95,9 @@ def pretrain(config: Config) -> Outcome:
         )
         changes = changed_settings(resumed["config"], config.to_dict()) if resumed else []
         run_log.opening(found, changes)
+        if world.is_main:
+            for path in set_aside_newer(config.run.out / "checkpoints", step):
+                run_log.log(f"set aside, since this run does not come from it: {path}")
         cold_start.show = run_log.fill
         model = build_model(config.model, seed=config.seed)
         if config.init_from is not None and not resumed:
@@ -142,7 +150,7 @@ def _loop(run: _Run, step: int, *, total_steps: int) -> Outcome:
     schedule = build_schedule(
         config.optim, total_steps=total_steps, steps_per_epoch=loader.steps_per_epoch
     )
-    checkpoints = _open_checkpoints(config) if run.world.is_main else None
+    checkpoints = _open_checkpoints(config, run_log) if run.world.is_main else None
     skipped, saved, path = 0, step, None
     while step < last_step:
         batches = step_batches.next_batches(run.split.accumulation)
@@ -188,10 +196,13 @@ def _state_of(run: _Run) -> dict[str, Any]:
     return {**state, "config": run.config.to_dict()}
 
 
-def _open_checkpoints(config: Config) -> Checkpointer:
+def _open_checkpoints(config: Config, run_log: RunLog) -> Checkpointer:
     run = config.run
     return Checkpointer(
-        run.out / "checkpoints", keep=run.keep_checkpoints, keep_every=run.keep_every
+        run.out / "checkpoints",
+        keep=run.keep_checkpoints,
+        keep_every=run.keep_every,
+        warn=lambda line: run_log.log(f"[yellow]warning:[/] {escape(line)}"),
     )
 
 
@@ -340,8 +351,20 @@ def _not_finite(step: int, skipped: int, out: Path) -> str:
     )
 
 
+STOP_SIGNALS = tuple(
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+    if hasattr(signal, name)
+)
+"""What schedulers, launchers and terminals send before they kill: Slurm and torchrun SIGTERM and SIGUSR1,
+submitit SIGUSR2, a closed terminal SIGHUP, a spent limit of CPU time SIGXCPU."""
+
+
 class StopSignals:
-    """Turns SIGINT, SIGTERM and SIGUSR1 into a flag; a second SIGINT interrupts at once."""
+    """Turns `STOP_SIGNALS` into a flag; a second SIGINT interrupts at once.
+
+    A signal that is ignored when the run starts, as by nohup, stays ignored.
+    """
 
     def __init__(self) -> None:
         self.number = 0
@@ -349,9 +372,10 @@ class StopSignals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        """Take over the three signals."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            self._before[number] = signal.signal(number, self._handle)
+        """Take over the signals."""
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(

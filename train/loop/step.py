@@ -153,7 +153,11 @@ class TrainStep:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`; a loss scale of another precision is left behind."""
         self.model.load_state_dict(state["model"])
+        # The settings of this run hold, not those that the checkpoint was written under.
+        given = [_options(group) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, options in zip(self.optimizer.param_groups, given, strict=True):
+            group.update(options)
         if state["precision"] == self.precision:
             self.scaler.load_state_dict(state["scaler"])
         if self.target_copy is not None:
@@ -377,3 +381,8 @@ def _replicate(model: CMAE, optim: OptimConfig, world: World) -> CMAE | Distribu
     if optim.gradient_compression in hooks:
         network.register_comm_hook(None, hooks[optim.gradient_compression])
     return network
+
+
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    """What the configuration says of a group of parameters."""
+    return {name: group[name] for name in ("betas", "eps", "weight_decay", "lr") if name in group}

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,6 +23,7 @@ from cmae.model import Losses
 from cmae.pipeline import FillProgress
 from cmae.pipeline.formats.atomic import atomic_write
 from cmae.train.distributed import World, mean_over_ranks
+from cmae.train.monitor.sinks import LastingStream, Sink
 from cmae.train.monitor.status import format_duration
 
 
@@ -69,61 +73,132 @@ class MetricLog:
         start_step: int = 0,
         wandb_project: str | None = None,
         config: dict[str, Any] | None = None,
+        warn: Callable[[str], None] = print,
     ) -> None:
-        from torch.utils.tensorboard.writer import SummaryWriter
-
         self.path = out / "metrics.jsonl"
         out.mkdir(parents=True, exist_ok=True)
-        _drop_records_after(self.path, start_step)
-        self._file = self.path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(out / "tensorboard"), purge_step=start_step + 1)
-        self._wandb = _start_wandb(wandb_project, out, config) if wandb_project else None
+        self.num_damaged = _drop_records_after(self.path, start_step)
+        """Damaged lines that the file held."""
+        self._warn = warn
+        self._pending: list[str] = []
+        self._board = Sink("TensorBoard", warn)
+        self._writer: Any = None
+        self._board.run(lambda: self._open_board(out, start_step))
+        self._wandb: Any = _start_wandb(wandb_project, out, config) if wandb_project else None
+        self._service = Sink("Weights & Biases", warn)
+
+    def _open_board(self, out: Path, start_step: int) -> None:
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=start_step + 1)
 
     def write(self, step: int, record: dict[str, float]) -> None:
-        """Append one record to every sink."""
-        self._file.write(json.dumps({"step": step, **record}) + "\n")
-        self._file.flush()
+        """Append one record to every sink; what the disk refuses now is tried again with the next record."""
+        self._append(_to_line({"step": step, **record}))
+        self._board.run(lambda: self._write_scalars(step, record))
+        if (service := self._wandb) is not None:
+            self._service.run(lambda: service.log(record, step=step))
+
+    def _append(self, line: str) -> None:
+        was_refused = bool(self._pending)
+        self._pending = [*self._pending, line][-_MAX_PENDING:]
+        try:
+            _append_whole(self.path, "".join(self._pending).encode())
+        except OSError as error:
+            if not was_refused:
+                self._warn(
+                    f"{self.path} cannot be written ({error}); its lines are kept and tried again"
+                )
+        else:
+            self._pending = []
+
+    def _write_scalars(self, step: int, record: dict[str, float]) -> None:
         for name, value in record.items():
-            self._board.add_scalar(name, value, step)
-        if self._wandb is not None:
-            self._wandb.log(record, step=step)
+            self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Flush and close every sink."""
-        self._file.close()
-        self._board.close()
+        if self._writer is not None:
+            self._board.run(self._writer.close)
         if self._wandb is not None:
-            self._wandb.finish()
+            self._service.run(self._wandb.finish)
 
+
+_MAX_PENDING = 100_000
+"""Records that wait for a full disk; the oldest of more are lost."""
 
 _RENAMED = {"info_nce": "contrastive_raw"}
 """Names of metrics in files of older runs, and their present names."""
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Records of a metrics file, oldest first; a last line cut off by a kill is left out.
+    """Records of a metrics file, oldest first; lines that a kill or a power cut has damaged are left out.
 
-    Metrics that older runs wrote under another name have their present one.
+    Metrics that older runs wrote under another name have their present one; null is not a number.
     """
-    if not path.is_file():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        records.append({_RENAMED.get(name, name): value for name, value in record.items()})
-    return records
+    return _read_records(path)[0]
 
 
-def _drop_records_after(path: Path, step: int) -> None:
+def _read_records(path: Path) -> tuple[list[dict[str, float]], int]:
+    """The records of a metrics file, and its number of damaged lines."""
     if not path.is_file():
-        return
-    kept = [record for record in read_metrics(path) if record["step"] <= step]
+        return [], 0
+    records: list[dict[str, float]] = []
+    num_damaged = 0
+    for line in path.read_bytes().split(b"\n"):
+        if not line.strip():
+            continue
+        record = _parse_record(line)
+        if record is None:
+            num_damaged += 1
+        else:
+            records.append(record)
+    return records, num_damaged
+
+
+def _parse_record(line: bytes) -> dict[str, float] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        return None
+    return {
+        _RENAMED.get(str(name), str(name)): math.nan if value is None else value
+        for name, value in record.items()
+        if value is None or isinstance(value, int | float)
+    }
+
+
+def _drop_records_after(path: Path, step: int) -> int:
+    """Remove later records and damaged lines; returns the number of the damaged ones."""
+    if not path.is_file():
+        return 0
+    records, num_damaged = _read_records(path)
+    kept = [record for record in records if record["step"] <= step]
     # A kill in the middle must not cost the history.
     with atomic_write(path) as file:
-        file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
+        file.write("".join(_to_line(record) for record in kept).encode())
+    return num_damaged
+
+
+def _to_line(record: dict[str, float]) -> str:
+    """One record as JSON, where what is not finite is null."""
+    plain = {name: value if math.isfinite(value) else None for name, value in record.items()}
+    return json.dumps(plain, allow_nan=False) + "\n"
+
+
+def _append_whole(path: Path, data: bytes) -> None:
+    """Append all of it or nothing: a full disk must not leave half a line."""
+    with path.open("ab") as file:
+        end = file.tell()
+        try:
+            file.write(data)
+            file.flush()
+        except OSError:
+            with suppress(OSError):
+                os.truncate(path, end)
+            raise
 
 
 def _start_wandb(project: str, out: Path, config: dict[str, Any] | None) -> Any:
@@ -155,10 +230,19 @@ class Display:
         total_steps: Length of the bar.
         start_step: Step that a resumed run begins after.
         live: Whether to draw the bar when the output is a terminal.
+        fallback: File for what is printed after the terminal or pipe is gone.
     """
 
-    def __init__(self, total_steps: int, *, start_step: int = 0, live: bool = True) -> None:
-        self.console = Console(stderr=True, highlight=False)
+    def __init__(
+        self,
+        total_steps: int,
+        *,
+        start_step: int = 0,
+        live: bool = True,
+        fallback: Path | None = None,
+    ) -> None:
+        stream: Any = LastingStream(sys.stderr, fallback)
+        self.console = Console(file=stream, highlight=False)
         self._total = total_steps
         self._bar: Progress | None = None
         self._task = TaskID(0)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 import yaml
@@ -22,8 +22,9 @@ from cmae.train.config import Config
 from cmae.train.distributed import World
 from cmae.train.monitor.gpu import gpu_reader
 from cmae.train.monitor.images import first_batch_grid, reconstruction_grid
-from cmae.train.monitor.metrics import Display, MetricLog, MetricWindow
+from cmae.train.monitor.metrics import Display, MetricLog, MetricWindow, read_metrics
 from cmae.train.monitor.plots import loss_plot
+from cmae.train.monitor.sinks import Sink
 from cmae.train.monitor.status import StatusPublisher
 
 
@@ -57,6 +58,8 @@ class RunLog:
             read_gpu=gpu_reader(world.device),
         )
         self._resources = ExitStack()
+        self._images = Sink("images", self._warn)
+        self._skipped = Sink("skipped_steps", self._warn if world.is_main else print)
         self._seen_bad = 0
         self._reported_unpublished = False
 
@@ -66,16 +69,22 @@ class RunLog:
             run, config = self._config.run, self._config
             run.out.mkdir(parents=True, exist_ok=True)
             write_config(config, run.out / "config.yaml")
+            self._display = self._resources.enter_context(
+                Display(
+                    self._total_steps,
+                    start_step=self._start_step,
+                    live=run.progress,
+                    fallback=run.out / "output.log",
+                )
+            )
             self._log = MetricLog(
                 run.out,
                 start_step=self._start_step,
                 wandb_project=run.wandb_project,
                 config=config.to_dict(),
+                warn=self._warn,
             )
             self._resources.callback(self._log.close)
-            self._display = self._resources.enter_context(
-                Display(self._total_steps, start_step=self._start_step, live=run.progress)
-            )
         self._resources.enter_context(self._publisher)
         return self
 
@@ -104,7 +113,12 @@ class RunLog:
         if resumed_from is not None:
             self._display.log(f"continuing {resumed_from}")
         for note in notes:
-            self._display.log(f"[yellow]changed:[/] {note}")
+            self._display.log(f"[yellow]changed:[/] {escape(note)}")
+        if self._log.num_damaged:
+            self._warn(f"{self._log.num_damaged} damaged line(s) of {self._log.path} were left out")
+
+    def _warn(self, message: str) -> None:
+        self._display.log(f"[yellow]warning:[/] {escape(message)}")
 
     def log(self, message: str) -> None:
         """Print a message, on the first rank."""
@@ -124,7 +138,9 @@ class RunLog:
             return
         self._display.advance(step)
         if step == self._start_step + 1:
-            first_batch_grid(batches[0], self._config.run.out / "first_batch.png")
+            self._images.run(
+                lambda: first_batch_grid(batches[0], self._config.run.out / "first_batch.png")
+            )
 
     def record(self, step: int, *, lr: float, epoch: int, bad_samples: int) -> None:
         """Average over the ranks since the last record, write and show. A collective."""
@@ -153,18 +169,14 @@ class RunLog:
 
     def skipped(self, step: int, count: int, batches: Sequence[Batch], losses: Tensor) -> None:
         """Note a step that was not taken, with its samples, on every rank."""
-        out = self._config.run.out
-        out.mkdir(parents=True, exist_ok=True)
         line = {
             "after_step": step,
             "rank": self._world.rank,
             "losses": losses.tolist(),
             "samples": [index for batch in batches for index in batch.sample_id.tolist()],
         }
-        with (out / f"skipped_steps.rank{self._world.rank}.jsonl").open(
-            "a", encoding="utf-8"
-        ) as file:
-            file.write(json.dumps(line) + "\n")
+        name = f"skipped_steps.rank{self._world.rank}.jsonl"
+        self._skipped.run(lambda: _append_line(self._config.run.out / name, line))
         if self._world.is_main:
             self._display.log(
                 f"[yellow]step {step + 1} skipped ({count} in a row): gradients are not finite[/]"
@@ -173,26 +185,35 @@ class RunLog:
     def draw_images(self, step: int, model: CMAE, batch: Batch) -> None:
         """Draw original, masked and reconstruction of the first images of a batch."""
         if self._world.is_main:
-            folder = self._config.run.out / "images"
-            folder.mkdir(exist_ok=True)
-            # A compiled block would be compiled again for the few images of a grid.
-            eagerly = torch.compiler.set_stance("force_eager")
-            with torch.no_grad(), eagerly, unpinned(model):
-                reconstruction_grid(model, batch, folder / f"step-{step:08d}.png")
+            self._images.run(lambda: self._draw_reconstructions(step, model, batch))
+
+    def _draw_reconstructions(self, step: int, model: CMAE, batch: Batch) -> None:
+        folder = self._config.run.out / "images"
+        folder.mkdir(exist_ok=True)
+        # A compiled block would be compiled again for the few images of a grid.
+        eagerly = torch.compiler.set_stance("force_eager")
+        with torch.no_grad(), eagerly, unpinned(model):
+            reconstruction_grid(model, batch, folder / f"step-{step:08d}.png")
 
     def closing(self, step: int, checkpoint: Path | None, *, stopped: bool) -> None:
         """Report where the results lie."""
         if not self._world.is_main:
             return
         out = self._config.run.out
-        if self._log.path.stat().st_size:
-            loss_plot(self._log.path, out / "loss.png")
+        if read_metrics(self._log.path):
+            self._images.run(lambda: loss_plot(self._log.path, out / "loss.png"))
         if stopped:
             self._display.log(f"stopped at step {step}; run the same command again to continue")
         elif checkpoint is None:
             self._display.log(f"nothing to do: {out} is already at step {step}")
         else:
             self._display.log(f"done: step {step}, {checkpoint}")
+
+
+def _append_line(path: Path, line: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def write_config(config: Config, path: Path) -> None:
