@@ -38,6 +38,7 @@ from cmae.pipeline.shards.output_folder import (
 )
 from cmae.pipeline.shards.recover import Damage
 from cmae.pipeline.shards.repair_look import (
+    Entry,
     Kept,
     Lost,
     RepairPolicy,
@@ -197,14 +198,22 @@ class _Planner:
                 plan.members.add(DAMAGED, what)
                 plan.is_unchanged = False
             elif isinstance(item, Kept):
-                member = item.entry.member
-                plan.pieces.append(_Piece(member.start, member.end - member.start))
-                plan.members.add(_COPIED, member.name)
+                self._keep_entry(plan, item.entry)
             elif isinstance(item, Lost):
                 self._drop_entry(plan, line, item)
             else:
                 self._add_sample(plan, line, item)
         return plan
+
+    def _keep_entry(self, plan: _Plan, entry: Entry) -> None:
+        member = entry.member
+        if entry.is_link:
+            # What it leads to may not be in the repaired tar.
+            plan.pieces.append(_Piece(member.byte_offset, member.size, member.name))
+            plan.is_unchanged = False
+        else:
+            plan.pieces.append(_Piece(member.start, member.end - member.start))
+        plan.members.add(_RENAMED if entry.is_link else _COPIED, member.name)
 
     def _drop_entry(self, plan: _Plan, line: dict[str, Any], item: Lost) -> None:
         member, text = item.entry.member, item.entry.label_text

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -20,6 +22,7 @@ def test_results_say_where_and_how_they_were_measured() -> None:
         assert {"device", "driver", "versions", "git"} <= result["machine"].keys(), path.name
 
 
+@pytest.mark.slow
 def test_every_script_explains_itself() -> None:
     """Runs all of them with --help, in one process: most of the time is torch's import."""
     scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}

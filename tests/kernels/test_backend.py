@@ -61,6 +61,7 @@ def test_unknown_backends_are_refused(name):
         pass
 
 
+@pytest.mark.slow
 def test_the_references_work_where_triton_is_absent():
     code = (
         "import sys; sys.modules['triton'] = None\n"

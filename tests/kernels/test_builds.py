@@ -141,6 +141,7 @@ def test_block_mask(monkeypatch, capability, arguments):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100])
 @pytest.mark.parametrize(
     ("size", "exact"), [(224, True), (224, False), (222, True), (97, True), (32, True)]

@@ -76,6 +76,7 @@ def test_a_run_on_kernels_has_the_losses_of_a_run_on_references(small_shards, tm
     assert moved > 0.02, "the losses agree because nothing was trained"
 
 
+@pytest.mark.slow
 def test_a_run_that_is_told_to_use_kernels_does_not_fall_back(small_shards, tmp_path):
     words = arguments(small_shards, tmp_path, **{"speed.kernels": "triton"})
     done = subprocess.run(

@@ -268,6 +268,7 @@ def test_bf16_autocast_gives_nearly_the_same_loss_and_fp32_losses(name):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.slow
 def test_forward_is_one_graph_with_the_same_loss_and_gradients():
     model, twin = build(), build()
     online, target, ids_keep = batch(model.config)

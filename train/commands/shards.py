@@ -102,17 +102,17 @@ def write(
         raise CmaeError(f"cannot write shards of {images} to {out}: {error}") from error
     seconds = time.perf_counter() - start
     classes = f", {len(source.classes)} classes" if source.classes else ""
-    _say(
+    _print(
         f"{_count(report.num_samples, 'image')}{classes} in {_count(report.num_shards, 'shard')}, "
         f"{_gib(report.num_bytes)}, {seconds:.1f} s: {out}"
     )
     if report.downscaled:
-        _say(downscaled_line(report.downscaled, report.num_samples))
+        _print(downscaled_line(report.downscaled, report.num_samples))
     if report.num_already_written:
-        _say(f"{_count(report.num_already_written, 'shard')} written before")
-    _say(report.files.line("files"))
+        _print(f"{_count(report.num_already_written, 'shard')} written before")
+    _print(report.files.line("files"))
     if report.num_skipped:
-        _say(
+        _print(
             f"{_count(report.num_skipped, 'file')} skipped, no usable JPEG: see {out / SKIPPED_FILE}"
         )
     return 0
@@ -156,21 +156,23 @@ def index(
     built = sum(result.built for result in results)
     members = sum_members(result.members for result in results)
     bad = sum(result.num_bad for result in results)
-    _say(
+    _print(
         f"{_count(sum(result.num_samples for result in results), 'sample')} in "
         f"{_count(len(results), 'shard')}: {built} indexed, "
         f"{len(results) - built - len(failed)} fresh already, {time.perf_counter() - start:.1f} s"
     )
     if bad:
-        _say(f"{_count(bad, 'image')} left out, cannot be decoded: `cmae shards verify` says which")
+        _print(
+            f"{_count(bad, 'image')} left out, cannot be decoded: `cmae shards verify` says which"
+        )
     if members.total:
-        _say(members.line())
+        _print(members.line())
     _report_lines([f"left out: {line}" for line in members.lost_lines()])
     if empty := sum(result.error is None and not result.num_samples for result in results):
-        _say(f"{_count(empty, 'shard')} without a sample")
+        _print(f"{_count(empty, 'shard')} without a sample")
     _report_lines([f"{result.error}" for result in failed])
     if failed:
-        _say(f"{_count(len(failed), 'shard')} without an index")
+        _print(f"{_count(len(failed), 'shard')} without an index")
     return 1 if failed else 0
 
 
@@ -201,11 +203,11 @@ def verify(
         report = verify_shards(paths, decode=decode, workers=workers, progress=advance)
     _report_lines([problem_line(problem) for problem in report.problems])
     verdict = _count(len(report.problems), "problem") if report.problems else "no problem"
-    _say(
+    _print(
         f"{verdict} in {_count(report.num_samples, 'sample')}, {_count(report.num_shards, 'shard')}, "
         f"{_gib(report.num_bytes)}, {time.perf_counter() - start:.1f} s"
     )
-    _say(report.members.line())
+    _print(report.members.line())
     _report_lines(
         [
             f"suspected, not counted as a problem: {Path(one.shard).name}, {one.key}: {one.what}"
@@ -213,7 +215,7 @@ def verify(
         ]
     )
     for note in report.notes:
-        _say(f"note: {note}")
+        _print(f"note: {note}")
     return 0 if report.ok else 1
 
 
@@ -260,7 +262,7 @@ def repair(
             f"interrupted; finished shards stay in {out}: run the same command again to continue"
         )
         return _INTERRUPTED
-    _say(
+    _print(
         f"{_count(report.num_samples, 'sample')} in {_count(report.num_shards, 'shard')}, "
         f"{time.perf_counter() - start:.1f} s: {out}"
     )
@@ -273,15 +275,15 @@ def repair(
         "damaged stretches passed over": report.num_damages,
     }
     changed = [f"{number} {what}" for what, number in changes.items() if number]
-    _say(
+    _print(
         f"{', '.join(changed)}: see {out / REPAIRED_FILE}"
         if changed
         else "nothing had to be changed"
     )
-    _say(report.members.line())
+    _print(report.members.line())
     left = [problem_line(problem) for problem in report.problems]
     _report_lines([f"left as it was: {line}" for line in left])
-    _say(
+    _print(
         f"verified: {_count(len(left), 'problem')} left" if left else "verified: no problem is left"
     )
     return 0
@@ -320,11 +322,11 @@ def inspect(
     console.print(_count_table(statistics, load_classes(Path(paths[0]).parent)))
     console.print(_percentile_table(statistics))
     if statistics.members.total:
-        _say(statistics.members.line())
+        _print(statistics.members.line())
     _report_lines([f"left out: {line}" for line in statistics.members.lost_lines()])
     if sheet is not None:
         contact_sheet(paths, sheet, num_images=num_images, columns=columns)
-        _say(f"contact sheet: {sheet}")
+        _print(f"contact sheet: {sheet}")
     return 0
 
 
@@ -428,7 +430,7 @@ def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda amount: progress.advance(task, amount)
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     """Print a line with names from files or stores in it."""
     print(printable(line, limit=_MAX_LINE))
 

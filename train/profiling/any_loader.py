@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from cmae.errors import CmaeError
 from cmae.train.distributed import World
 from cmae.train.machine import describe_machine, usable_cores
 from cmae.train.profiling.analysis.bootstrap import estimate
@@ -205,7 +206,7 @@ def _endless(loader: Iterable[BatchT]) -> Generator[BatchT, None, None]:
             seen += 1
             yield batch
         if seen == before:
-            raise ValueError(
+            raise CmaeError(
                 f"the loader is used up after {seen} batches and cannot begin again; give an iterable that "
                 "can, such as a DataLoader or a list"
                 if seen
@@ -226,7 +227,7 @@ def _size_of(batch: Any) -> int:
         shape = getattr(leaf, "shape", None)
         if shape:
             return int(shape[0])
-    raise ValueError(
+    raise CmaeError(
         f"batch_size is None, and a batch of type {type(batch).__name__} holds no tensor or array whose "
         "length it could be; give batch_size"
     )

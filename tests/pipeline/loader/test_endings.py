@@ -108,10 +108,12 @@ def test_while_reading_by_index(small):
     assert seconds_to_end(small, wait=READ_ON) < 2
 
 
+@pytest.mark.slow
 def test_while_a_large_batch_is_decoded(large):
     assert seconds_to_end(large, wait="next(loader)", batch_size=64) < 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["cpu", "dali"])
 def test_while_the_queue_is_full_and_the_program_is_elsewhere(small, backend):
     assert seconds_to_end(small, wait=SLEEP, prepare="next(loader)", view_backend=backend) < 2
@@ -125,6 +127,7 @@ def open_loader(shards: list[str], backend: str, **options: object):
     return loader_of(shards, VIEWS, view_backend=backend, **(settings | options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["cpu", "dali"])
 def test_memory_files_and_threads_stay_flat(small, backend):
     process = psutil.Process()

@@ -443,6 +443,7 @@ def test_close_does_not_wait_for_a_store_that_hangs(
 # --- the cache under a run --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_cold_start_reports_its_progress(
     server: FaultyServer, expected: list[Batch], tmp_path: Path
 ) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 from typing import NamedTuple
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from support.fault_data import noise, saved_as, truncated, zeroed_block
 from support.pipeline_data import jpeg, photo
@@ -20,6 +21,9 @@ from cmae.pipeline.formats.shard_index import build_index, index_path, load_inde
 from cmae.pipeline.formats.tar import iter_records
 from cmae.pipeline.shards.repair import REPAIRED_FILE, RepairPolicy, RepairReport, repair_shards
 from cmae.pipeline.shards.verify import verify_shards
+
+EXAMPLES = int(os.environ.get("CMAE_EXAMPLES", "60"))
+"""Generated tars of each test; more by CMAE_EXAMPLES=2000."""
 
 GOOD = [noise(i, 40, 40) for i in range(3)] + [jpeg(photo(30, 40))]
 IMAGES = [
@@ -159,7 +163,8 @@ def check_repair(path: Path, folder: Path) -> None:
 
 
 @given(tars, st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]))
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@example([Item("0.cls", b"-1"), Item("3.cls", b"", tarfile.LNKTYPE, "0.cls")], tarfile.GNU_FORMAT)
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_every_entry_is_counted_once_by_every_tool(tmp_path_factory, items, tar_format):
     folder = tmp_path_factory.mktemp("account")
     if tar_format == tarfile.GNU_FORMAT:
@@ -185,7 +190,7 @@ def test_every_entry_is_counted_once_by_every_tool(tmp_path_factory, items, tar_
 
 
 @given(tars)
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_repair_accounts_for_every_entry_and_loses_no_label(tmp_path_factory, items):
     folder = tmp_path_factory.mktemp("labels")
     path = make(folder / "a.tar", items, tarfile.PAX_FORMAT)
@@ -207,7 +212,7 @@ def test_repair_accounts_for_every_entry_and_loses_no_label(tmp_path_factory, it
 
 
 @given(tars, st.data())
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_a_damaged_tar_is_repaired_to_one_that_needs_no_repair(tmp_path_factory, items, data):
     folder = tmp_path_factory.mktemp("damage")
     path = make(folder / "a.tar", items, tarfile.PAX_FORMAT)

@@ -133,6 +133,7 @@ def test_a_16_bit_residual_stream_follows_fp32(
     assert_within(found, fp32_reference, (0.04, 0.015, 0.3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["blocks", "model"])
 def test_compiled_graphs_differ_by_rounding(
     batches: list[Batch], fp32_reference: Tensor, mode: str, monkeypatch: pytest.MonkeyPatch

@@ -120,6 +120,7 @@ def wait_for_checkpoint(process: subprocess.Popen[str], out: Path) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_kill_nine_loses_nothing_but_time(
     small_shards: str, whole_run: Path, tmp_path: Path
 ) -> None:
@@ -131,6 +132,7 @@ def test_kill_nine_loses_nothing_but_time(
     assert_same_run(tmp_path, whole_run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_signals_write_a_checkpoint_and_exit_for_requeue(
     small_shards: str, tmp_path: Path, number: int, code: int
@@ -174,6 +176,7 @@ def test_mae_weights_start_a_cmae_run_with_a_target_of_their_own(
     torch.testing.assert_close(started["target_encoder.blocks.0.attn.qkv.weight"], weight)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_of_them_alike(small_shards: str, tmp_path: Path) -> None:
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
     launcher = (*torchrun, "--nproc-per-node", "2", "-m", "cmae.train")
@@ -193,6 +196,7 @@ def test_a_signal_to_one_rank_stops_all_of_them_alike(small_shards: str, tmp_pat
     assert last["step"] == read_metrics(tmp_path / "metrics.jsonl")[-1]["step"]
 
 
+@pytest.mark.slow
 def test_two_ranks_continue_a_run_of_one(
     small_shards: str, whole_run: Path, tmp_path: Path
 ) -> None:

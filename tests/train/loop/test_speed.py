@@ -194,6 +194,7 @@ def test_recorded_branches_take_one_micro_batch(monkeypatch: pytest.MonkeyPatch)
         step.backward([make_batch(SMALL, 0, 4)] * 2)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compiler")
 @pytest.mark.parametrize(
     ("mode", "sdpa", "num_graphs"), [("blocks", "math", 7), ("model", "torch", 2)]
@@ -227,6 +228,7 @@ def run_modes(rank: int, port: int, out: Path) -> None:
     torch.save(losses, out / f"rank{rank}.pt")
 
 
+@pytest.mark.slow
 def test_two_ranks_get_the_same_losses_however_the_step_is_compiled(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

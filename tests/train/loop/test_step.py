@@ -64,6 +64,7 @@ def run_ranks(tmp_path: Path, *, norm: str, micro: int) -> list[tuple[Tensor, di
     return [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("norm", "micro"), [("batch", 1), ("layer", 2)])
 def test_two_ranks_equal_one_process_on_the_joined_batch(
     tmp_path: Path, norm: str, micro: int
@@ -79,6 +80,7 @@ def test_two_ranks_equal_one_process_on_the_joined_batch(
         assert_same_gradients(gradients, expected)
 
 
+@pytest.mark.slow
 def test_ranks_have_different_positives(tmp_path: Path) -> None:
     (first, _), (second, _) = run_ranks(tmp_path, norm="batch", micro=1)
     assert (

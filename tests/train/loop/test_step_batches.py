@@ -54,6 +54,7 @@ def lines_of(out: Path) -> list[tuple[int, int]]:
     )
 
 
+@pytest.mark.slow
 def test_counts_and_ledger_of_a_run_in_pieces_are_those_of_a_whole_one(tmp_path: Path) -> None:
     shards = write_shard(tmp_path, [9, 14, 20])
     settings = {"optim.total_steps": 12, "run.checkpoint_every": 5, "data.max_bad_fraction": 1.0}

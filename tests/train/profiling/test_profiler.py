@@ -28,6 +28,7 @@ def components_of(found: Profile) -> dict[str, float]:
     return components
 
 
+@pytest.mark.slow
 def test_profile_of_a_real_step_sums_up_and_is_written(
     small_shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -244,6 +244,7 @@ def run_arguments(shards: str) -> list[str]:
     return f"--recipe demo --speed.device cpu {batch} --data.shards {shards}".split()
 
 
+@pytest.mark.slow
 def test_the_command_tunes_and_a_run_takes_the_recipe(
     small_shards: str,
     tmp_path: Path,
