@@ -13,7 +13,7 @@ from cmae.errors import CmaeError, require
 from cmae.model import ModelConfig
 from cmae.pipeline import LoaderConfig, ViewConfig
 from cmae.pipeline.loader.config import FROM_THE_RUN
-from cmae.pipeline.remote.schemes import redact_options
+from cmae.pipeline.remote.schemes import redact_options, redact_shards
 
 COLLECTIVE_TIMEOUT_S = 600.0
 """How long a rank waits for the others; what a rank may wait for by itself must end earlier."""
@@ -203,8 +203,9 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts, as stored in checkpoints and result files; no secrets."""
         plain: dict[str, Any] = _plain(asdict(self))
-        for name in ("shards", "storage_options"):
-            plain["data"][name] = redact_options(plain["data"][name])
+        data = plain["data"]
+        data["shards"] = redact_shards(data["shards"])
+        data["storage_options"] = redact_options(data["storage_options"])
         for name in FROM_THE_RUN:
             del plain["data"][name]
         return plain

@@ -19,12 +19,33 @@ from cmae.errors import CmaeError
 from cmae.model import ModelConfig
 from cmae.pipeline import LoaderConfig
 from cmae.pipeline.loader.config import FROM_THE_RUN
+from cmae.pipeline.remote.schemes import may_be_pipe, redact
+from cmae.printable import printable
 from cmae.train.config import Config
 from cmae.train.old_keys import OLD_KEYS, Moved, new_value, update_keys, what_became
 
 RECIPES = files("cmae.train") / "recipes"
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+_ON_THE_COMMAND_LINE = ("allow_pipe", "recipe", "print_config", "help", "h")
+"""Options that no recipe may give."""
+
+_OPTIONS = "data.storage_options"
+_BAD_OPTIONS = (
+    f"{_OPTIONS} must be a mapping such as {{endpoint_url: https://host, anon: true}} without class_path; "
+    "what was found is not shown, for it may hold secrets"
+)
+
+MAX_RECIPE_BYTES = 1 << 20
+"""Larger recipes are refused; the longest list of settings is a hundredth of it."""
+
+MAX_RECIPE_VALUES = 100_000
+"""Mappings, lists and values of a recipe, each counted as often as an alias repeats it."""
+
+MAX_RECIPE_DEPTH = 32
+"""Mappings and lists inside each other."""
 
 
 class UsageError(CmaeError):
@@ -38,6 +59,8 @@ class Parser(ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
+        self.recipe_pipes: dict[str, str] = {}
+        """Shard patterns of recipes that may run a shell, and the recipe of each."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise what argparse would print.
@@ -45,7 +68,29 @@ class Parser(ArgumentParser):
         Raises:
             UsageError: Always.
         """
-        raise UsageError(f"{message}; see `{self.prog} --help`") from ex
+        if "storage_options" in message:
+            message = _BAD_OPTIONS
+        raise UsageError(f"{redact(message)}; see `{self.prog} --help`") from ex
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """Parse words of a command line; argparse's own method.
+
+        Raises:
+            UsageError: They cannot be understood.
+            CmaeError: A recipe names a `pipe:` and --allow_pipe is not among the words.
+        """
+        self.recipe_pipes.clear()
+        parsed = super().parse_args(*args, **kwargs)
+        if self.recipe_pipes and not parsed.get("allow_pipe"):
+            shards = parsed.get("data.shards")
+            for one in [shards] if isinstance(shards, str) else shards or []:
+                if source := self.recipe_pipes.get(one):
+                    raise CmaeError(
+                        f"{source}: data.shards holds a `pipe:`, or braces that can make one: a command of the "
+                        "recipe's author in a shell. If you trust it, add --allow_pipe to the command line; or "
+                        "give --data.shards there"
+                    )
+        return parsed
 
     def _parse_optional(self, arg_string: str) -> Any:
         """Find the option that a word names; argparse's own hook.
@@ -93,10 +138,15 @@ class _Recipe(ActionConfigFile):
     ) -> None:
         """Apply one recipe."""
         for key, value in _leaves(read_recipe(values), parser.settings(), str(values)):
+            if key == "data.shards":
+                patterns = value if isinstance(value, list) else [value]
+                pipes = filter(may_be_pipe, map(str, patterns))
+                parser.recipe_pipes.update(dict.fromkeys(pipes, str(values)))
             try:
                 parser.set_to(cfg, key, value)
             except (TypeError, ValueError) as error:
-                raise CmaeError(f"{values}: {key} is {value!r}: {error}", key=key) from error
+                reason = _BAD_OPTIONS if key == _OPTIONS else f"{key} is {value!r}: {error}"
+                raise CmaeError(redact(f"{values}: {reason}"), key=key) from error
 
 
 class _OldOption(argparse.Action):
@@ -143,10 +193,20 @@ def read_recipe(name: str | Path) -> dict[str, Any]:
             f"{nearest(str(name), recipe_names())}",
             key="recipe",
         )
+    data = source.read_bytes()
+    if len(data) > MAX_RECIPE_BYTES:
+        raise CmaeError(
+            f"{name} has {len(data)} bytes; a recipe has at most {MAX_RECIPE_BYTES}: name another file",
+            key=str(name),
+        )
     try:
-        content = yaml.safe_load(source.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CmaeError(f"{name} is not YAML: {error}", key=str(name)) from error
+        content = yaml.safe_load(data.decode("utf-8")) or {}
+    # PyYAML's constructors raise anything: ValueError for a date such as 2026-99-99, KeyError, ...
+    except Exception as error:
+        reason = redact(str(error)) or type(error).__name__
+        raise CmaeError(f"{name} is not YAML: {reason}; correct it", key=str(name)) from error
+    if fault := _find_fault(content):
+        raise CmaeError(f"{name} {fault}: take it out", key=str(name))
     if not isinstance(content, dict):
         raise CmaeError(
             f"{name} holds a {type(content).__name__}; it must hold sections such as `optim:`",
@@ -158,6 +218,27 @@ def read_recipe(name: str | Path) -> dict[str, Any]:
     if updated.notes:
         warnings.warn(f"{name}: {'; '.join(updated.notes)}", stacklevel=2)
     return updated.settings
+
+
+def _find_fault(content: Any) -> str:
+    """Why a recipe's content must not be looked at any further; '' where it may be."""
+    waiting, seen = [(content, 0)], 0
+    while waiting:
+        value, depth = waiting.pop()
+        seen += 1
+        if seen + len(waiting) > MAX_RECIPE_VALUES:
+            return f"holds more than {MAX_RECIPE_VALUES} values, aliases followed"
+        if depth > MAX_RECIPE_DEPTH:
+            return f"holds more than {MAX_RECIPE_DEPTH} levels, or an alias of itself"
+        if isinstance(value, dict):
+            if strange := [key for key in value if not isinstance(key, str)]:
+                return f"has the key {strange[0]!r}, which is no word"
+            if "class_path" in value:
+                return "has the key class_path, which would import and run any code that it names"
+            waiting += [(one, depth + 1) for one in value.values()]
+        elif isinstance(value, list):
+            waiting += [(one, depth + 1) for one in value]
+    return ""
 
 
 def _leaves(
@@ -173,12 +254,19 @@ def _leaves(
         is_section = any(one.startswith(f"{key}.") for one in known)
         if is_section and isinstance(value, Mapping):
             yield from _leaves(value, known, source, f"{key}.")
-        elif key in known and not is_section:
+        elif key == _OPTIONS and not isinstance(value, dict | None):
+            # A string would be parsed as YAML of its own, past all checks.
+            raise CmaeError(f"{source}: {_BAD_OPTIONS}", key=key)
+        elif key in known and not is_section and name not in _ON_THE_COMMAND_LINE:
             yield key, value
         else:
-            what = "is a section, and holds" if is_section else "is no setting; found"
+            is_plain = isinstance(value, int | float | None)
+            held = repr(value) if is_plain else f"a {type(value).__name__}"
+            what = f"is a section, and holds {held}" if is_section else "is no setting"
             hint = "" if is_section else nearest(key, known)
-            raise CmaeError(f"{source}: {key} {what} {value!r}{hint}", key=key, found=value)
+            if key == "allow_pipe":
+                what, hint = "can only be given on the command line", ""
+            raise CmaeError(f"{source}: {printable(key)} {what}{hint}", key=key)
 
 
 def add_config(parser: Parser) -> None:
@@ -189,6 +277,12 @@ def add_config(parser: Parser) -> None:
         action=_Recipe,
         help=f"YAML file, or one of: {', '.join(recipe_names())}. Several may be given; what comes "
         "later on the command line wins.",
+    )
+    parser.add_argument(
+        "--allow_pipe",
+        action="store_true",
+        help="Run the shell commands that recipes give as 'pipe:' in data.shards. Without it they are "
+        "refused; a 'pipe:' on the command line is yours.",
     )
     parser.add_class_arguments(Config)
     parser.link_arguments("model.img_size", "data.views.img_size")
@@ -243,12 +337,15 @@ def parse_config(arguments: Sequence[str]) -> Config:
     return to_config(instantiate(parser, parser.parse_args(list(arguments))))
 
 
-def load_recipe(*recipes: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
+def load_recipe(
+    *recipes: str | Path, overrides: Mapping[str, Any] | None = None, allow_pipe: bool = False
+) -> Config:
     """The configuration of a run, from recipes and values in Python.
 
     Args:
         *recipes: YAML files or names of recipes that ship with the package; later ones override earlier ones.
         overrides: Values by dotted key, such as {"data.shards": "/data/*.tar"}, which override all recipes.
+        allow_pipe: Whether a recipe's `pipe:` shards may run their commands.
 
     Raises:
         CmaeError: A recipe or a key is not known, a value is out of range, or values do not fit each other.
@@ -257,4 +354,6 @@ def load_recipe(*recipes: str | Path, overrides: Mapping[str, Any] | None = None
     for key, value in (overrides or {}).items():
         plain = str(value) if isinstance(value, str | Path) else json.dumps(value, default=str)
         arguments.append(f"--{key}={plain}")
+    if allow_pipe:
+        arguments.append("--allow_pipe")
     return parse_config(arguments)

@@ -38,7 +38,7 @@ from cmae.pipeline.formats.parallel import no_progress
 from cmae.pipeline.formats.shard_index import INDEX_SUFFIX
 from cmae.pipeline.remote import client
 from cmae.pipeline.remote.client import RemoteFile
-from cmae.pipeline.remote.schemes import redact
+from cmae.pipeline.remote.schemes import identity, redact
 from cmae.pipeline.remote.stores import ObjectInfo
 
 _POLL_S = 0.1
@@ -80,7 +80,7 @@ class ShardCache:
 
     def path(self, url: str) -> Path:
         """Where the copy of a shard lies, there or not."""
-        address, _, query = redact(url).partition("?")  # a renewed signature is no other shard
+        address, _, query = identity(url).partition("?")  # a renewed signature is no other shard
         parent, _, name = address.rstrip("/").rpartition("/")
         digest = hashlib.sha256(f"{parent}?{query}".encode()).hexdigest()[:12]
         return self.folder / digest / PurePosixPath(name).name

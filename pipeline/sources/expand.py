@@ -85,18 +85,25 @@ def _expand_one(pattern: str, storage_options: Mapping[str, Any]) -> list[str]:
             f"shards={redact(pattern)!r} names more than {MAX_SHARDS} files: correct the range in braces"
         )
     for url in _expand_braces(pattern):
-        if url.startswith("file:"):
+        is_file = url.startswith("file:")
+        if is_file:
+            # What is left is a path, whatever it begins with: `file:pipe:...` is no command.
             url = re.sub("^file:(//)?", "", url)
-        if not is_local(url):
+        if not is_file and not is_local(url):
             shards += _expand_url(url, storage_options)
             continue
-        found = _expand_path(os.path.expanduser(url))
+        found = [_as_path(one) for one in _expand_path(os.path.expanduser(url))]
         shards += found
         if not found:
             missing.append(url)
     if missing:
         raise CmaeError(_nothing_found(pattern, missing, num_found=len(shards)))
     return shards
+
+
+def _as_path(name: str) -> str:
+    """A file's name such that nobody takes it for a URL: `pipe:x.tar` in this folder is `./pipe:x.tar`."""
+    return name if is_local(name) else os.path.join(os.curdir, name)
 
 
 def _expand_url(url: str, storage_options: Mapping[str, Any]) -> list[str]:

@@ -6,8 +6,10 @@ import contextlib
 import hashlib
 import heapq
 import logging
+import re
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import IO
 
 import numpy as np
@@ -23,7 +25,7 @@ from cmae.pipeline.formats.members.member_counts import MemberCounts
 from cmae.pipeline.formats.shard_index import index_path
 from cmae.pipeline.formats.tar import TarRecord, iter_records
 from cmae.pipeline.remote.client import Remote, RemoteConfig, open_stream
-from cmae.pipeline.remote.schemes import is_local, is_remote, redact
+from cmae.pipeline.remote.schemes import identity, is_local, is_remote, redact
 from cmae.pipeline.sampling.counter_rng import hash_words
 from cmae.pipeline.sources.left_out import lost_members
 from cmae.pipeline.sources.records import RawBatch, Record
@@ -90,7 +92,7 @@ class StreamSource:
                 "Write more shards, or an index with `cmae shards index`"
             )
         # A signature that was renewed does not make other data.
-        names = "\n".join(map(redact, urls))
+        names = "\n".join(map(identity, urls))
         self.digest = hashlib.sha256(names.encode()).hexdigest()[:16]
         # Reading happens in the thread that asks for batches, and between them it is elsewhere.
         self.stage = Stage("read", threads=1, first_state=State.BLOCKED)
@@ -213,7 +215,7 @@ class StreamSource:
                 else:
                     yield record
         except _SHARD_FAULTS as error:
-            reason = str(error) or type(error).__name__
+            reason = _without_command(str(error), self._urls[number]) or type(error).__name__
             self._bad.append(BadSample(name, "", record_number + 1, reason, epoch))
         self._bad += lost_members(name, members)
 
@@ -258,8 +260,21 @@ def _end_with_children(pid: int) -> None:
                 process.terminate()
 
 
+def _without_command(message: str, url: str) -> str:
+    """A message without the secrets of the shard's URL; webdataset repeats the command of a pipe."""
+    if status := re.search(r": exit (-?\d+) \(read\)", message):
+        return f"the command of the pipe ended with exit {status[1]}"
+    command = url.removeprefix("pipe:")
+    for spelled in (command, repr(command)[1:-1]):
+        message = message.replace(spelled, redact(url).removeprefix("pipe:"))
+    return redact(message)
+
+
 def open_shard(url: str, remote: Remote) -> IO[bytes]:
-    """A shard to read from front to back: fsspec's URLs with retries, the rest as webdataset opens it."""
+    """A shard to read from front to back: a file, fsspec's URLs with retries, or a pipe."""
+    if is_local(url):
+        # Not by webdataset, which refuses files where WDS_SECURE forbids it commands.
+        return Path(url).open("rb")
     if is_remote(url):
         return open_stream(remote.file(url))
     stream: IO[bytes] = wds.gopen(url)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cmae.errors import CmaeError
 from cmae.model import ModelConfig
@@ -265,3 +267,153 @@ def test_what_the_loader_takes_from_the_run_is_refused_by_name_and_hidden(
     add_config(parser)
     assert f"--data.{name} " not in parser.format_help()
     assert name not in Config().to_dict()["data"]
+
+
+# --- recipes of strangers ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "pipe:touch MARK",
+        "{pipe,pipe}:touch MARK",
+        "{pi,pi}pe:touch MARK",
+        "file:pipe:touch MARK",
+        "file://pipe:touch MARK",
+    ],
+)
+def test_a_pipe_in_a_recipe_needs_a_word_on_the_command_line(tmp_path: Path, pattern: str) -> None:
+    recipe = tmp_path / "r.yaml"
+    for shards in (pattern, ["/data/a.tar", pattern]):
+        recipe.write_text(json.dumps({"data": {"shards": shards}}))
+        with pytest.raises(CmaeError, match=r"r\.yaml.*add --allow_pipe") as caught:
+            load_recipe(recipe)
+        assert "MARK" not in str(caught.value)
+        assert load_recipe(recipe, allow_pipe=True).data.shards == shards
+        assert load_recipe(recipe, overrides={"data.shards": "a.tar"}).data.shards == "a.tar"
+        assert parse("--recipe", str(recipe), "--allow_pipe").data.shards == shards
+
+
+def test_a_pipe_given_by_hand_is_the_users() -> None:
+    assert parse("--data.shards", "pipe:cat a.tar").data.shards == "pipe:cat a.tar"
+
+
+def test_no_recipe_allows_itself_a_pipe(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("allow_pipe: true\ndata: {shards: 'pipe:cat a.tar'}\n")
+    with pytest.raises(CmaeError, match="allow_pipe can only be given on the command line"):
+        load_recipe(recipe)
+
+
+SPEC = "class_path: planted.Thing"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"data: {{storage_options: {{{SPEC}}}}}",
+        f"data: {{storage_options: {{client_kwargs: {{a: [{{{SPEC}}}]}}}}}}",
+        f"data: {{storage_options: '{{{SPEC}}}'}}",
+        'data: {storage_options: "{\\x63lass_path: planted.Thing}"}',
+        f"model: {{{SPEC}}}",
+        f"data: {{views: {{{SPEC}, init_args: {{}}}}}}",
+        f"{SPEC}",
+    ],
+)
+def test_a_recipe_imports_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    (tmp_path / "planted.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(text)
+    with pytest.raises(CmaeError, match=r"r\.yaml.*class_path"):
+        load_recipe(recipe)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: &a [*a]", "alias of itself"),
+        ("a: &a {b: *a}", "alias of itself"),
+        ("a: " + "[" * 40 + "]" * 40, "levels"),
+        ("a: " + "[" * 5000 + "]" * 5000, "is not YAML"),
+        (
+            "\n".join(
+                f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10) if i else 1}]" for i in range(9)
+            ),
+            "more than 100000 values",
+        ),
+        ("a: 2026-99-99", "is not YAML"),
+        ("1: 2", "key 1, which is no word"),
+        ("? [a]\n: 2", "is not YAML"),
+        ("x: " + "1" * (1 << 20), "a recipe has at most"),
+        ("data: {storage_options: {a: !!python/object:os.x {}}}", "is not YAML"),
+        ("\x00", "is not YAML"),
+    ],
+)
+def test_a_recipe_has_limits(tmp_path: Path, text: str, message: str) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(text)
+    with pytest.raises(CmaeError, match=rf"r\.yaml.*{message}"):
+        load_recipe(recipe)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--data.storage_options", "{secret: SECRET"],
+        ["--data.storage_options", "SECRET"],
+        ["--data.storage_option", "{secret: SECRET}"],
+        ["--data.shards", "https://u:SECRET@h/a.tar?x=SECRET", "https://u:SECRET@h/b?y=SECRET"],
+    ],
+)
+def test_errors_of_options_show_no_secret(words: list[str]) -> None:
+    with pytest.raises(CmaeError) as caught:
+        parse(*words)
+    assert "SECRET" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "data: {storage_option: {secret: SECRET}}",
+        "data: {storage_options: [SECRET]}",
+        "data: {storage_options: SECRET}",
+        "storage_options: {key: SECRET}",
+        "seed: 'https://h/?k=SECRET'",
+    ],
+)
+def test_errors_of_recipes_show_no_secret(tmp_path: Path, text: str) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(CmaeError) as caught:
+        load_recipe(tmp_path / "r.yaml")
+    assert "SECRET" not in str(caught.value)
+
+
+def test_what_is_stored_of_a_run_holds_no_secret_and_says_so_when_it_is_read(
+    tmp_path: Path,
+) -> None:
+    data = {
+        "shards": ["https://h/a.tar?pwd=SECRET", "pipe:curl -u SECRET https://h/b.tar"],
+        "storage_options": {
+            "connection_string": "SECRET",
+            "anon": False,
+            "headers": {"A": "SECRET"},
+        },
+    }
+    stored = load_recipe(overrides={f"data.{key}": value for key, value in data.items()}).to_dict()
+    assert "SECRET" not in json.dumps(stored)
+    assert stored["data"]["storage_options"] == {
+        "connection_string": "***",
+        "anon": False,
+        "headers": "***",
+    }
+    (tmp_path / "config.yaml").write_text(
+        yaml.safe_dump({"data": {key: stored["data"][key] for key in data}})
+    )
+    with pytest.raises(CmaeError, match=r"data\.shards.*give it again"):
+        load_recipe(tmp_path / "config.yaml", allow_pipe=True)
+    options = {"data.shards": data["shards"]}
+    with pytest.raises(CmaeError, match=r"data\.storage_options.*give it again"):
+        load_recipe(tmp_path / "config.yaml", overrides=options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from itertools import islice
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -20,6 +21,8 @@ from cmae.pipeline import expand_shards
 from cmae.pipeline.formats.images.pixels import decode_jpeg
 from cmae.pipeline.formats.members.labels import NO_LABEL
 from cmae.pipeline.formats.tar import TarRecord, iter_records
+from cmae.pipeline.remote.schemes import is_local, redact
+from cmae.printable import printable
 
 
 class EvalImages(NamedTuple):
@@ -112,12 +115,13 @@ def knn_accuracy(
 
 def _records(shards: Sequence[str]) -> Iterator[TarRecord]:
     for shard in shards:
-        with closing(wds.gopen(shard)) as stream:
-            for record in iter_records(stream, name=shard):
+        # webdataset refuses files where WDS_SECURE forbids it commands.
+        with Path(shard).open("rb") if is_local(shard) else closing(wds.gopen(shard)) as stream:
+            for record in iter_records(stream, name=redact(shard)):
                 if record.label == NO_LABEL:
                     raise CmaeError(
-                        f"{shard}: {record.key} has no label; evaluation needs a `.cls` file beside "
-                        "every image, as `cmae shards write` makes them from class folders"
+                        f"{redact(shard)}: {printable(record.key)} has no label; evaluation needs a `.cls` "
+                        "file beside every image, as `cmae shards write` makes them from class folders"
                     )
                 yield record
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from cmae.errors import CmaeError
 from cmae.pipeline.formats.atomic import atomic_write
+from cmae.pipeline.remote.schemes import redact
 from cmae.pipeline.stage_stats import LoaderSnapshot
 
 if TYPE_CHECKING:
@@ -190,7 +191,7 @@ class StatusPublisher:
         if self._thread.is_alive():
             return
         if kind is not None:
-            self._publish("failed", f"{kind.__name__}: {error}")
+            self._publish("failed", redact(f"{kind.__name__}: {error}"))
         else:
             self._publish("finished" if self._last[0] >= self._total_steps else "stopped")
 

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from cmae.errors import CmaeError
 from cmae.pipeline import Loader, LoaderConfig
-from cmae.pipeline.remote.schemes import redact_options
+from cmae.pipeline.remote.schemes import redact_shards
 from cmae.train.config import BatchSplit, Config
 from cmae.train.distributed import World, join_world
 from cmae.train.loop.loader_settings import (
@@ -61,7 +61,7 @@ def tune(config: Config, options: TuneConfig, *, console: Console | None = None)
     with _share_of_cores(options.local_ranks), join_world(config.speed.device) as world:
         around = Circumstances(
             describe_machine(world.device),
-            str(redact_options(config.data.shards)),
+            str(redact_shards(config.data.shards)),
             options.local_ranks,
             tunable(world.device),
         )

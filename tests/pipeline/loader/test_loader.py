@@ -395,6 +395,27 @@ def test_a_pipe_that_fails_is_written_down_and_the_other_shards_go_on(shards, tm
     assert "exit 3" in ledger.read_text()
 
 
+def test_the_ledger_holds_no_command_of_a_pipe_that_fails(shards, tmp_path):
+    path, ledger = min(shards.glob("*.tar")), tmp_path / "bad.jsonl"
+    pipe = "pipe:false 'SE\"CRET' /data/x.tar || exit 3"
+    with open_loader([f"pipe:cat {path}", pipe], source="stream", ledger=ledger) as loader:
+        for _ in range(4):
+            next(loader)
+    assert "CRET" not in ledger.read_text()
+    assert "ended with exit 3" in ledger.read_text()
+    assert "pipe:false *** x.tar" in ledger.read_text()
+
+
+def test_local_streams_are_read_where_webdataset_may_run_no_command(shards, monkeypatch):
+    import webdataset.utils
+
+    monkeypatch.setattr(webdataset.utils, "enforce_security", True)
+    with open_loader(shards, source="stream") as loader:
+        assert len(next(loader).sample_id)
+    with pytest.raises(DataError, match="unsafe_gopen"):
+        next(open_loader([f"pipe:cat {min(shards.glob('*.tar'))}"], source="stream"))
+
+
 def test_stream_deals_whole_shards_to_ranks(shards):
     options = {"source": "stream", "world_size": 2, "batch_size": 4, "global_batch_size": 8}
     seen = [take(open_loader(shards, rank=rank, **options), 4) for rank in (0, 1)]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from cmae.errors import CmaeError
 from cmae.pipeline.remote.schemes import is_local
 from cmae.pipeline.sources.expand import expand_shards
 
@@ -128,3 +129,21 @@ def test_compressed_tars_beside_others_are_named(
 def test_braces_that_name_too_many_files_are_refused_before_they_are_made(pattern: str) -> None:
     with pytest.raises(ValueError, match="names more than"):
         expand_shards(pattern)
+
+
+def test_no_file_name_is_taken_for_a_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pipe:touch x;.tar").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    for pattern in ("*.tar", "file:pipe:touch x;.tar", "file:*.tar"):
+        assert expand_shards(pattern) == ["./pipe:touch x;.tar"]
+    with pytest.raises(CmaeError, match="matches nothing"):
+        expand_shards("file:pipe:touch y")
+
+
+def test_shards_that_are_listed_twice_are_named_without_secrets() -> None:
+    for url in ("https://h/a.tar?k=SECRET", "pipe:curl SECRET"):
+        with pytest.raises(CmaeError, match="twice") as caught:
+            expand_shards([url, url])
+        assert "SECRET" not in str(caught.value)
