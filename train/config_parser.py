@@ -86,9 +86,9 @@ class Parser(ArgumentParser):
             for one in [shards] if isinstance(shards, str) else shards or []:
                 if source := self.recipe_pipes.get(one):
                     raise CmaeError(
-                        f"{source}: data.shards holds a `pipe:`, or braces that can make one: a command of the "
-                        "recipe's author in a shell. If you trust it, add --allow_pipe to the command line; or "
-                        "give --data.shards there"
+                        f"{source}: data.shards holds a `pipe:`, or braces that can make one: a command of "
+                        "the recipe's author in a shell. If you trust it, add --allow_pipe to the command "
+                        "line; or give --data.shards there"
                     )
         return parsed
 
