@@ -179,8 +179,7 @@ class ShardCache:
     def _make_room(self, path: Path, size: int, keep: Collection[Path]) -> None:
         """Reserve `size` bytes for a copy, by giving its partial file the final size."""
         partial = _beside(path, ".partial")
-        with _lock_file(self.folder / ".lock") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # held for the time of a directory listing
+        with _alone_in(self.folder):
             has = partial.stat().st_size if partial.exists() else 0
             on_disk = partial.stat().st_blocks * 512 if has else 0
             entries = sorted(self._entries())
@@ -261,6 +260,14 @@ def _lock_file(path: Path) -> Iterator[int]:
         yield handle
     finally:
         os.close(handle)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keep others from counting or changing what lies in the cache; for the time of a directory listing."""
+    with _lock_file(folder / ".lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _wait_for(lock: int, path: Path, file: RemoteFile, stop: threading.Event) -> None:
@@ -355,7 +362,9 @@ def _copy_checked(
     meta = {"url": redact(file.url), "size": file.size, "version": file.info.version}
     with atomic_write(_beside(path, ".meta")) as out:
         out.write(json.dumps(meta).encode() + b"\n")
-    os.replace(partial, path)
+    # Whoever adds up the folder meanwhile could meet neither of the two names.
+    with _alone_in(path.parent.parent):
+        os.replace(partial, path)
     parts.unlink(missing_ok=True)
 
 

@@ -280,6 +280,26 @@ def test_a_full_disk_is_named(
         cache.fetch(connect(server)[0], check=no_check)
 
 
+def test_a_copy_takes_its_name_only_while_nobody_adds_up_the_folder(
+    server: FaultyServer, cache: ShardCache
+) -> None:
+    seen: list[list[str]] = []
+
+    def add_up(lock: int) -> None:
+        time.sleep(0.2)
+        seen.append(names(cache))
+        os.close(lock)
+
+    def check(path: Path) -> None:
+        lock = os.open(cache.folder / ".lock", os.O_RDWR)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        threading.Thread(target=add_up, args=(lock,)).start()
+
+    cache.fetch(connect(server)[0], check=check)
+    assert seen == [[]]
+    assert names(cache) == ["part-000.tar"]
+
+
 # --- several processes, and their deaths ------------------------------------------------------------------
 
 
