@@ -62,16 +62,16 @@ def _synchronise() -> None:
 
 
 def measure(
-    shards: list[str], config: ModelConfig, arguments: argparse.Namespace
+    shards: list[str], model: ModelConfig, arguments: argparse.Namespace
 ) -> dict[str, list[float]]:
     """Rates of every window, and what follows from them."""
-    views = ViewConfig(img_size=config.img_size, color=arguments.color)
+    views = ViewConfig(img_size=model.img_size, color=arguments.color)
 
     def mask(index: torch.Tensor, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return draw_mask(config, index, seed=0, epoch=epoch)
+        return draw_mask(model, index, seed=0, epoch=epoch)
 
     step = TrainStep(
-        build_model(config, seed=0).to(DEVICE),
+        build_model(model, seed=0).to(DEVICE),
         OptimConfig(global_batch_size=arguments.batch_size, precision=arguments.precision),
         SpeedConfig(compile=arguments.compile),
         World(0, 1, DEVICE),
@@ -80,13 +80,13 @@ def measure(
         views, batch_size=arguments.batch_size, device=DEVICE, draw_mask=mask, seed=0
     )
     found: dict[str, list[float]] = {"real": [], "synthetic": [], "ratio": [], "wait_share": []}
-    config = LoaderConfig(
+    data = LoaderConfig(
         shards,
         views=views,
         batch_size=arguments.batch_size,
         num_threads=arguments.threads,
     )
-    with build_loader(config, draw_mask=mask, device=DEVICE) as loader:
+    with build_loader(data, draw_mask=mask, device=DEVICE) as loader:
         run_window(step, iter(loader), warmup=3, steps=1)  # compiles, fills caches
         for number in range(arguments.rounds):
             size = {"warmup": arguments.warmup, "steps": arguments.steps}
@@ -119,10 +119,10 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=8 if on_gpu else 3, help="untimed, a window")
     parser.add_argument("--rounds", type=int, default=7 if on_gpu else 5)
     arguments = parser.parse_args()
-    config = Case("cmae", arguments.size, arguments.precision, arguments.batch_size).model
+    model = Case("cmae", arguments.size, arguments.precision, arguments.batch_size).model
     with tempfile.TemporaryDirectory() as folder:
         found_shards = prepare_shards(arguments.shards, Path(folder))
-        found = measure(list(found_shards[0]), config, arguments)
+        found = measure(list(found_shards[0]), model, arguments)
     row: dict[str, Any] = {
         "model": f"ViT-{arguments.size.upper()}",
         "images_per_s": summarise(found["real"]),

@@ -438,7 +438,7 @@ def main() -> None:
             run = run_slow_rank if fault.name == "slow rank" else plant
             found = run(fault, Path(folder), options)
         components = {one.name: one.ms.value for one in found.breakdown}
-        row = {
+        row: dict[str, Any] = {
             "planted": fault.name,
             "what": fault.what,
             "named": found.diagnosis.bottleneck,

@@ -151,14 +151,17 @@ def trace(train: Callable[[Path], Any], tracer: Tracer) -> Mapping[str, Walk]:
 def train_demo(folder: Path) -> None:
     """The demo's run, as far as the tracer looks, without a checkpoint before its end."""
     from cmae.train.commands.demo.data import write_demo_shards
-    from cmae.train.config_parser import build_config_parser, read_config
+    from cmae.train.config_parser import load_recipe
     from cmae.train.loop.pretrain import pretrain
 
     write_demo_shards(folder)
-    arguments = ["--recipe", "demo", "--data.shards", str(folder / "shards" / "train")]
-    arguments += ["--run.out", str(folder), "--run.progress", "false"]
-    arguments += ["--run.stop_at_step", str(STEPS_BEFORE + STEPS + 2)]
-    pretrain(read_config(build_config_parser("walk", ""), arguments))
+    settings = {
+        "data.shards": folder / "shards" / "train",
+        "run.out": folder,
+        "run.progress": False,
+        "run.stop_at_step": STEPS_BEFORE + STEPS + 2,
+    }
+    pretrain(load_recipe("demo", overrides=settings))
 
 
 def trace_this_tree() -> Mapping[str, Walk]:

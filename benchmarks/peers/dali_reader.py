@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 from torch.utils.dlpack import from_dlpack
@@ -46,7 +46,7 @@ def dali_reader(job: Job, reader: str) -> Iterator[Iterator[Pair]]:
     pipeline = _dali_pipeline(job, reader)
     pipeline.build()
 
-    def batches() -> Iterator[Pair]:
+    def batches() -> Generator[Pair]:
         while True:
             online, target = (from_dlpack(output.as_tensor()) for output in pipeline.run())
             yield online, target
@@ -72,6 +72,7 @@ def _dali_pipeline(job: Job, reader: str) -> Any:
         seed=1,
     )
     def graph() -> Any:
+        encoded: Any
         if reader == "file":
             files = sorted(str(path) for path in job.images.rglob("*.jpg"))
             encoded, _ = fn.readers.file(files=files, random_shuffle=True, name="reader")
@@ -83,7 +84,7 @@ def _dali_pipeline(job: Job, reader: str) -> Any:
                 random_shuffle=True,
                 name="reader",
             )
-        source_crop = fn.decoders.image_random_crop(
+        source_crop: Any = fn.decoders.image_random_crop(
             encoded,
             device="mixed" if on_gpu else "cpu",
             random_area=[views.min_area, views.max_area],
