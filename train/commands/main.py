@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn
 
 import cmae
 from cmae.errors import CmaeError
 from cmae.printable import printable
 from cmae.train.commands.registry import COMMANDS, Command
+from cmae.train.monitor.sinks import LastingStream
 
 _EPILOG = """\
 start with `cmae demo`, or `cmae doctor` on a new machine
@@ -21,7 +24,7 @@ exit codes
     0  done
     1  an error that the message explains, or a check that found something wrong
     2  a command line that cannot be understood
-   75  stopped by SIGTERM or SIGUSR1, with a checkpoint: start it again
+   75  stopped by SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 or SIGXCPU, with a checkpoint: start it again
   130  stopped by Ctrl-C
 """
 
@@ -39,24 +42,70 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code; `cmae --help` lists them.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = build_parser()
-    prog = " ".join(["cmae", *[word for word in words[:1] if word in COMMANDS]])
-    try:
-        run: Callable[[], int] = parser.parse_args(words).run
-        return run()
-    except CmaeError as error:
-        if not error.is_on_every_rank or os.environ.get("RANK", "0") == "0":
-            print(f"{prog}: error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        if error.filename is None:
-            raise
-        # The system's own words and the file's name say all.
-        print(f"{prog}: error: {printable(str(error))}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
-        return 130
+    prog = " ".join(["cmae", *_named(words, COMMANDS)])
+    with _lasting_output() as keep_stdout:
+        try:
+            parsed = build_parser().parse_args(words)
+            if not parsed.only_shows:
+                keep_stdout()
+            code: int = parsed.run()
+            sys.stdout.flush()
+            return code
+        except CmaeError as error:
+            if not error.is_on_every_rank or os.environ.get("RANK", "0") == "0":
+                print(f"{prog}: error: {error}", file=sys.stderr)
+            return error.exit_code
+        except BrokenPipeError:
+            # Nobody reads any more, as after `| head`.
+            return 1
+        except OSError as error:
+            if error.filename is None and error.errno not in (
+                errno.ENOSPC,
+                errno.EDQUOT,
+                errno.EIO,
+            ):
+                raise
+            # The system's own words and the file's name say all.
+            print(f"{prog}: error: {printable(str(error))}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print(f"{prog}: interrupted", file=sys.stderr)
+            return 130
+
+
+@contextmanager
+def _lasting_output() -> Iterator[Callable[[], None]]:
+    """A closed terminal must not end what runs: stderr outlives it, and stdout once the result is called."""
+    with ExitStack() as stack:
+        _fill_closed()
+        stack.callback(LastingStream(sys.stdout).settle)
+
+        def keep(name: str) -> None:
+            stream = LastingStream(getattr(sys, name))
+            stack.callback(setattr, sys, name, getattr(sys, name))
+            stack.callback(stream.settle)
+            setattr(sys, name, stream)
+
+        keep("stderr")
+        if sys.stdout is None:
+            keep("stdout")
+        yield lambda: keep("stdout")
+
+
+def _fill_closed() -> None:
+    """Take the numbers of closed standard streams, or the next file would get what libraries print."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
+def _named(words: Sequence[str], commands: Mapping[str, Command]) -> Iterator[str]:
+    """The words that name the command, up to the first that names none."""
+    if words and words[0] in commands:
+        yield words[0]
+        yield from _named(words[1:], commands[words[0]].commands)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -73,7 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_commands(parser: _LateParser, commands: dict[str, Command]) -> None:
-    parser.set_defaults(run=lambda: print(parser.format_help()) or 0)
+    parser.set_defaults(run=lambda: print(parser.format_help()) or 0, only_shows=True)
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, command in commands.items():
         subparser = subparsers.add_parser(name, help=command.summary, command=command)
@@ -100,7 +149,7 @@ class _LateParser(argparse.ArgumentParser):
         parser = Parser(prog=self.prog, description=command.description or command.summary)
         run = command.build(parser)
         parsed = parser.parse_args(args)
-        return argparse.Namespace(run=lambda: run(parsed)), []
+        return argparse.Namespace(run=lambda: run(parsed), only_shows=command.only_shows), []
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """Name the nearest command where there is none of this name."""

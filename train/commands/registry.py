@@ -28,6 +28,8 @@ class Command(NamedTuple):
     """Opening of its help; '' takes the summary."""
     commands: dict[str, Command] = {}  # noqa: RUF012 - nobody writes to it
     """Commands inside it; a command with arguments of its own has them beside."""
+    only_shows: bool = False
+    """Whether it is of no use without a reader, and ends with it; others go on when a terminal is closed."""
 
 
 def _pretrain(parser: Parser) -> Run:
@@ -288,6 +290,7 @@ COMMANDS: dict[str, Command] = {
         "check this machine and say what to fix",
         _doctor,
         "Check this machine: packages, GPU, memory, limits. Exit code 1 if something needed does not work.",
+        only_shows=True,
     ),
     "shards": Command(
         "write, index, verify, repair and inspect WebDataset shards",
@@ -298,9 +301,15 @@ COMMANDS: dict[str, Command] = {
             "index": Command(
                 "index shards made elsewhere, for reading at random", _shards("index")
             ),
-            "verify": Command("read every byte and compare it with the indices", _shards("verify")),
+            "verify": Command(
+                "read every byte and compare it with the indices",
+                _shards("verify"),
+                only_shows=True,
+            ),
             "repair": Command("write clean copies of damaged shards", _shards("repair")),
-            "inspect": Command("print what shards hold; draw a contact sheet", _shards("inspect")),
+            "inspect": Command(
+                "print what shards hold; draw a contact sheet", _shards("inspect"), only_shows=True
+            ),
         },
     ),
     "pretrain": Command(
@@ -315,6 +324,7 @@ COMMANDS: dict[str, Command] = {
         _bench,
         "Count what a recipe's training step computes, moves and keeps, and what a GPU makes of it at best. "
         "Example: cmae bench --recipe cmae_vit_b --gpu h200 --batch_size 256",
+        only_shows=True,
     ),
     "tune": Command(
         "find the loader's fastest settings for this machine and shards",
@@ -329,6 +339,7 @@ COMMANDS: dict[str, Command] = {
         _top,
         "Watch a running job: rates, where each rank waits, its loader's stages, stragglers. Works from any "
         "machine that sees the run's folder. Exit code 1: the run failed or is dead.",
+        only_shows=True,
     ),
     "profile": Command(
         "measure where a step's time goes, and what would help",
@@ -338,8 +349,10 @@ COMMANDS: dict[str, Command] = {
         "--data.shards '/data/imagenet/train-*.tar'. Profiles that are there already: `cmae profile show "
         "--help`, `cmae profile diff --help`.",
         commands={
-            "show": Command("print a profile; draw it where asked", _profile_show),
-            "diff": Command("print what changed between two profiles", _profile_diff),
+            "show": Command("print a profile; draw it where asked", _profile_show, only_shows=True),
+            "diff": Command(
+                "print what changed between two profiles", _profile_diff, only_shows=True
+            ),
         },
     ),
     "reconstruct": Command(

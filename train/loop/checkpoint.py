@@ -12,7 +12,7 @@ import fcntl
 import os
 import threading
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, count
 from pathlib import Path
@@ -146,7 +146,7 @@ def find_checkpoint(resume: str, folder: Path) -> Path | None:
     stored = list_checkpoints(folder)
     newest = max(stored, default=None)
     if resume == "auto":
-        whole = next((path for path in sorted(stored, reverse=True) if is_whole(path)), None)
+        whole = next((path for path in reversed(stored) if is_whole(path)), None)
         if stored and whole is None:
             raise CheckpointError(
                 f"{newest} and the {len(stored) - 1} checkpoints before it are cut off or damaged: restore "
@@ -180,16 +180,24 @@ def is_whole(path: Path) -> bool:
         return False
 
 
+def origin_of(resume: str, resumed: Mapping[str, Any] | None) -> str:
+    """What a run's checkpoints note as `origin`: the file that `run.resume` named last, '' if it never did.
+
+    Args:
+        resume: Setting `run.resume` of this run.
+        resumed: Checkpoint that it goes on from.
+    """
+    if resume not in ("auto", "never"):
+        return str(Path(resume).resolve())
+    return "" if resumed is None else resumed.get("origin", "")
+
+
 def _newest_descendant(named: Path, stored: Sequence[Path]) -> Path | None:
-    """The newest checkpoint that a run with this very `run.resume` has written."""
-    wanted = named.resolve()
-    for path in sorted(stored, reverse=True):
-        if path.resolve() == wanted or not is_whole(path):
-            continue
-        resumed = load_checkpoint(path)["config"].get("run", {}).get("resume", "auto")
-        if resumed not in ("auto", "never") and Path(resumed).resolve() == wanted:
-            return path
-    return None
+    """The newest checkpoint, if it comes from the named file by way of `run.resume`."""
+    newest = next((path for path in reversed(stored) if is_whole(path)), None)
+    if newest is None or newest.resolve() == named.resolve():
+        return None
+    return newest if load_checkpoint(newest).get("origin") == str(named.resolve()) else None
 
 
 def set_aside_newer(folder: Path, step: int) -> list[Path]:

@@ -29,6 +29,7 @@ from cmae.train.loop.checkpoint import (
     check_same_order,
     find_checkpoint,
     hold_folder,
+    origin_of,
     set_aside_newer,
 )
 from cmae.train.loop.loader_settings import LoaderSettings, loader_settings
@@ -95,9 +96,14 @@ def pretrain(config: Config) -> Outcome:
         )
         changes = changed_settings(resumed["config"], config.to_dict()) if resumed else []
         run_log.opening(found, changes)
+        named = config.run.resume
+        if resumed and named not in ("auto", "never") and Path(named) != found:
+            run_log.log(
+                escape(f"it comes from {named}; to begin there again, choose another run.out")
+            )
         if world.is_main:
             for path in set_aside_newer(config.run.out / "checkpoints", step):
-                run_log.log(f"set aside, since this run does not come from it: {path}")
+                run_log.log(escape(f"set aside, since this run does not come from it: {path}"))
         cold_start.show = run_log.fill
         model = build_model(config.model, seed=config.seed)
         if config.init_from is not None and not resumed:
@@ -109,8 +115,9 @@ def pretrain(config: Config) -> Outcome:
             train_step.load_state_dict(resumed)
         stop = stack.enter_context(StopSignals())
         step_batches = _open_step_batches(config, world, loader, stop, resumed)
+        origin = origin_of(config.run.resume, resumed)
         del resumed  # a second copy of all weights
-        run = _Run(config, world, split, loader, step_batches, train_step, run_log)
+        run = _Run(config, world, split, loader, step_batches, train_step, run_log, origin)
         return _loop(run, step, total_steps=total_steps)
 
 
@@ -142,6 +149,7 @@ class _Run:
     step_batches: StepBatches
     train_step: TrainStep
     run_log: RunLog
+    origin: str
 
 
 def _loop(run: _Run, step: int, *, total_steps: int) -> Outcome:
@@ -193,7 +201,7 @@ def _loop(run: _Run, step: int, *, total_steps: int) -> Outcome:
 def _state_of(run: _Run) -> dict[str, Any]:
     """All that a checkpoint holds."""
     state = {**run.train_step.state_dict(), **run.step_batches.state_dict()}
-    return {**state, "config": run.config.to_dict()}
+    return {**state, "config": run.config.to_dict(), "origin": run.origin}
 
 
 def _open_checkpoints(config: Config, run_log: RunLog) -> Checkpointer:

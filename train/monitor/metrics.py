@@ -190,11 +190,13 @@ def _to_line(record: dict[str, float]) -> str:
 
 def _append_whole(path: Path, data: bytes) -> None:
     """Append all of it or nothing: a full disk must not leave half a line."""
-    with path.open("ab") as file:
+    # Unbuffered, or closing would write what was refused once more.
+    with path.open("ab", buffering=0) as file:
         end = file.tell()
+        written = 0
         try:
-            file.write(data)
-            file.flush()
+            while written < len(data):
+                written += file.write(data[written:]) or 0
         except OSError:
             with suppress(OSError):
                 os.truncate(path, end)
@@ -241,7 +243,9 @@ class Display:
         live: bool = True,
         fallback: Path | None = None,
     ) -> None:
-        stream: Any = LastingStream(sys.stderr, fallback)
+        err: Any = sys.stderr
+        stream: Any = err if isinstance(err, LastingStream) else LastingStream(err)
+        stream.fallback = fallback
         self.console = Console(file=stream, highlight=False)
         self._total = total_steps
         self._bar: Progress | None = None

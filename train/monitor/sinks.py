@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -37,33 +40,32 @@ class Sink:
 class LastingStream(io.TextIOBase):
     """A terminal or pipe that may go away: what it no longer takes goes to a file, or else nowhere.
 
+    A full disk under it is asked again with the next text.
+
     Args:
-        stream: Terminal, pipe or file.
+        stream: Terminal, pipe or file; None, as Python has it where it was closed before, takes nothing.
         fallback: File for what is printed after the stream is gone; None gives up what is printed.
     """
 
-    def __init__(self, stream: IO[str], fallback: Path | None = None) -> None:
-        self._stream: IO[str] | None = stream
-        self._fallback = fallback
+    def __init__(self, stream: IO[str] | None, fallback: Path | None = None) -> None:
+        self._stream = stream
+        self.fallback = fallback
+        """File for what is printed after the stream is gone; a run sets it when it has a folder."""
 
     def write(self, text: str) -> int:
         """Write to the stream, or what stands in for it; never raises an OSError."""
-        if self._stream is not None:
-            try:
-                return self._stream.write(text)
-            # A dead pipe, a closed terminal, a full disk, or a file that is closed already.
-            except (OSError, ValueError) as error:
-                self._leave(error)
-        self._append(text)
+        if not self._try(lambda stream: stream.write(text)):
+            self._append(text)
         return len(text)
 
     def flush(self) -> None:
         """Flush the stream while it is there."""
-        if self._stream is not None:
-            try:
-                self._stream.flush()
-            except (OSError, ValueError) as error:
-                self._leave(error)
+        self._try(lambda stream: stream.flush())
+
+    def settle(self) -> None:
+        """Flush for the last time, so that the interpreter's own flush finds nothing to fail on."""
+        if not self._try(lambda stream: stream.flush()):
+            self._leave()
 
     def isatty(self) -> bool:
         """Whether the stream is a terminal that is still there."""
@@ -80,15 +82,36 @@ class LastingStream(io.TextIOBase):
         """The stream's encoding."""
         return getattr(self._stream, "encoding", None) or "utf-8"
 
-    def _leave(self, error: BaseException) -> None:
-        self._stream = None
-        self._append(f"the terminal or pipe is gone ({error}); output goes on here\n")
+    def _try(self, action: Callable[[IO[str]], object]) -> bool:
+        if self._stream is None:
+            return False
+        try:
+            action(self._stream)
+        # ValueError: it is closed already.
+        except (OSError, ValueError) as error:
+            if getattr(error, "errno", None) not in _PASSING:
+                self._append(f"the terminal or pipe is gone ({error}); output goes on here\n")
+                self._leave()
+            return False
+        return True
+
+    def _leave(self) -> None:
+        stream, self._stream = self._stream, None
+        # What the stream still holds, and what libraries print, must have somewhere to go.
+        with suppress(OSError, ValueError, AttributeError):
+            handle = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(handle, stream.fileno())  # type: ignore[union-attr]
+            os.close(handle)
 
     def _append(self, text: str) -> None:
-        if self._fallback is None:
+        if self.fallback is None:
             return
         try:
-            with self._fallback.open("a", encoding="utf-8") as file:
+            with self.fallback.open("a", encoding="utf-8") as file:
                 file.write(text)
         except OSError:
-            self._fallback = None
+            self.fallback = None
+
+
+_PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EAGAIN, errno.EINTR)
+"""Reasons of a refusal that may be gone with the next text."""

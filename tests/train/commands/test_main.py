@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -136,3 +137,41 @@ def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     fail_with(monkeypatch, KeyboardInterrupt())
     assert main(["doctor"]) == 130
     assert capsys.readouterr().err == "cmae doctor: interrupted\n"
+
+
+SHOW = [sys.executable, "-m", "cmae.train", "bench", "--recipe", "demo", "--json"]
+
+
+def test_a_reader_that_has_enough_ends_a_command_that_only_shows() -> None:
+    process = subprocess.Popen(SHOW, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    _, error = process.communicate(timeout=120)
+    assert (process.returncode, error) == (1, "")
+
+
+def test_an_answer_that_a_full_disk_loses_is_an_error() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(SHOW, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (
+        1,
+        "cmae bench: error: [Errno 28] No space left on device\n",
+    )
+
+
+def test_closed_standard_streams_get_no_other_files_output(tmp_path: Path) -> None:
+    program = (
+        "import os\n"
+        "for number in (0, 1, 2): os.close(number)\n"
+        "import sys\n"
+        "sys.stdout = sys.stderr = None\n"
+        "from cmae.train.commands.main import main\n"
+        "code = main(['bench', '--recipe', 'demo'])\n"
+        f"first = os.open({str(tmp_path / 'first')!r}, os.O_CREAT | os.O_WRONLY)\n"
+        "os._exit(code if first > 2 else 9)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False, timeout=120).returncode == 0
+
+
+def test_an_error_names_the_command_inside_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["shards", "inspect", "/no/such.tar"]) == 1
+    assert capsys.readouterr().err.startswith("cmae shards inspect: error: ")

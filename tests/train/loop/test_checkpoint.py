@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import stat
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
 import torch
 
 from cmae.model.export.stored import CheckpointError, list_checkpoints, load_checkpoint
 from cmae.pipeline import LoaderState
+from cmae.train.loop import checkpoint as checkpoint_module
 from cmae.train.loop.checkpoint import (
     Checkpointer,
     changed_settings,
     check_model_fits,
     check_same_order,
     find_checkpoint,
+    hold_folder,
+    set_aside_newer,
 )
+
+
+def write(folder: Path, *steps: int, **state: Any) -> list[Path]:
+    writer = Checkpointer(folder, keep=100)
+    paths = [writer.save(step, {"w": torch.ones(1000), **state}) for step in steps]
+    writer.wait()
+    return paths
 
 
 def test_a_saved_state_reads_back_the_same(tmp_path: Path) -> None:
@@ -78,6 +94,107 @@ def test_a_failed_write_is_raised_on_the_training_thread(tmp_path: Path) -> None
     writer.save(1, {})
     with pytest.raises(CheckpointError, match=r"gone.*No such file"):
         writer.wait()
+
+
+def test_a_full_disk_is_a_warning_and_the_next_checkpoint_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class FullDisk:
+        def __init__(self, file: IO[bytes]) -> None:
+            self._file = file
+            self._left = 3000
+
+        def write(self, data: bytes) -> int:
+            self._left -= len(data)
+            if self._left < 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return self._file.write(data)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._file, name)
+
+    real_write = checkpoint_module.atomic_write
+
+    @contextmanager
+    def refuse(path: Path) -> Iterator[Any]:
+        with real_write(path) as file:
+            yield FullDisk(file)
+
+    warnings: list[str] = []
+    writer = Checkpointer(tmp_path, warn=warnings.append)
+    first = writer.save(1, {"w": torch.ones(1000)})
+    writer.wait()
+    monkeypatch.setattr(checkpoint_module, "atomic_write", refuse)
+    writer.save(2, {"w": torch.ones(1000)})
+    monkeypatch.undo()
+    third = writer.save(3, {"w": torch.ones(1000)})
+    writer.wait()
+    assert sorted(tmp_path.iterdir()) == [first, third]
+    assert len(warnings) == 1
+    assert "step-00000002.pt cannot be written: No space left on device" in warnings[0]
+    assert "the run goes on" in warnings[0]
+
+
+def test_a_file_system_that_cannot_sync_a_folder_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real_fsync = os.fsync
+
+    def fsync(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        real_fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    (path,) = write(tmp_path, 1)
+    assert load_checkpoint(path)["step"] == 1
+
+
+@pytest.mark.parametrize("damage", ["cut off", "a lost block"])
+def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path: Path, damage: str) -> None:
+    older, newest = write(tmp_path, 1, 2)
+    data = newest.read_bytes()
+    middle = data.index(torch.ones(100).numpy().tobytes()) + 64
+    lost = data[:middle] + bytes(512) + data[middle + 512 :]
+    newest.write_bytes(data[:1500] if damage == "cut off" else lost)
+    assert find_checkpoint("auto", tmp_path) == older
+    assert [path.name for path in set_aside_newer(tmp_path, 1)] == ["step-00000002.pt"]
+    older.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"cut off or damaged.*another run\.out"):
+        find_checkpoint("auto", tmp_path)
+
+
+def test_what_is_set_aside_keeps_its_bytes_and_never_replaces_another(tmp_path: Path) -> None:
+    write(tmp_path, 1, 2, 3)
+    assert len(set_aside_newer(tmp_path, 1)) == 2
+    write(tmp_path, 2, other=5)
+    (moved,) = set_aside_newer(tmp_path, 1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000001.pt"]
+    assert moved == tmp_path / "set-aside" / "step-00000002.2.pt"
+    assert load_checkpoint(moved)["other"] == 5
+    assert "other" not in load_checkpoint(tmp_path / "set-aside" / "step-00000002.pt")
+
+
+def test_a_named_checkpoint_is_left_for_what_descends_from_it_and_for_nothing_else(
+    tmp_path: Path,
+) -> None:
+    (named,) = write(tmp_path / "a", 20)
+    out = tmp_path / "b"
+    write(out, 10, origin="")
+    assert find_checkpoint(str(named), out) == named
+    (newest,) = write(out, 25, origin=str(named.resolve()))
+    assert find_checkpoint(str(named), out) == newest
+
+
+def test_two_runs_cannot_hold_one_folder(tmp_path: Path) -> None:
+    with (
+        hold_folder(tmp_path),
+        pytest.raises(CheckpointError, match=r"another run writes.*choose another run\.out"),
+        hold_folder(tmp_path),
+    ):
+        pass
+    with hold_folder(tmp_path):
+        pass
 
 
 def test_a_truncated_checkpoint_is_named_with_the_repair(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ from cmae.model.export.stored import list_checkpoints, load_checkpoint
 from cmae.pipeline.shards.image_folder import scan_image_folder
 from cmae.pipeline.shards.write import write_shards
 from cmae.train.commands.main import main
+from cmae.train.loop.checkpoint import hold_folder
+from cmae.train.loop.pretrain import StopSignals
 from cmae.train.loop.weights import save_model
 from cmae.train.monitor.metrics import read_metrics
 
@@ -133,7 +135,17 @@ def test_kill_nine_loses_nothing_but_time(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (signal.SIGINT, 130),
+        (signal.SIGTERM, 75),
+        (signal.SIGHUP, 75),
+        (signal.SIGUSR1, 75),
+        (signal.SIGUSR2, 75),
+        (signal.SIGXCPU, 75),
+    ],
+)
 def test_signals_write_a_checkpoint_and_exit_for_requeue(
     small_shards: str, tmp_path: Path, number: int, code: int
 ) -> None:
@@ -145,6 +157,87 @@ def test_signals_write_a_checkpoint_and_exit_for_requeue(
     assert "run the same command again" in error
     last = load_checkpoint(list_checkpoints(tmp_path / "checkpoints")[-1])
     assert last["step"] == read_metrics(tmp_path / "metrics.jsonl")[-1]["step"]
+
+
+def test_a_signal_that_was_ignored_at_the_start_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.number == 0
+            os.kill(os.getpid(), signal.SIGUSR2)
+            assert stop.number == signal.SIGUSR2
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.slow
+def test_a_run_outlives_its_terminal(small_shards: str, tmp_path: Path) -> None:
+    process = start(small_shards, tmp_path)
+    process.stderr.close()  # as a `tee` does that Ctrl-C has ended
+    assert process.wait(timeout=180) == 0
+    assert load_checkpoint(list_checkpoints(tmp_path / "checkpoints")[-1])["step"] == 8
+    printed = (tmp_path / "output.log").read_text()
+    assert "the terminal or pipe is gone" in printed
+    assert "done: step 8" in printed
+
+
+def steps(out: Path) -> list[int]:
+    return [load_checkpoint(path)["step"] for path in list_checkpoints(out / "checkpoints")]
+
+
+def test_a_roll_back_keeps_what_it_writes_and_sets_aside_what_it_leaves(
+    small_shards: str, whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    often = {"run.checkpoint_every": 1, "run.keep_checkpoints": 3}
+    run(small_shards, tmp_path, **often)
+    assert steps(tmp_path) == [6, 7, 8]
+    back = often | {"run.resume": tmp_path / "checkpoints" / "step-00000006.pt"}
+    capsys.readouterr()
+    outcome = run(small_shards, tmp_path, **back, **{"run.stop_at_step": 7})
+    assert outcome.checkpoint.is_file()
+    assert steps(tmp_path) == [6, 7]
+    aside = tmp_path / "checkpoints" / "set-aside"
+    assert [path.name for path in list_checkpoints(aside)] == [
+        "step-00000007.pt",
+        "step-00000008.pt",
+    ]
+    assert capsys.readouterr().err.count("set aside") == 2
+    # The same command again goes on with its own, and a plain one as well.
+    assert run(small_shards, tmp_path, **back, **{"run.stop_at_step": 7}).checkpoint is None
+    assert "it comes from" in capsys.readouterr().err
+    run(small_shards, tmp_path, **often)
+    assert steps(tmp_path) == [6, 7, 8]
+    assert len(list_checkpoints(aside)) == 2
+    assert_same_run(tmp_path, whole_run)
+
+
+def test_a_truncated_newest_checkpoint_does_not_stop_a_restart(
+    small_shards: str, whole_run: Path, tmp_path: Path
+) -> None:
+    run(small_shards, tmp_path, **{"run.stop_at_step": 4})
+    newest = list_checkpoints(tmp_path / "checkpoints")[-1]
+    newest.write_bytes(newest.read_bytes()[:5000])
+    assert run(small_shards, tmp_path).step == 8
+    assert_same_run(tmp_path, whole_run)
+
+
+def test_a_second_run_in_one_folder_is_refused(
+    small_shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with hold_folder(tmp_path / "checkpoints"):
+        assert main(["pretrain", *arguments(small_shards, tmp_path)]) == 1
+    assert "another run writes checkpoints" in capsys.readouterr().err
+
+
+def test_pictures_that_cannot_be_drawn_cost_a_warning(
+    small_shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "images").write_text("in the way")
+    outcome = run(small_shards, tmp_path, **{"run.image_every": 2, "optim.total_steps": 4})
+    assert outcome.step == 4
+    assert capsys.readouterr().err.count("no more output to images") == 1
 
 
 def test_weights_alone_start_a_run_but_do_not_resume_one(

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import math
+import os
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 from cmae.model import Losses
 from cmae.train.distributed import World
+from cmae.train.monitor import metrics as metrics_module
 from cmae.train.monitor.metrics import MetricLog, MetricWindow, describe, read_metrics
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -34,6 +40,98 @@ def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "total": 1.0}\n{"step": 2, "to')
     assert read_metrics(path) == [{"step": 1, "total": 1.0}]
+
+
+def test_a_damaged_line_in_the_middle_costs_that_line_alone(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [f'{{"step": {step}, "total": 1.5}}\n'.encode() for step in range(1, 101)]
+    damage = {18: bytes(512) + b"\n", 40: b"[1]\n", 41: b'"x"\n', 60: b"[" * 9000 + b"\n"}
+    damage |= {70: b'{"total": 2.0}\n', 71: b'{"step": "7", "total": 2.0}\n', 72: b"\xff\xfe\n"}
+    for number, damaged in damage.items():
+        lines[number] = damaged
+    path.write_bytes(b"".join(lines))
+    log = MetricLog(tmp_path, start_step=100)
+    log.close()
+    assert log.num_damaged == len(damage)
+    kept = [record["step"] for record in read_metrics(path)]
+    assert kept == [step for step in range(1, 101) if step - 1 not in damage]
+
+
+def test_what_is_not_a_number_is_null_in_the_file_and_nan_when_read(tmp_path: Path) -> None:
+    log = MetricLog(tmp_path)
+    log.write(1, {"total": math.nan, "lr": math.inf})
+    log.close()
+    path = tmp_path / "metrics.jsonl"
+    assert path.read_text() == '{"step": 1, "total": null, "lr": null}\n'
+    assert math.isnan(read_metrics(path)[0]["total"])
+
+
+def test_records_wait_for_a_full_disk_and_are_warned_of_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    warnings: list[str] = []
+    log = MetricLog(tmp_path, warn=warnings.append)
+    with monkeypatch.context() as full:
+        full.setattr(metrics_module, "_append_whole", refuse)
+        log.write(1, {"total": 1.0})
+        log.write(2, {"total": 2.0})
+    log.write(3, {"total": 3.0})
+    log.close()
+    assert [record["step"] for record in read_metrics(log.path)] == [1, 2, 3]
+    assert len(warnings) == 1
+    assert "No space left on device" in warnings[0]
+
+
+def test_a_write_that_fails_leaves_no_half_of_a_line(tmp_path: Path) -> None:
+    import resource
+
+    log = MetricLog(tmp_path, warn=lambda message: None)
+    log.write(1, {"total": 1.0})
+    size = log.path.stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, hard))
+    try:
+        log.write(2, {"total": 2.0})
+        assert log.path.stat().st_size == size
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    log.write(3, {"total": 3.0})
+    log.close()
+    assert [record["step"] for record in read_metrics(log.path)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("fails_at", ["opening", "writing", "closing"])
+def test_a_tensorboard_that_fails_is_left_out_with_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: str
+) -> None:
+    import torch.utils.tensorboard.writer as writer_module
+
+    class Board:
+        def __init__(self, *_: Any, **__: Any) -> None:
+            self._refuse("opening")
+
+        def _refuse(self, what: str) -> None:
+            if what == fails_at:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        def add_scalar(self, *_: Any) -> None:
+            self._refuse("writing")
+
+        def close(self) -> None:
+            self._refuse("closing")
+
+    monkeypatch.setattr(writer_module, "SummaryWriter", Board)
+    warnings: list[str] = []
+    log = MetricLog(tmp_path, warn=warnings.append)
+    log.write(1, {"total": 1.0})
+    log.write(2, {"total": 2.0})
+    log.close()
+    assert len(warnings) == 1
+    assert "no more output to TensorBoard" in warnings[0]
+    assert [record["step"] for record in read_metrics(log.path)] == [1, 2]
 
 
 def test_a_metric_of_an_older_run_is_read_under_its_present_name(tmp_path: Path) -> None:
