@@ -69,8 +69,9 @@ class SpeedConfig:
     kernels: Literal["auto", "torch", "triton"] = "auto"
     """What gathers patches and computes losses. 'auto': Triton kernels on a GPU, torch elsewhere. 'triton'
     stops where a kernel cannot run."""
-    compile: Literal["none", "blocks", "model", "model_graphs"] = "none"
-    """torch.compile: not at all, each transformer block, or each branch as a whole. 'model_graphs' also
+    compile: Literal["auto", "none", "blocks", "model", "model_graphs"] = "auto"
+    """torch.compile: not at all, each transformer block, or each branch as a whole. 'auto': blocks on a GPU,
+    which takes up to a minute at the start, and none on a CPU. 'model_graphs' also
     records each branch as a CUDA graph (torch's mode reduce-overhead), which saves the cost of launches: a
     GPU only, and one micro-batch a step."""
     sdpa: Literal["torch", "auto", "flash", "cudnn", "efficient", "math"] = "torch"
@@ -85,6 +86,12 @@ class SpeedConfig:
         for name in ("micro_batch_size", "torch_threads"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"speed.{name}", value, ">= 1, or null")
+
+    def resolved(self, device_type: str) -> "SpeedConfig":
+        """The same settings, with `compile` as it is on a device ('cuda' or 'cpu')."""
+        if self.compile != "auto":
+            return self
+        return replace(self, compile="blocks" if device_type == "cuda" else "none")
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from cmae.pipeline.sources.left_out import lost_members
 from cmae.pipeline.sources.records import Source
 from cmae.pipeline.sources.stream import StreamSource
 from cmae.pipeline.views.backend import ViewBackend
+from cmae.pipeline.views.color_batch import ColorOp
 from cmae.pipeline.views.config import ViewStep
 from cmae.pipeline.views.cpu import CpuViews
 from cmae.pipeline.views.dali import DaliViews
@@ -48,6 +49,7 @@ def build_loader(
     limit_bad: bool = True,
     progress: Callable[[FillProgress], None] | None = None,
     wrap: Wrap | None = None,
+    color_op: ColorOp | None = None,
 ) -> Loader:
     """Open shards and start reading.
 
@@ -64,6 +66,7 @@ def build_loader(
         progress: Called about once a second from a background thread while remote shards are copied.
         wrap: Called with the source and the view backend; returns what the loader uses instead (the profiler
             puts its switches there).
+        color_op: What colours a batch on a GPU, such as `cmae.kernels.color_jitter`; None = torch operators.
 
     Raises:
         CmaeError: A size, the state or the shard list does not fit; the message names the repair.
@@ -81,7 +84,7 @@ def build_loader(
         source = opened.source
         undo.callback(source.close)
         state = _place_to_begin(state, opened, seed=config.seed)
-        view_backend = open_views(config, device)
+        view_backend = open_views(config, device, color_op=color_op)
         undo.callback(view_backend.close)
         limit = BadLimit(config.max_bad_fraction) if limit_bad else None
         health = Health(ledger=ledger, limit=limit, rank=rank, first_epoch=state.epoch)
@@ -156,7 +159,11 @@ def open_source(
 
 
 def open_views(
-    config: LoaderConfig, device: torch.device, *, last_step: ViewStep = "color"
+    config: LoaderConfig,
+    device: torch.device,
+    *,
+    last_step: ViewStep = "color",
+    color_op: ColorOp | None = None,
 ) -> ViewBackend:
     """Open the view backend.
 
@@ -164,6 +171,7 @@ def open_views(
         config: Views, backend and threads.
         device: Device of the views.
         last_step: Last operation on an image; for measurements, see the backends.
+        color_op: What colours a batch on a GPU; None = torch operators.
 
     Raises:
         CmaeError: The backend cannot work on this device.
@@ -178,6 +186,7 @@ def open_views(
         num_threads=num_threads,
         hw_decoder_load=config.hw_decoder_load,
         last_step=last_step,
+        color_op=color_op,
     )
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from cmae.pipeline.bad_samples import BadSample
-from cmae.pipeline.batch import Batch, DrawMask, LoaderState
+from cmae.pipeline.batch import Batch, DrawMask, LoaderState, upload
 from cmae.pipeline.sources.records import RawBatch, Source
 from cmae.pipeline.stage_stats import QueueDepth, Stage, State
 from cmae.pipeline.views.backend import ViewBackend, Views
@@ -67,7 +67,8 @@ class Prefetcher:
         self._views = views
         self._draw_mask = draw_mask
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # Ahead of the training's kernels: what little the views take there is what the next step waits for.
+        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self._queue: queue.Queue[QueuedBatch | BaseException] = queue.Queue(prefetch)
         self._stop = threading.Event()
         self._seed = state.seed
@@ -190,8 +191,7 @@ class Prefetcher:
         return QueuedBatch(batch, raw.bad, event, num_bytes)
 
     def _upload(self, array: Int64[np.ndarray, " B"]) -> Int64[Tensor, " B"]:
-        tensor = torch.from_numpy(array)
-        return tensor if self._stream is None else tensor.to(self._device)
+        return upload(torch.from_numpy(array), self._device)
 
     def _put(self, item: QueuedBatch | BaseException) -> None:
         while not self._stop.is_set():

@@ -165,7 +165,7 @@ def step_precision(config: Config) -> Precision:
     """The number formats of a run, as the cost model knows them."""
     return Precision(
         residual_bytes=2 if config.optim.residual == "16bit" else 4,
-        fused=config.speed.compile != "none",
+        fused=config.speed.resolved("cuda").compile != "none",
         target_copy=config.speed.target_copy,
     )
 

@@ -14,7 +14,7 @@ import torch
 from rich.markup import escape
 
 from cmae.errors import CmaeError
-from cmae.kernels import use_backend
+from cmae.kernels import color_jitter, use_backend
 from cmae.model import build_model, draw_mask
 from cmae.model.export.stored import CheckpointError, load_checkpoint
 from cmae.pipeline import FillProgress, Loader, LoaderState, build_loader
@@ -289,6 +289,7 @@ def open_loader(
         limit_bad=False,  # StepBatches looks at the counts of all ranks
         progress=progress,
         wrap=wrap,
+        color_op=color_jitter,
     )
 
 

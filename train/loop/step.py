@@ -67,6 +67,7 @@ class TrainStep:
         log: Callable[[str], None] = logger.info,
     ) -> None:
         check_step(optim, speed, world)
+        speed = speed.resolved(world.device.type)
         self.model = model
         self.world = world
         self.speed = speed
@@ -353,6 +354,8 @@ def _compile(
         # All blocks share one Python frame. Each kind of block, shape and grad mode is one entry in its
         # cache: CMAE needs seven, torch allows eight.
         dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
+        # DDP would have dynamo cut each block at its buckets. Blocks are units of backward already.
+        dynamo.config.optimize_ddp = False
         for branch in (model, None if target_copy is None else target_copy.encoder):
             for module in () if branch is None else branch.modules():
                 if isinstance(module, Block):

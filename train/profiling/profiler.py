@@ -344,7 +344,7 @@ def _circumstances(rounds: _Rounds, config: Config, world: World) -> Circumstanc
 
 def _unused_switches(config: Config, *, is_gpu: bool) -> tuple[str, ...]:
     """Switches of the step that are off and can be turned on, as they are typed."""
-    speed = config.speed
+    speed = config.speed.resolved("cuda" if is_gpu else "cpu")
     switches = {
         "speed.compile blocks": speed.compile == "none",
         "optim.precision fp16": config.optim.precision == "fp32" and is_gpu,
