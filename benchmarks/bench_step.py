@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from lib.harness import Measurement, device_name, interleave, summarise, write_result
 from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch.profiler import ProfilerActivity, profile
 
 from cmae.model import ModelConfig, build_model, count_multiply_adds, draw_mask
 from cmae.model.decoder import Decoder
@@ -190,6 +191,21 @@ class Contender:
                     taken.setdefault(name, []).append(ms)
         return {name: statistics.median(values) for name, values in taken.items()}
 
+    def device_work(self) -> dict[str, float]:
+        """Milliseconds that kernels of a step run, and their number; the rest of a step, the device waits."""
+        if not ON_GPU:
+            return {}
+        synchronise()
+        with profile(activities=[ProfilerActivity.CUDA]) as trace:
+            self.take_step()
+            self.take_step()
+            synchronise()
+        kernels = [e for e in trace.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        return {
+            "device_ms": sum(kernel.device_time_total for kernel in kernels) / 2e3,
+            "kernels": len(kernels) / 2,
+        }
+
 
 class Spans:
     """Milliseconds between the starts and ends of named calls: CUDA events, or the clock on a CPU."""
@@ -297,8 +313,9 @@ def measure_group(
     try:
         measured = interleave(ready, rounds=arguments.rounds)
         parts = {name: contender.parts_ms() for name, contender in ready.items()}
+        works = {name: contender.device_work() for name, contender in ready.items()}
     except torch.OutOfMemoryError:
-        measured, parts = {}, {}
+        measured, parts, works = {}, {}, {}
     rows = []
     for name, case in cases.items():
         contender = built[name]
@@ -310,6 +327,7 @@ def measure_group(
             {"name": name, **case.describe(), **describe_run(contender, measured[name], ceilings)}
         )
         rows[-1]["parts_ms"] = parts[name]
+        rows[-1] |= works[name]
         if "base" in measured:
             rows[-1]["gain"] = gain(measured[name], measured["base"])
     return rows
@@ -361,6 +379,7 @@ def measure_levers(
             row |= {
                 "parts_ms": contender.parts_ms(),
                 "gain": gain(measured[name], measured["base"]),
+                **contender.device_work(),
             }
         except torch.OutOfMemoryError:
             row["error"] = "out of memory"
@@ -433,6 +452,8 @@ def main() -> None:
     def note(row: dict[str, Any]) -> None:
         rows.append(row)
         told = f"{row['gain']['median']:.3f} of the base" if "gain" in row else row["error"]
+        if "device_ms" in row:
+            told += f", {row['kernels']:.0f} kernels of {row['device_ms']:.1f} ms together"
         print(f"{row['name']:<20} B {row['batch_size']:<4} {told}", flush=True)
         write_result(name, label=label, config=config, rows=rows)
 
