@@ -191,8 +191,11 @@ class Contender:
                     taken.setdefault(name, []).append(ms)
         return {name: statistics.median(values) for name, values in taken.items()}
 
-    def device_work(self) -> dict[str, float]:
-        """Milliseconds that kernels of a step run, and their number; the rest of a step, the device waits."""
+    def device_work(self) -> dict[str, Any]:
+        """Milliseconds that kernels of a step run, and their number; the rest of a step, the device waits.
+
+        The dearest kernels come by name, all launches of a step together.
+        """
         if not ON_GPU:
             return {}
         synchronise()
@@ -201,9 +204,14 @@ class Contender:
             self.take_step()
             synchronise()
         kernels = [e for e in trace.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        total_ms: dict[str, float] = {}
+        for kernel in kernels:
+            total_ms[kernel.name] = total_ms.get(kernel.name, 0) + kernel.device_time_total / 2e3
+        dearest = sorted(total_ms.items(), key=lambda item: -item[1])[:25]
         return {
-            "device_ms": sum(kernel.device_time_total for kernel in kernels) / 2e3,
+            "device_ms": sum(total_ms.values()),
             "kernels": len(kernels) / 2,
+            "dearest_ms": {name[:100]: round(ms, 3) for name, ms in dearest},
         }
 
 

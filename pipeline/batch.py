@@ -84,5 +84,5 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
     memory until the copy has passed.
     """
     if device.type == "cuda":
-        tensor = tensor.pin_memory()
+        tensor = tensor.contiguous().pin_memory()  # others would go through pageable memory
     return tensor.to(device, non_blocking=True)

@@ -32,7 +32,7 @@ from cmae.train.loop.checkpoint import (
     origin_of,
     set_aside_newer,
 )
-from cmae.train.loop.loader_settings import LoaderSettings, loader_settings
+from cmae.train.loop.loader_settings import LoaderSettings, agree_on_decode, loader_settings
 from cmae.train.loop.schedules import build_schedule, ema_momentum
 from cmae.train.loop.step import TrainStep, check_step
 from cmae.train.loop.step_batches import StepBatches
@@ -267,7 +267,7 @@ def open_loader(
         CmaeError: No shards, or settings that do not fit them.
     """
     check_shards(config)
-    settings = settings or loader_settings(config.data)
+    settings = settings or loader_settings(config.data, world.device.type)
     data = replace(
         config.data,
         views=config.loader_views,
@@ -290,6 +290,7 @@ def open_loader(
         progress=progress,
         wrap=wrap,
         color_op=color_jitter,
+        decode=agree_on_decode(data, world),
     )
 
 
