@@ -13,11 +13,8 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from cmae.pipeline.formats.images.jpeg import build_cpu_decoder
-from cmae.pipeline.formats.images.nvjpeg import NVJPEG  # isort: split  # before nvImageCodec takes another
 from cmae.pipeline.stage_stats import Stage
 from cmae.pipeline.views.params import ViewParams
-
-__all__ = ["NVJPEG", "ViewBackend", "Views", "WindowDecoder", "find_undecodable"]
 
 
 class ViewBackend(Protocol):

@@ -24,7 +24,7 @@ from PIL import Image
 from torch.utils.dlpack import from_dlpack
 
 from cmae.pipeline.stage_stats import Stage, State
-from cmae.pipeline.views.backend import Views, find_undecodable  # isort: split  # loads nvJPEG first
+from cmae.pipeline.views.backend import Views, find_undecodable
 from cmae.pipeline.views.color_batch import ColorOp, apply_color
 from cmae.pipeline.views.config import DecodeWay, ViewConfig, ViewStep
 from cmae.pipeline.views.params import ViewParams, draw_view_params

@@ -11,8 +11,6 @@ issue 55). Three ways make the same pixels, the fastest first; the first that pa
 
 from __future__ import annotations
 
-from cmae.pipeline.formats.images.nvjpeg import NVJPEG, OLDEST_FOR_WINDOWS  # isort: split
-
 import argparse
 import io
 import json
@@ -28,6 +26,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from PIL.Image import Exif
 
+from cmae.nvjpeg import NVJPEG, OLDEST_FOR_WINDOWS
 from cmae.pipeline.errors import DataError
 from cmae.pipeline.views.config import DecodeWay
 
@@ -99,7 +98,7 @@ def _refused(way: DecodeWay) -> str:
         oldest = ".".join(map(str, OLDEST_FOR_WINDOWS))
         return (
             f"{NVJPEG.name} ({NVJPEG.path}) draws borders of windows wrongly, or leaves them to the CPU; "
-            f"pip install 'nvidia-nvjpeg>={oldest}'"
+            f"pip install 'nvidia-nvjpeg>={oldest}', and import cmae before torchvision, which brings 13.0"
         )
     return ""
 

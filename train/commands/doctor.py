@@ -162,7 +162,7 @@ def check_dali() -> Check:
 
 def check_nvjpeg() -> Check:
     """The nvJPEG that this process gets, which need not be the installed package."""
-    from cmae.pipeline.formats.images.nvjpeg import NVJPEG, OLDEST_FOR_WINDOWS
+    from cmae.nvjpeg import NVJPEG, OLDEST_FOR_WINDOWS
 
     oldest = ".".join(map(str, OLDEST_FOR_WINDOWS))
     fix = f"pip install 'nvidia-nvjpeg>={oldest}' (only decoding on a GPU needs it)"

@@ -8,9 +8,9 @@ import sys
 import numpy as np
 import pytest
 
+from cmae import nvjpeg
+from cmae.nvjpeg import NvJpeg, find_packaged
 from cmae.pipeline.errors import DataError
-from cmae.pipeline.formats.images import nvjpeg
-from cmae.pipeline.formats.images.nvjpeg import NvJpeg, find_packaged
 from cmae.pipeline.views import decode_check
 from cmae.pipeline.views.decode_check import (
     WAYS,
@@ -117,7 +117,27 @@ def test_the_packaged_library_is_the_one_of_the_process():
         pytest.skip("nvidia-nvjpeg is not installed")
     assert nvjpeg.NVJPEG is not None
     assert nvjpeg.NVJPEG.version[:2] >= nvjpeg.OLDEST_FOR_WINDOWS
-    assert nvjpeg.NVJPEG.path == str(find_packaged().resolve())
+    assert nvjpeg.NVJPEG.path == str(find_packaged())
+
+
+@pytest.mark.parametrize("first", ["cmae", "torchvision"])
+def test_torchvisions_older_library_is_not_taken_unless_it_came_first(first):
+    if find_packaged() is None:
+        pytest.skip("nvidia-nvjpeg is not installed")
+    code = (
+        f"import {first}; import timm, cmae.nvjpeg as n; "
+        "print(*n.load_nvjpeg().version, n.load_nvjpeg().path)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    major, minor, _, path = done.stdout.split()
+    if first == "cmae":
+        assert (int(major), int(minor)) >= nvjpeg.OLDEST_FOR_WINDOWS
+        assert path == str(find_packaged())
+    elif (
+        int(major),
+        int(minor),
+    ) < nvjpeg.OLDEST_FOR_WINDOWS:  # a later torchvision may bring a later one
+        assert "torchvision" in path
 
 
 def test_it_stays_so_where_another_library_comes_first(tmp_path):
@@ -126,7 +146,7 @@ def test_it_stays_so_where_another_library_comes_first(tmp_path):
         pytest.skip("nvidia-nvjpeg is not installed")
     # Any other library of that name would do; nvJPEG's own file is not to be copied for it (10 MB).
     (tmp_path / nvjpeg.SONAME).write_bytes(b"not a library")
-    code = "from cmae.pipeline.formats.images.nvjpeg import NVJPEG; print(NVJPEG.path)"
+    code = "from cmae.nvjpeg import NVJPEG; print(NVJPEG.path)"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={"LD_LIBRARY_PATH": str(tmp_path), "PATH": "/usr/bin:/bin"},
@@ -134,4 +154,4 @@ def test_it_stays_so_where_another_library_comes_first(tmp_path):
         text=True,
         check=True,
     )
-    assert done.stdout.strip() == str(find_packaged().resolve())
+    assert done.stdout.strip() == str(find_packaged())
