@@ -133,10 +133,8 @@ def test_torchvisions_older_library_is_not_taken_unless_it_came_first(first):
     if first == "cmae":
         assert (int(major), int(minor)) >= nvjpeg.OLDEST_FOR_WINDOWS
         assert path == str(find_packaged())
-    elif (
-        int(major),
-        int(minor),
-    ) < nvjpeg.OLDEST_FOR_WINDOWS:  # a later torchvision may bring a later one
+    elif (int(major), int(minor)) < (13, 3):
+        # A later torchvision may bring a later one.
         assert "torchvision" in path
 
 
