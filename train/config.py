@@ -70,8 +70,8 @@ class SpeedConfig:
     """What gathers patches and computes losses. 'auto': Triton kernels on a GPU, torch elsewhere. 'triton'
     stops where a kernel cannot run."""
     compile: Literal["auto", "none", "blocks", "model", "model_graphs"] = "auto"
-    """torch.compile: not at all, each transformer block, or each branch as a whole. 'auto': blocks on a GPU,
-    which takes up to a minute at the start, and none on a CPU. 'model_graphs' also
+    """torch.compile: not at all, each transformer block, or each branch as a whole. 'auto': blocks on a GPU
+    before Hopper, which takes half a minute at the start, and none elsewhere. 'model_graphs' also
     records each branch as a CUDA graph (torch's mode reduce-overhead), which saves the cost of launches: a
     GPU only, and one micro-batch a step."""
     sdpa: Literal["torch", "auto", "flash", "cudnn", "efficient", "math"] = "torch"
@@ -87,11 +87,15 @@ class SpeedConfig:
             value = getattr(self, name)
             require(value is None or value >= 1, f"speed.{name}", value, ">= 1, or null")
 
-    def resolved(self, device_type: str) -> "SpeedConfig":
-        """The same settings, with `compile` as it is on a device ('cuda' or 'cpu')."""
+    def resolved(self, capability: tuple[int, int] | None) -> "SpeedConfig":
+        """The same settings, with `compile` as it is on a GPU of this compute capability; None = a CPU.
+
+        From Hopper on, the host is slower with compiled blocks than the GPU is faster (docs/design/0020).
+        """
         if self.compile != "auto":
             return self
-        return replace(self, compile="blocks" if device_type == "cuda" else "none")
+        is_older = capability is not None and capability < (9, 0)
+        return replace(self, compile="blocks" if is_older else "none")
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from cmae.train.config import OptimConfig, SpeedConfig
 from cmae.train.distributed import RowGatherer, World, from_main, sum_over_ranks
 from cmae.train.loop.optim import build_optimizer
 from cmae.train.loop.sdpa import pin_attention
+from cmae.train.machine import compute_capability
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class TrainStep:
         log: Callable[[str], None] = logger.info,
     ) -> None:
         check_step(optim, speed, world)
-        speed = speed.resolved(world.device.type)
+        speed = speed.resolved(compute_capability(world.device))
         self.model = model
         self.world = world
         self.speed = speed
