@@ -21,12 +21,15 @@ ceiling than B.
 from __future__ import annotations
 
 import argparse
+import cProfile
 import gc
+import pstats
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -214,6 +217,18 @@ class Contender:
             "dearest_ms": {name[:100]: round(ms, 3) for name, ms in dearest},
         }
 
+    def host_work(self) -> dict[str, float]:
+        """Milliseconds of the training thread in each Python function itself, of one step; the dearest."""
+        profiler = cProfile.Profile()
+        profiler.runcall(self.take_step)
+        synchronise()
+        rows = pstats.Stats(profiler).stats.items()  # type: ignore[attr-defined]
+        own = {
+            f"{Path(file).name}:{line} {name}": round(1e3 * values[2], 3)
+            for (file, line, name), values in rows
+        }
+        return dict(sorted(own.items(), key=lambda item: -item[1])[:25])
+
 
 class Spans:
     """Milliseconds between the starts and ends of named calls: CUDA events, or the clock on a CPU."""
@@ -321,7 +336,10 @@ def measure_group(
     try:
         measured = interleave(ready, rounds=arguments.rounds)
         parts = {name: contender.parts_ms() for name, contender in ready.items()}
-        works = {name: contender.device_work() for name, contender in ready.items()}
+        works = {
+            name: contender.device_work() | {"host_ms": contender.host_work()}
+            for name, contender in ready.items()
+        }
     except torch.OutOfMemoryError:
         measured, parts, works = {}, {}, {}
     rows = []
@@ -388,6 +406,7 @@ def measure_levers(
                 "parts_ms": contender.parts_ms(),
                 "gain": gain(measured[name], measured["base"]),
                 **contender.device_work(),
+                "host_ms": contender.host_work(),
             }
         except torch.OutOfMemoryError:
             row["error"] = "out of memory"
