@@ -161,10 +161,12 @@ class RunLog:
                 f"[yellow]{self._seen_bad} bad samples replaced so far[/]; "
                 f"see {self._config.run.out / LEDGER_FILE}"
             )
-        if self._publisher.error is not None and not self._reported_unpublished:
+        error = self._publisher.error
+        if error is not None and not self._reported_unpublished:
             self._reported_unpublished = True
-            self._display.log(
-                f"[yellow]`cmae top` will not see this run:[/] {escape(str(self._publisher.error))}"
+            self._warn(
+                f"`cmae top` has no news of this run: its status cannot be written ({error}); it is tried "
+                "again every few seconds"
             )
 
     def skipped(self, step: int, count: int, batches: Sequence[Batch], losses: Tensor) -> None:
