@@ -81,16 +81,22 @@ class MetricLog:
         """Damaged lines that the file held."""
         self._warn = warn
         self._pending: list[str] = []
-        self._board = Sink("TensorBoard", warn)
+        self._board = Sink("TensorBoard", warn, reopen=lambda: self._open_board(out, None))
         self._writer: Any = None
-        self._board.run(lambda: self._open_board(out, start_step))
-        self._wandb: Any = _start_wandb(wandb_project, out, config) if wandb_project else None
+        self._board.run(lambda: self._open_board(out, start_step + 1))
         self._service = Sink("Weights & Biases", warn)
+        self._wandb: Any = None
+        if wandb_project:
+            _check_wandb(wandb_project)
+            self._service.run(lambda: self._open_wandb(wandb_project, out, config))
 
-    def _open_board(self, out: Path, start_step: int) -> None:
+    def _open_board(self, out: Path, purge_step: int | None) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=start_step + 1)
+        self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=purge_step)
+
+    def _open_wandb(self, project: str, out: Path, config: dict[str, Any] | None) -> None:
+        self._wandb = _start_wandb(project, out, config)
 
     def write(self, step: int, record: dict[str, float]) -> None:
         """Append one record to every sink; what the disk refuses now is tried again with the next record."""
@@ -203,14 +209,24 @@ def _append_whole(path: Path, data: bytes) -> None:
             raise
 
 
-def _start_wandb(project: str, out: Path, config: dict[str, Any] | None) -> Any:
+def _check_wandb(project: str) -> None:
+    """Refuse a project whose package is missing.
+
+    Raises:
+        CmaeError: It is.
+    """
     try:
-        import wandb
+        import wandb  # noqa: F401
     except ImportError as error:
         raise CmaeError(
             f"run.wandb_project is {project!r}, but the package wandb is not installed; "
             "`pip install wandb`, or leave the key out"
         ) from error
+
+
+def _start_wandb(project: str, out: Path, config: dict[str, Any] | None) -> Any:
+    import wandb
+
     # An id of its own: two runs may have folders of one name.
     stored = out / "wandb_id"
     if not stored.is_file():
