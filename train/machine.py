@@ -92,6 +92,15 @@ def process_is_gone(pid: int, start: int) -> bool:
     return found is not None and (found == 0 or (start != 0 and found != start))
 
 
+def is_first_rank() -> bool:
+    """Whether this process is the one of its run that prints, before there is a process group.
+
+    What a scheduler or an earlier run has left in the shell does not count where there is no other rank.
+    """
+    world_size = os.environ.get("WORLD_SIZE", "1").strip()
+    return world_size in ("", "1") or os.environ.get("RANK", "0").strip() in ("", "0")
+
+
 def package_version(package: str) -> str | None:
     """Installed version; None where there is none."""
     try:

@@ -32,6 +32,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from cmae.errors import CmaeError
+from cmae.paths import expand_home
 from cmae.pipeline.errors import RemoteError
 from cmae.pipeline.formats.atomic import atomic_write
 from cmae.pipeline.formats.parallel import no_progress
@@ -69,7 +70,7 @@ class ShardCache:
     """
 
     def __init__(self, folder: str | Path, *, quota_bytes: int | None = None) -> None:
-        self.folder = Path(folder).expanduser()
+        self.folder = expand_home(folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

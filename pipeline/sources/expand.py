@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cmae.errors import CmaeError
+from cmae.paths import expand_home
 from cmae.pipeline.remote.client import Remote, RemoteConfig
 from cmae.pipeline.remote.schemes import is_local, is_remote, redact, split_scheme
 from cmae.pipeline.remote.stores import open_filesystem
@@ -92,7 +93,7 @@ def _expand_one(pattern: str, storage_options: Mapping[str, Any]) -> list[str]:
         if not is_file and not is_local(url):
             shards += _expand_url(url, storage_options)
             continue
-        found = [_as_path(one) for one in _expand_path(os.path.expanduser(url))]
+        found = [_as_path(one) for one in _expand_path(str(expand_home(url)))]
         shards += found
         if not found:
             missing.append(url)
@@ -199,7 +200,7 @@ def _choices(inside: str) -> list[str]:
 
 
 def _nothing_found(pattern: str, missing: list[str], *, num_found: int) -> str:
-    path = Path(os.path.expanduser(missing[0]))
+    path = expand_home(missing[0])
     if path.is_dir():
         inside = sorted(entry.name for entry in path.iterdir())[:5]
         listing = f"only {', '.join(inside)}" if inside else "it is empty"

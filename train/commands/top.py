@@ -9,14 +9,15 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from cmae.errors import CmaeError
+from cmae.errors import CmaeError, require
 from cmae.printable import printable
 from cmae.train.machine import process_is_gone, process_space
+from cmae.train.monitor.console import PlainConsole
 from cmae.train.monitor.status import EVERY_S, RunStatus, format_duration, read_status
 from cmae.train.profiling.analysis.stages import (
     StageShares,
@@ -58,7 +59,8 @@ def top(run: Path, *, once: bool = False, every_s: float = EVERY_S) -> int:
         once: print one frame and exit, for logs.
         every_s: seconds between two frames.
     """
-    console = Console(highlight=False)
+    require(0.1 <= every_s <= 3600, "--every_s", every_s, "between 0.1 and 3600 seconds")
+    console = PlainConsole()
     news = _News(run)
     statuses = news.listen()
     if once or not console.is_terminal:
