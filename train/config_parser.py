@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import (
+    ActionConfigFile,
+    ArgumentParser,
+    Namespace,
+    get_loader,
+    set_loader,
+    set_parsing_settings,
+)
 
 from cmae.errors import CmaeError
 from cmae.model import ModelConfig
@@ -28,6 +35,19 @@ from cmae.train.old_keys import OLD_KEYS, Moved, new_value, update_keys, what_be
 RECIPES = files("cmae.train") / "recipes"
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+_load_yaml = get_loader("yaml")
+
+
+def _load_value(stream: str) -> Any:
+    """A value of the command line; a path in another encoding than the locale's is text, and no YAML."""
+    try:
+        return _load_yaml(stream)
+    except UnicodeError:
+        return stream
+
+
+set_loader("yaml", _load_value, (yaml.YAMLError,))
 
 
 _ON_THE_COMMAND_LINE = ("allow_pipe", "recipe", "print_config", "help", "h")

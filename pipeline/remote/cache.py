@@ -83,7 +83,9 @@ class ShardCache:
         """Where the copy of a shard lies, there or not."""
         address, _, query = identity(url).partition("?")  # a renewed signature is no other shard
         parent, _, name = address.rstrip("/").rpartition("/")
-        digest = hashlib.sha256(f"{parent}?{query}".encode()).hexdigest()[:12]
+        digest = hashlib.sha256(f"{parent}?{query}".encode(errors="surrogateescape")).hexdigest()[
+            :12
+        ]
         return self.folder / digest / PurePosixPath(name).name
 
     def used_bytes(self) -> int:

@@ -93,7 +93,7 @@ class StreamSource:
             )
         # A signature that was renewed does not make other data.
         names = "\n".join(map(identity, urls))
-        self.digest = hashlib.sha256(names.encode()).hexdigest()[:16]
+        self.digest = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16]
         # Reading happens in the thread that asks for batches, and between them it is elsewhere.
         self.stage = Stage("read", threads=1, first_state=State.BLOCKED)
         self._urls = list(urls)
