@@ -34,6 +34,18 @@ class BadSample:
     epoch: int
 
 
+class NoGoodSamplesError(DataError):
+    """No batch can be made any more; `bad` are the records that were met, which no batch brings along."""
+
+    def __init__(self, message: str, bad: Sequence[BadSample]) -> None:
+        super().__init__(message)
+        self.bad = tuple(bad)
+
+
+MAX_BAD_RUN = 100
+"""Bad records or lost shards in a row, with no good one between them, after which none is looked for."""
+
+
 @dataclass(frozen=True)
 class BadLimit:
     """How many bad records a run bears.

@@ -17,7 +17,7 @@ import psutil
 import webdataset as wds
 
 from cmae.errors import CmaeError
-from cmae.pipeline.bad_samples import BadSample
+from cmae.pipeline.bad_samples import BadSample, NoGoodSamplesError
 from cmae.pipeline.batch import LoaderState
 from cmae.pipeline.errors import DataError
 from cmae.pipeline.formats.images.jpeg import BadImageError, inspect_jpeg
@@ -38,14 +38,6 @@ _STREAM_DRAW = 1 << 21  # away from the draws of views and plan
 
 _SHARD_FAULTS = (ValueError, OSError, MemoryError, RecursionError, OverflowError)
 """What a shard's bytes can bring about: the rest of it is lost, and the run goes on."""
-
-
-class NoSamplesError(DataError):
-    """An epoch of a stream has not one batch; `bad` are the faults that were met."""
-
-    def __init__(self, message: str, bad: Sequence[BadSample]) -> None:
-        super().__init__(message)
-        self.bad = tuple(bad)
 
 
 class StreamSource:
@@ -122,7 +114,7 @@ class StreamSource:
                 num_batches += 1
                 yield raw
             if num_batches == 0 and done == 0:
-                raise NoSamplesError(self._no_batch(epoch), self._bad)
+                raise NoGoodSamplesError(self._no_batch(epoch), self._bad)
             epoch, done = epoch + 1, 0
 
     def _no_batch(self, epoch: int) -> str:
