@@ -219,8 +219,8 @@ class Prefetcher:
         if num_in_row > MAX_BAD_RUN:
             raise NoGoodSamplesError(
                 f"{num_in_row} samples in a row cannot be decoded, more than the limit of {MAX_BAD_RUN}. "
-                f"{_first_of(raw.bad)}Check them with `cmae shards verify --decode pil`, make the indices anew with `cmae shards "
-                "index --rebuild true`, or try another data.view_backend",
+                f"{_first_of(raw.bad)}Check them with `cmae shards verify --decode pil`, make the indices "
+                "anew with `cmae shards index --rebuild true`, or try another data.view_backend",
                 raw.bad,
             )
 

@@ -35,6 +35,9 @@ _GLOB_CHARACTERS = re.compile(r"[*?\[]")
 
 _LIST_DEADLINE_S = 60.0
 
+_MAX_BRACES = 64
+"""Pairs of braces in one pattern."""
+
 _MAX_DIGITS = 18
 """Of a number in braces."""
 
@@ -167,8 +170,11 @@ def _expand_braces(text: str) -> list[str]:
 
 def _num_expanded(text: str) -> int:
     """How many strings the braces stand for; counted before any is made."""
-    count = 1
+    count, num_braces = 1, 0
     while match := _BRACES.search(text):
+        num_braces += 1
+        if num_braces > _MAX_BRACES:
+            return MAX_SHARDS + 1
         bounds = _RANGE.match(match[1])
         if bounds is not None:
             if max(len(bounds[1]), len(bounds[2])) > _MAX_DIGITS:
