@@ -12,6 +12,7 @@ from typing import IO
 
 from cmae.errors import CmaeError
 from cmae.pipeline.errors import DataError
+from cmae.printable import MAX_LINE, printable
 
 logger = logging.getLogger(__name__)
 
@@ -120,13 +121,13 @@ class Health:
             return
         if self.bad_samples == 0:
             where = "no ledger is kept" if self._ledger is None else f"see {self._ledger}"
-            logger.warning("bad sample replaced: %s; %s", _describe(bad[0]), where)
+            logger.warning("bad sample replaced: %s; %s", describe_bad(bad[0]), where)
         self.bad_samples += len(bad)
         self._write(bad)
         counts = {"bad": self.bad_samples, "samples": self._samples}
         if self._limit is not None and self._limit.is_exceeded(**counts):
             message = self._limit.explain(**counts, ledger=self._ledger)
-            raise DataError(f"{message}. The last one: {_describe(bad[-1])}")
+            raise DataError(f"{message}. The last one: {describe_bad(bad[-1])}")
 
     def note_left_out(self, bad: Sequence[BadSample]) -> None:
         """List what is left out of every epoch, once: it does not count."""
@@ -274,8 +275,10 @@ def _summary(left_out: Sequence[BadSample]) -> str:
     lines = [f"{one.reason} in {one.shard}" for one in left_out if one.record_number < 0]
     parts = [f"{num_records} records, no usable JPEGs"] if num_records else []
     parts += lines[:3] + ([f"{len(lines) - 3} more such lines"] if len(lines) > 3 else [])
-    return "; ".join(parts)
+    return printable("; ".join(parts), limit=MAX_LINE)
 
 
-def _describe(bad: BadSample) -> str:
-    return f"{bad.reason} in {bad.shard}, key {bad.key!r}, record {bad.record_number}"
+def describe_bad(bad: BadSample) -> str:
+    """One line: reason, shard, key and number."""
+    line = f"{bad.reason} in {bad.shard}, key {bad.key!r}, record {bad.record_number}"
+    return printable(line, limit=MAX_LINE)

@@ -17,7 +17,12 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from cmae.pipeline.bad_samples import MAX_BAD_RUN, BadSample, NoGoodSamplesError
+from cmae.pipeline.bad_samples import (
+    MAX_BAD_RUN,
+    BadSample,
+    NoGoodSamplesError,
+    describe_bad,
+)
 from cmae.pipeline.batch import Batch, DrawMask, LoaderState
 from cmae.pipeline.errors import DataError
 from cmae.pipeline.sources.records import RawBatch, Source
@@ -40,7 +45,7 @@ class QueuedBatch:
 def _first_of(bad: Sequence[BadSample]) -> str:
     if not bad:
         return ""
-    return f"The first: {bad[0].reason} in {bad[0].shard}, key {bad[0].key!r}. "
+    return f"The first: {describe_bad(bad[0])}. "
 
 
 class Prefetcher:
