@@ -24,7 +24,6 @@ from cmae.pipeline.bad_samples import (
     describe_bad,
 )
 from cmae.pipeline.batch import Batch, DrawMask, LoaderState
-from cmae.pipeline.errors import DataError
 from cmae.pipeline.sources.records import RawBatch, Source
 from cmae.pipeline.stage_stats import QueueDepth, Stage, State
 from cmae.pipeline.views.backend import ViewBackend, Views
@@ -219,7 +218,7 @@ class Prefetcher:
         """
         try:
             self._source.replace(raw, bad)
-        except DataError as error:
+        except NoGoodSamplesError as error:
             raise NoGoodSamplesError(str(error), raw.bad) from error
         if num_in_row > MAX_BAD_RUN:
             raise NoGoodSamplesError(

@@ -19,7 +19,6 @@ from jaxtyping import Int64, UInt8
 from cmae.pipeline.bad_samples import MAX_BAD_RUN, BadSample, NoGoodSamplesError
 from cmae.pipeline.batch import LoaderState
 from cmae.pipeline.buffer_pool import BufferPool
-from cmae.pipeline.errors import DataError
 from cmae.pipeline.formats.dataset_index import DatasetIndex, Place
 from cmae.pipeline.formats.images.jpeg import BadImageError, inspect_jpeg
 from cmae.pipeline.sampling.epoch_plan import EpochPlan
@@ -191,7 +190,7 @@ class IndexedSource:
         for row, data in zip(rows, found, strict=True):
             try:
                 self._add(row, data, batch)
-            except DataError as error:
+            except NoGoodSamplesError as error:
                 raise NoGoodSamplesError(str(error), batch.bad) from error
             times.append(time.perf_counter())
         self.stage.add(items=len(rows), num_bytes=num_bytes, latencies_s=np.diff(times))
@@ -225,9 +224,10 @@ class IndexedSource:
             else:
                 return _record(row, data)
         shard, _ = self._index.locate(first)
-        raise DataError(
+        raise NoGoodSamplesError(
             f"{MAX_BAD_RUN} bad records or shards in a row from {self._index.paths[shard]} on ({fault}): "
-            "check them with `cmae shards verify`"
+            "check them with `cmae shards verify`",
+            (),
         )
 
     def _look_up(self, dataset_rows: Int64[np.ndarray, " n"]) -> list[_Row]:

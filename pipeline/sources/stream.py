@@ -19,7 +19,6 @@ import webdataset as wds
 from cmae.errors import CmaeError
 from cmae.pipeline.bad_samples import BadSample, NoGoodSamplesError
 from cmae.pipeline.batch import LoaderState
-from cmae.pipeline.errors import DataError
 from cmae.pipeline.formats.images.jpeg import BadImageError, inspect_jpeg
 from cmae.pipeline.formats.members.member_counts import MemberCounts
 from cmae.pipeline.formats.shard_index import index_path
@@ -138,7 +137,9 @@ class StreamSource:
             shard = redact(self._urls[record.shard])
             raw.bad.append(BadSample(shard, record.key, record.record_number, reason, raw.epoch))
         if len(bad) == size:
-            raise DataError(f"none of the {size} samples of a batch can be decoded: {bad[0]}")
+            raise NoGoodSamplesError(
+                f"none of the {size} samples of a batch can be decoded: {bad[0]}", ()
+            )
         for slot in bad:
             good = next(i % size for i in range(slot + 1, slot + size) if i % size not in bad)
             raw.records[slot] = raw.records[good]
