@@ -6,11 +6,13 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import IO
 
 from cmae.errors import CmaeError
 from cmae.pipeline.errors import DataError
+from cmae.printable import MAX_LINE, printable
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,18 @@ class BadSample:
     """Number of the sample in its shard."""
     reason: str
     epoch: int
+
+
+class NoGoodSamplesError(DataError):
+    """No batch can be made any more; `bad` are the records that were met, which no batch brings along."""
+
+    def __init__(self, message: str, bad: Sequence[BadSample]) -> None:
+        super().__init__(message)
+        self.bad = tuple(bad)
+
+
+MAX_BAD_RUN = 100
+"""Bad records or lost shards in a row, with no good one between them, after which none is looked for."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +95,15 @@ class Health:
         self._ledger = ledger
         self._limit = limit
         self._rank = rank
-        self._listed = set() if ledger is None else _listed_since(ledger, first_epoch)
-        self._is_torn = ledger is not None and _lacks_last_newline(ledger)
+        self._pending: list[bytes] = []
+        self._is_refused = False
+        try:
+            self._listed = set() if ledger is None else _listed_since(ledger, first_epoch)
+            self._is_torn = ledger is not None and _lacks_last_newline(ledger)
+        except OSError as error:
+            # Lines may come twice: better than a run that ends for its ledger.
+            logger.warning("%s cannot be read (%s); the run goes on", ledger, error)
+            self._listed, self._is_torn = set(), False
         self._left_out: set[Identity] = set()
         self._samples = 0
         self.bad_samples = 0
@@ -100,13 +121,13 @@ class Health:
             return
         if self.bad_samples == 0:
             where = "no ledger is kept" if self._ledger is None else f"see {self._ledger}"
-            logger.warning("bad sample replaced: %s; %s", _describe(bad[0]), where)
+            logger.warning("bad sample replaced: %s; %s", describe_bad(bad[0]), where)
         self.bad_samples += len(bad)
         self._write(bad)
         counts = {"bad": self.bad_samples, "samples": self._samples}
         if self._limit is not None and self._limit.is_exceeded(**counts):
             message = self._limit.explain(**counts, ledger=self._ledger)
-            raise DataError(f"{message}. The last one: {_describe(bad[-1])}")
+            raise DataError(f"{message}. The last one: {describe_bad(bad[-1])}")
 
     def note_left_out(self, bad: Sequence[BadSample]) -> None:
         """List what is left out of every epoch, once: it does not count."""
@@ -123,32 +144,100 @@ class Health:
         new = [one for one in bad if _identity(one) not in self._listed]
         self._listed.update(map(_identity, new))
         lines = [json.dumps(asdict(one) | {"rank": self._rank}) for one in new]
-        text = "\n" * self._is_torn + "".join(f"{line}\n" for line in lines)
-        self._is_torn = False
-        self._ledger.parent.mkdir(parents=True, exist_ok=True)
-        # One write in append mode: ranks share the file, and their lines must not mix.
-        handle = os.open(self._ledger, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._pending += [f"{line}\n".encode() for line in lines]
+        del self._pending[:-MAX_PENDING_LINES]
         try:
-            os.write(handle, text.encode())
+            self._append_pending(self._ledger)
+        except OSError as error:
+            if not self._is_refused:
+                logger.warning(
+                    "%s cannot be written (%s); its lines are kept and tried again",
+                    self._ledger,
+                    error,
+                )
+            self._is_refused = True
+        else:
+            self._is_refused = False
+
+    def _append_pending(self, ledger: Path) -> None:
+        """Append the lines that are not in the ledger yet.
+
+        Raises:
+            OSError: Not all of them could be written.
+        """
+        ledger.parent.mkdir(parents=True, exist_ok=True)
+        # One write in append mode: ranks share the file, and their lines must not mix.
+        handle = os.open(ledger, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            while self._pending:
+                head = b"\n" * self._is_torn
+                data = head + b"".join(self._pending)
+                written = os.write(handle, data)
+                # A disk that fills up takes a part, which may end inside a line.
+                self._is_torn = data[:written][-1:] != b"\n"
+                num_whole = data[len(head) : written].count(b"\n")
+                del self._pending[:num_whole]
         finally:
             os.close(handle)
+
+
+MAX_PENDING_LINES = 10_000
+"""Lines that wait for a disk that refuses them; the oldest of more are lost."""
+
+MAX_LINE_BYTES = 1 << 20
+"""Longer lines of a ledger are damage: a line has a kilobyte or so."""
 
 
 def read_ledger(path: Path) -> Iterator[BadSample]:
     """Records of a ledger in the order in which they were met, without the ranks.
 
-    A line that a killed run left unfinished is passed over. Older ledgers call `record_number` position.
+    Lines that a kill or a power cut has damaged are passed over, and counted in one warning. Older ledgers
+    call `record_number` position.
     """
-    with path.open(encoding="utf-8") as file:
-        for line in filter(str.strip, file):
-            try:
-                values = json.loads(line)
-                del values["rank"]
-                if "position" in values:
-                    values["record_number"] = values.pop("position")
-                yield BadSample(**values)
-            except (json.JSONDecodeError, KeyError, TypeError):
-                logger.warning("%s: passed over a line that is no record: %.60s", path, line)
+    num_damaged, first = 0, 0
+    with path.open("rb") as file:
+        for number, line in enumerate(_lines(file), start=1):
+            if not line.strip():
+                continue
+            record = _parse_line(line)
+            if record is not None:
+                yield record
+            else:
+                first = first or number
+                num_damaged += 1
+    if num_damaged:
+        logger.warning(
+            "%s: passed over %d line(s) that are no records, the first is line %d",
+            path,
+            num_damaged,
+            first,
+        )
+
+
+def _lines(file: IO[bytes]) -> Iterator[bytes]:
+    """Lines of a file; of a longer one than MAX_LINE_BYTES the beginning."""
+    while line := file.readline(MAX_LINE_BYTES):
+        yield line
+        while line and not line.endswith(b"\n"):
+            line = file.readline(MAX_LINE_BYTES)
+
+
+def _parse_line(line: bytes) -> BadSample | None:
+    """The record of a line; None where it holds none."""
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(values, dict):
+        return None
+    values.setdefault("record_number", values.get("position"))
+    texts = [values.get(name) for name in ("shard", "key", "reason")]
+    numbers = [values.get(name) for name in ("record_number", "epoch")]
+    if not all(isinstance(one, str) for one in texts):
+        return None
+    if not all(isinstance(one, int) for one in numbers):
+        return None
+    return BadSample(**{one.name: values[one.name] for one in fields(BadSample)})
 
 
 Identity = tuple[str, int, int]
@@ -171,7 +260,13 @@ def _listed_since(ledger: Path, epoch: int) -> set[Identity]:
 
 def _lacks_last_newline(ledger: Path) -> bool:
     """Whether a run was killed inside a line: the next one must not be glued to it."""
-    return ledger.exists() and ledger.read_bytes()[-1:] not in (b"", b"\n")
+    if not ledger.exists():
+        return False
+    with ledger.open("rb") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
 
 
 def _summary(left_out: Sequence[BadSample]) -> str:
@@ -180,8 +275,10 @@ def _summary(left_out: Sequence[BadSample]) -> str:
     lines = [f"{one.reason} in {one.shard}" for one in left_out if one.record_number < 0]
     parts = [f"{num_records} records, no usable JPEGs"] if num_records else []
     parts += lines[:3] + ([f"{len(lines) - 3} more such lines"] if len(lines) > 3 else [])
-    return "; ".join(parts)
+    return printable("; ".join(parts), limit=MAX_LINE)
 
 
-def _describe(bad: BadSample) -> str:
-    return f"{bad.reason} in {bad.shard}, key {bad.key!r}, record {bad.record_number}"
+def describe_bad(bad: BadSample) -> str:
+    """One line: reason, shard, key and number."""
+    line = f"{bad.reason} in {bad.shard}, key {bad.key!r}, record {bad.record_number}"
+    return printable(line, limit=MAX_LINE)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from cmae.errors import CmaeError, require
 from cmae.model import ModelConfig
+from cmae.paths import expand_home
 from cmae.pipeline import LoaderConfig, ViewConfig
 from cmae.pipeline.loader.config import FROM_THE_RUN
 from cmae.pipeline.remote.schemes import redact_options, redact_shards
@@ -46,7 +47,10 @@ class RunConfig:
     """Weights & Biases project; needs the package `wandb`."""
 
     def __post_init__(self) -> None:
-        """Refuse periods that are not positive."""
+        """Find the home folder in paths, and refuse periods that are not positive."""
+        object.__setattr__(self, "out", expand_home(self.out))
+        if self.resume not in ("auto", "never"):
+            object.__setattr__(self, "resume", str(expand_home(self.resume)))
         for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
             require(getattr(self, name) >= 1, f"run.{name}", getattr(self, name), ">= 1")
         for name in ("stop_at_step", "keep_every", "image_every"):
@@ -179,6 +183,8 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse views that do not fit the model, and settings of the loader that the run makes."""
+        if self.init_from is not None:
+            object.__setattr__(self, "init_from", expand_home(self.init_from))
         views, model = self.data.views, self.model
         for name, source in FROM_THE_RUN.items():
             given, default = getattr(self.data, name), getattr(LoaderConfig, name)
@@ -253,6 +259,27 @@ class BatchSplit:
                 f"each rank ({global_batch_size} / {world_size}); use for instance {divisor}"
             )
         return cls(micro, share // micro)
+
+
+def check_norm_rows(model: ModelConfig, split: BatchSplit, world_size: int) -> None:
+    """Refuse batches of one image where a batch norm needs two.
+
+    Args:
+        model: The model, whose heads may have one.
+        split: Shares of the global batch.
+        world_size: Number of ranks, whose rows the norm sees together.
+
+    Raises:
+        CmaeError: One image is all that the norm would see.
+    """
+    has_norm = model.has_contrast and model.head_norm == "batch"
+    if has_norm and split.micro_batch_size * world_size < 2:
+        name = "optim.global_batch_size" if split.accumulation == 1 else "speed.micro_batch_size"
+        raise CmaeError(
+            f"{name} is 1 and there is one rank, but the heads' batch norm needs 2 images or more in a pass: "
+            f"raise {name}, or set model.head_norm=layer",
+            key=name,
+        )
 
 
 def _plain(value: Any) -> Any:

@@ -13,10 +13,18 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import (
+    ActionConfigFile,
+    ArgumentParser,
+    Namespace,
+    get_loader,
+    set_loader,
+    set_parsing_settings,
+)
 
 from cmae.errors import CmaeError
 from cmae.model import ModelConfig
+from cmae.paths import expand_home
 from cmae.pipeline import LoaderConfig
 from cmae.pipeline.loader.config import FROM_THE_RUN
 from cmae.pipeline.remote.schemes import may_be_pipe, redact
@@ -27,6 +35,19 @@ from cmae.train.old_keys import OLD_KEYS, Moved, new_value, update_keys, what_be
 RECIPES = files("cmae.train") / "recipes"
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+_load_yaml = get_loader("yaml")
+
+
+def _load_value(stream: str) -> Any:
+    """A value of the command line; a path in another encoding than the locale's is text, and no YAML."""
+    try:
+        return _load_yaml(stream)
+    except UnicodeError:
+        return stream
+
+
+set_loader("yaml", _load_value, (yaml.YAMLError,))
 
 
 _ON_THE_COMMAND_LINE = ("allow_pipe", "recipe", "print_config", "help", "h")
@@ -80,7 +101,7 @@ class Parser(ArgumentParser):
             CmaeError: A recipe names a `pipe:` and --allow_pipe is not among the words.
         """
         self.recipe_pipes.clear()
-        parsed = super().parse_args(*args, **kwargs)
+        parsed = _with_homes(super().parse_args(*args, **kwargs))
         if self.recipe_pipes and not parsed.get("allow_pipe"):
             shards = parsed.get("data.shards")
             for one in [shards] if isinstance(shards, str) else shards or []:
@@ -114,6 +135,16 @@ class Parser(ArgumentParser):
     def set_to(self, parsed: Namespace, key: str, value: Any) -> None:
         """Set one option as if it were given on the command line."""
         self._option_string_actions[f"--{key}"](self, parsed, value, f"--{key}")
+
+
+def _with_homes(parsed: Any) -> Any:
+    """The same arguments with `~` expanded in every path, which the shell leaves in `--out=~/x`."""
+    for key, value in list(parsed.items()):
+        if isinstance(value, Path):
+            parsed[key] = expand_home(value)
+        elif isinstance(value, list) and any(isinstance(one, Path) for one in value):
+            parsed[key] = [expand_home(one) for one in value]
+    return parsed
 
 
 def _is_unknown(found: Any) -> bool:
@@ -186,7 +217,8 @@ def read_recipe(name: str | Path) -> dict[str, Any]:
     Raises:
         CmaeError: Neither of them, not YAML, or a setting that this version cannot give.
     """
-    source = Path(name) if Path(name).is_file() else RECIPES / f"{name}.yaml"
+    path = expand_home(name)
+    source = path if path.is_file() else RECIPES / f"{name}.yaml"
     if not source.is_file():
         raise CmaeError(
             f"--recipe {name}: it must be a YAML file, or one of {', '.join(recipe_names())}"

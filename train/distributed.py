@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +17,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cmae.errors import CmaeError
+from cmae.printable import MAX_LINE, printable
 from cmae.train.config import COLLECTIVE_TIMEOUT_S
 from cmae.train.machine import usable_cores
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,9 +44,56 @@ def threads_per_rank(device_type: str = "cpu") -> int:
     On a GPU two of them are left to the threads that launch its work: the step's and the views'. With a
     thread for each of 16 cores they ran a quarter slower (H100, November 2026).
     """
-    share = int(usable_cores()) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local = _number_from_environment("LOCAL_WORLD_SIZE", 1) if _announced_size() > 1 else 1
+    share = int(usable_cores()) // max(1, local)
     left_free = min(2, share // 3) if device_type == "cuda" else 0
     return max(1, share - left_free)
+
+
+_LAUNCHER = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What a launcher sets beside WORLD_SIZE."""
+
+_PATIENCE_S = 10.0
+"""Seconds without the other ranks before a line says so."""
+
+
+def _number_from_environment(name: str, default: int) -> int:
+    value = os.environ.get(name, "").strip() or str(default)
+    if not value.isascii() or not value.isdecimal():
+        raise CmaeError(
+            f"{name} is {value!r} in the environment; it must be a whole number, which torchrun sets: "
+            f"`unset {name}` to run alone",
+            key=name,
+        )
+    return int(value)
+
+
+def _announced_size() -> int:
+    """Number of ranks that a launcher announces.
+
+    Raises:
+        CmaeError: The environment is that of no launcher, such as one left over in a shell.
+    """
+    world_size = _number_from_environment("WORLD_SIZE", 1)
+    if world_size <= 1:
+        return 1
+    alone = (
+        f"start the ranks with torchrun, or `unset WORLD_SIZE {' '.join(_LAUNCHER)}` to run alone"
+    )
+    missing = [name for name in _LAUNCHER if not os.environ.get(name, "").strip()]
+    if missing:
+        raise CmaeError(
+            f"WORLD_SIZE is {world_size} in the environment, but {', '.join(missing)} not set: {alone}",
+            key="WORLD_SIZE",
+        )
+    rank, port = (_number_from_environment(name, 0) for name in ("RANK", "MASTER_PORT"))
+    if rank >= world_size or not 0 < port < 1 << 16:
+        raise CmaeError(
+            f"RANK is {rank}, WORLD_SIZE {world_size} and MASTER_PORT {port} in the environment, which no "
+            f"launcher sets: {alone}",
+            key="WORLD_SIZE",
+        )
+    return world_size
 
 
 @contextmanager
@@ -53,24 +105,49 @@ def join_world(device: str = "auto", *, timeout_s: float = COLLECTIVE_TIMEOUT_S)
         timeout_s: Seconds that a collective waits for the other ranks.
 
     Raises:
-        CmaeError: The device is not one of these, or is not there.
+        CmaeError: The device is not one of these, or is not there; the environment is that of no launcher; or
+            the other ranks do not come.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    chosen = _choose_device(device, local_rank)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = _announced_size()
     if world_size == 1:
-        yield World(0, 1, chosen)
+        yield World(0, 1, _choose_device(device, 0))
         return
+    chosen = _choose_device(device, _number_from_environment("LOCAL_RANK", 0))
     on_gpu = chosen.type == "cuda"
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo",
-        timeout=timedelta(seconds=timeout_s),
-        device_id=chosen if on_gpu else None,
-    )
+    with _meeting(world_size):
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            timeout=timedelta(seconds=timeout_s),
+            device_id=chosen if on_gpu else None,
+        )
     try:
         yield World(dist.get_rank(), dist.get_world_size(), chosen)
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _meeting(world_size: int) -> Iterator[None]:
+    """Say what is waited for, when the other ranks are late.
+
+    Raises:
+        CmaeError: They do not come.
+    """
+    rank, address, port = (os.environ[name] for name in _LAUNCHER)
+    what = (
+        f"rank {rank} waits for {world_size - 1} other rank(s) at {address}:{port}, as WORLD_SIZE, RANK, "
+        "MASTER_ADDR and MASTER_PORT in the environment say; where no launcher has set them, unset them"
+    )
+    timer = threading.Timer(_PATIENCE_S, logger.warning, ("%s", printable(what, limit=MAX_LINE)))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except dist.DistError as error:
+        reason = str(error).split("\n")[0]
+        raise CmaeError(f"{what}. They did not come: {reason}", key="WORLD_SIZE") from error
+    finally:
+        timer.cancel()
 
 
 def _choose_device(device: str, local_rank: int) -> torch.device:

@@ -61,6 +61,55 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def process_space() -> str:
+    """Name of this boot of the machine and of its numbering of processes; '' where the system tells neither.
+
+    A process number means the same process only where these are equal: containers of one host name may each
+    have a process 1, and a machine that starts again gives the numbers anew.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def process_start(pid: int) -> int | None:
+    """Clock ticks from the machine's start to the process's; 0 if it has ended, None if nobody tells."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return None
+    state, *fields = stat.rpartition(b")")[2].split()
+    return 0 if state in (b"Z", b"X") else int(fields[18])
+
+
+def process_is_gone(pid: int, start: int) -> bool:
+    """Whether a process of this machine has certainly ended.
+
+    Args:
+        pid: Number of the process, in this process's own numbering.
+        start: Its `process_start`, since the number may be another's by now; 0 is not compared.
+    """
+    try:
+        os.kill(pid, 0)  # asks, and sends nothing
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass  # of another user
+    found = process_start(pid)
+    return found is not None and (found == 0 or (start != 0 and found != start))
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one of its run that prints, before there is a process group.
+
+    What a scheduler or an earlier run has left in the shell does not count where there is no other rank.
+    """
+    world_size = os.environ.get("WORLD_SIZE", "1").strip()
+    return world_size in ("", "1") or os.environ.get("RANK", "0").strip() in ("", "0")
+
+
 def package_version(package: str) -> str | None:
     """Installed version; None where there is none."""
     try:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TypeVar
 
+from cmae.errors import require
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -34,6 +36,7 @@ def run_threads(
     Threads suffice: reading and CRC32 release the interpreter lock. An exception, Ctrl-C included, drops
     what has not started and sets `stop`, for functions that take long and look at it.
     """
+    require(workers is None or workers >= 1, "workers", workers, ">= 1, or null")
     with ThreadPoolExecutor(workers or default_workers()) as pool:
         futures = [pool.submit(function, item) for item in items]
         try:

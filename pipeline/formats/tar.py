@@ -318,10 +318,11 @@ def record_of(group: TarGroup) -> TarRecord | None:
 
 def group_labels(group: TarGroup) -> dict[str, int | str]:
     """What each label member of a group says, by extension; see `read_label`."""
+    is_sample = has_image(group.members)
     return {
         extension: read_label(last_extension(member.name), member.data)
         for extension, member in group.members.items()
-        if is_label(extension, has_image=has_image(group.members))
+        if is_label(extension, has_image=is_sample)
     }
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cmae.errors import CmaeError, require
+from cmae.paths import expand_home
 from cmae.pipeline.remote.schemes import REDACTED
 from cmae.pipeline.views.config import ViewConfig
 
@@ -94,6 +95,8 @@ class LoaderConfig:
 
     def __post_init__(self) -> None:
         """Refuse what is out of range, and secrets that were replaced by stars."""
+        if self.cache_dir is not None:
+            object.__setattr__(self, "cache_dir", expand_home(self.cache_dir))
         if str(self.view_backend) == "host":
             warnings.warn("view_backend='host' is 'cpu' now", FutureWarning, stacklevel=3)
             object.__setattr__(self, "view_backend", "cpu")

@@ -10,12 +10,11 @@ from typing import Self
 
 import torch
 
-from cmae.pipeline.bad_samples import Health
+from cmae.pipeline.bad_samples import Health, NoGoodSamplesError
 from cmae.pipeline.batch import Batch, DrawMask, LoaderState
 from cmae.pipeline.loader.config import LoaderConfig
 from cmae.pipeline.loader.prefetcher import Prefetcher
 from cmae.pipeline.sources.records import Source
-from cmae.pipeline.sources.stream import NoSamplesError
 from cmae.pipeline.stage_stats import LoaderSnapshot, State
 from cmae.pipeline.views.backend import ViewBackend
 from cmae.pipeline.views.decode_check import DecodeChoice
@@ -94,7 +93,7 @@ class Loader:
         """
         try:
             queued = self._prefetcher.get()
-        except NoSamplesError as error:
+        except NoGoodSamplesError as error:
             # No batch will carry them to the ledger.
             self._health.add(0, error.bad)
             raise

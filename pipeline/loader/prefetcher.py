@@ -8,6 +8,7 @@ import queue
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,12 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from cmae.pipeline.bad_samples import BadSample
+from cmae.pipeline.bad_samples import (
+    MAX_BAD_RUN,
+    BadSample,
+    NoGoodSamplesError,
+    describe_bad,
+)
 from cmae.pipeline.batch import Batch, DrawMask, LoaderState, upload
 from cmae.pipeline.errors import DataError
 from cmae.pipeline.sources.records import RawBatch, Source
@@ -41,6 +47,12 @@ class QueuedBatch:
     bad: list[BadSample]
     event: torch.cuda.Event | None
     num_bytes: int
+
+
+def _first_of(bad: Sequence[BadSample]) -> str:
+    if not bad:
+        return ""
+    return f"The first: {describe_bad(bad[0])}. "
 
 
 class Prefetcher:
@@ -190,9 +202,13 @@ class Prefetcher:
     def _finish(self, raw: RawBatch, job: Any) -> QueuedBatch:
         start = time.perf_counter()
         views = self._collect(raw, job)
+        num_in_row = 0
         while views.bad:
-            self._source.replace(raw, views.bad)
+            before, num_in_row = len(views.bad), num_in_row + len(views.bad)
+            self._replace(raw, views.bad, num_in_row)
             views = self._collect(raw, self._submit(raw))
+            if len(views.bad) < before:
+                num_in_row = 0
         assert views.online is not None
         sample_id = self._upload(raw.sample_id)
         ids_keep, ids_mask = None, None
@@ -214,6 +230,29 @@ class Prefetcher:
         latency_s = time.perf_counter() - start
         self.stage.add(items=len(batch.label), num_bytes=num_bytes, latencies_s=[latency_s])
         return QueuedBatch(batch, raw.bad, event, num_bytes)
+
+    def _replace(self, raw: RawBatch, bad: dict[int, str], num_in_row: int) -> None:
+        """Fill the slots of what cannot be decoded.
+
+        Args:
+            raw: The batch.
+            bad: Reasons by slot.
+            num_in_row: Records that failed since one did not.
+
+        Raises:
+            NoGoodSamplesError: There is nothing to fill them with, or all the substitutes so far failed too.
+        """
+        try:
+            self._source.replace(raw, bad)
+        except NoGoodSamplesError as error:
+            raise NoGoodSamplesError(str(error), raw.bad) from error
+        if num_in_row > MAX_BAD_RUN:
+            raise NoGoodSamplesError(
+                f"{num_in_row} samples in a row cannot be decoded, more than the limit of {MAX_BAD_RUN}. "
+                f"{_first_of(raw.bad)}Check them with `cmae shards verify --decode pil`, make the indices "
+                "anew with `cmae shards index --rebuild true`, or try another data.view_backend",
+                raw.bad,
+            )
 
     def _upload(self, array: Int64[np.ndarray, " B"]) -> Int64[Tensor, " B"]:
         return upload(torch.from_numpy(array), self._device)

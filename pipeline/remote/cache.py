@@ -32,6 +32,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from cmae.errors import CmaeError
+from cmae.paths import expand_home
 from cmae.pipeline.errors import RemoteError
 from cmae.pipeline.formats.atomic import atomic_write
 from cmae.pipeline.formats.parallel import no_progress
@@ -69,7 +70,7 @@ class ShardCache:
     """
 
     def __init__(self, folder: str | Path, *, quota_bytes: int | None = None) -> None:
-        self.folder = Path(folder).expanduser()
+        self.folder = expand_home(folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -82,7 +83,9 @@ class ShardCache:
         """Where the copy of a shard lies, there or not."""
         address, _, query = identity(url).partition("?")  # a renewed signature is no other shard
         parent, _, name = address.rstrip("/").rpartition("/")
-        digest = hashlib.sha256(f"{parent}?{query}".encode()).hexdigest()[:12]
+        digest = hashlib.sha256(f"{parent}?{query}".encode(errors="surrogateescape")).hexdigest()[
+            :12
+        ]
         return self.folder / digest / PurePosixPath(name).name
 
     def used_bytes(self) -> int:

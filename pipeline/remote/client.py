@@ -30,6 +30,7 @@ from cmae.pipeline.remote.stores import (
     UnusableAnswerError,
     open_store,
 )
+from cmae.printable import MAX_LINE, printable
 
 logger = logging.getLogger(__name__)
 
@@ -223,7 +224,8 @@ class Remote:
         self.num_retries += 1
         if time.monotonic() >= self._quiet_until:  # a store that is down fails every read at once
             self._quiet_until = time.monotonic() + 10
-            logger.warning("trying again (%d so far): %s", self.num_retries, failures)
+            what = printable(str(failures), limit=MAX_LINE)
+            logger.warning("trying again (%d so far): %s", self.num_retries, what)
 
     def _delay(self, attempts: int, error: BaseException) -> float:
         """Exponential backoff, spread over its upper half so that ranks do not come back together."""

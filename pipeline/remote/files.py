@@ -31,6 +31,7 @@ from cmae.pipeline.remote.cache import CacheFullError, ShardCache
 from cmae.pipeline.remote.client import Remote, RemoteFile, Span
 from cmae.pipeline.remote.index import check_copy, load_remote_index, open_cache
 from cmae.pipeline.remote.progress import ByteCounter, ProgressReporter
+from cmae.printable import MAX_LINE, printable
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ def choose_reading(urls: Sequence[str], remote: Remote, *, needs_index: bool) ->
     except FileNotFoundError as error:
         if needs_index or config.mode != "auto":
             raise
-        logger.warning("%s. Until then the shards are streamed", error)
+        logger.warning("%s. Until then the shards are streamed", _shown(error))
         return None
     mode: Literal["cache", "range"] = "range" if config.cache_dir is None else "cache"
     if config.mode != "auto":
@@ -92,12 +93,18 @@ def choose_reading(urls: Sequence[str], remote: Remote, *, needs_index: bool) ->
     if whole is None or (mode == "cache" and fits):
         return Reading(mode, index, files, cache)
     if config.mode == "auto" and not needs_index:
-        logger.warning("%s: the server gives no byte ranges; the shards are streamed", whole.shown)
+        logger.warning(
+            "%s: the server gives no byte ranges; the shards are streamed", _shown(whole.shown)
+        )
         return None
     raise CmaeError(
         f"remote={mode!r} does not work with {whole.shown}: the server gives no byte ranges. Use "
         "remote=stream, or remote=cache with a quota that holds all shards"
     )
+
+
+def _shown(text: object) -> str:
+    return printable(str(text), limit=MAX_LINE)
 
 
 class RemoteFiles:
@@ -198,8 +205,8 @@ class RemoteFiles:
             logger.warning(
                 "the copy of %s cannot be read (%s): its samples are read from the store; look after the "
                 "disk of data.cache_dir",
-                self._files[number].shown,
-                error,
+                _shown(self._files[number].shown),
+                _shown(error),
             )
 
     def check_unchanged(self, shard: int) -> None:
@@ -304,12 +311,12 @@ class RemoteFiles:
                     "%d of %d shards are on the disk and the rest is read by range: %s",
                     len(self._copies),
                     len(self._files),
-                    error,
+                    _shown(error),
                 )
                 break
             except (RemoteError, CancelledError, OSError, ValueError) as error:
                 if not self._stop.is_set():
-                    logger.warning("not copied, its samples are read by range: %s", error)
+                    logger.warning("not copied, its samples are read by range: %s", _shown(error))
                 continue
             if is_copied:
                 elsewhere = 0

@@ -88,6 +88,9 @@ _FRAGMENT_VALUE = re.compile(r"""(://[^\#\s'"]*\#[^=&\#\s'"]*=)[^\s'"]*""")
 _PIPE = re.compile(r"\bpipe:(.*)", re.DOTALL)
 _TAR_WORD = re.compile(r"(?<![^\s/'\"])[\w.+-]*\w\.tar(?:\.\w{2,4})?(?![\w.=])")
 
+_MAX_URL = 16384
+"""Characters of a URL above which all of it is hidden: to look for its parts would take too long."""
+
 _OLD_QUERY = re.compile(
     r"([?&][^=&#\s]*(?:key|secret|token|passw|credential|authori|cookie|sig|auth)[^=&#\s]*=)[^&#\s'\"]+",
     re.IGNORECASE,
@@ -117,10 +120,16 @@ def redact(text: str) -> str:
     Of a `pipe:` the program's name and the names of tars stay.
     """
     text = _PIPE.sub(_redact_pipe, text)
+    if len(text) > _MAX_URL:
+        text = "".join(map(_without_long_url, re.split(r"(\s+)", text)))
     text = _AUTHORITY_USER.sub(rf"\1{REDACTED}@", text)
     for pattern in (_QUERY_VALUE, _BARE_QUERY, _FRAGMENT_VALUE):
         text = pattern.sub(rf"\1{REDACTED}", text)
     return text
+
+
+def _without_long_url(word: str) -> str:
+    return REDACTED if len(word) > _MAX_URL and "://" in word else word
 
 
 def _redact_pipe(match: re.Match[str]) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from cmae.errors import CmaeError
+from cmae.paths import expand_home
 from cmae.pipeline.formats.members.file_names import (
     IMAGE_EXTENSIONS,
     OTHER_IMAGE_EXTENSIONS,
@@ -72,7 +73,7 @@ def scan_image_folder(root: str | Path, *, layout: Layout = "auto") -> ImageSour
         CmaeError: The folder is missing, holds no JPEGs or only splits, a class has no images, or images lie
             beside the class folders and `layout` does not say which are meant.
     """
-    top = Path(root).expanduser()
+    top = expand_home(root)
     if not top.is_dir():
         raise CmaeError(_no_folder(top))
     classes = _class_folders(top)

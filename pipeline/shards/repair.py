@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from cmae.errors import CmaeError
+from cmae.paths import expand_home
 from cmae.pipeline.formats.atomic import atomic_write
 from cmae.pipeline.formats.dataset_folder import CLASSES_FILE, load_classes
 from cmae.pipeline.formats.images.pixels import decode_any
@@ -137,7 +138,7 @@ def repair_shards(
         OSError: A file that cannot be read or written.
     """
     paths = [Path(shard).absolute() for shard in shards]
-    out = Path(out_dir).expanduser().absolute()
+    out = expand_home(out_dir).absolute()
     _check_names(out, paths)
     digests = [tar_digest(path) for path in paths]
     settings = _settings(paths, digests, policy)

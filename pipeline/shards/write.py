@@ -26,6 +26,7 @@ import numpy as np
 import PIL
 
 from cmae.errors import CmaeError
+from cmae.paths import expand_home
 from cmae.pipeline.formats.atomic import atomic_write
 from cmae.pipeline.formats.dataset_folder import CLASSES_FILE, SKIPPED_FILE
 from cmae.pipeline.formats.images.jpeg import BadImageError, JpegInfo, inspect_decodable
@@ -128,7 +129,7 @@ def write_shards(
             f"samples_per_shard={samples_per_shard} and max_shard_bytes={max_shard_bytes} must be at least 1"
         )
     check_downscale(max_size, quality)
-    out = Path(out_dir).expanduser().absolute()
+    out = expand_home(out_dir).absolute()
     settings = {
         "samples_per_shard": samples_per_shard,
         "max_shard_bytes": max_shard_bytes,
@@ -210,7 +211,7 @@ class _ShardWriter:
 
     def _append_skipped(self, skipped: list[dict[str, Any]]) -> None:
         if skipped:
-            with self._skipped_lock, open(self._skipped_path, "a") as file:
+            with self._skipped_lock, open(self._skipped_path, "a", encoding="ascii") as file:
                 file.writelines(json.dumps(line) + "\n" for line in skipped)
 
 

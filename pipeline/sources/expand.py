@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cmae.errors import CmaeError
+from cmae.paths import expand_home
 from cmae.pipeline.remote.client import Remote, RemoteConfig
 from cmae.pipeline.remote.schemes import is_local, is_remote, redact, split_scheme
 from cmae.pipeline.remote.stores import open_filesystem
@@ -33,6 +34,9 @@ MAX_SHARDS = 1_000_000
 _GLOB_CHARACTERS = re.compile(r"[*?\[]")
 
 _LIST_DEADLINE_S = 60.0
+
+_MAX_BRACES = 64
+"""Pairs of braces in one pattern."""
 
 _MAX_DIGITS = 18
 """Of a number in braces."""
@@ -92,7 +96,7 @@ def _expand_one(pattern: str, storage_options: Mapping[str, Any]) -> list[str]:
         if not is_file and not is_local(url):
             shards += _expand_url(url, storage_options)
             continue
-        found = [_as_path(one) for one in _expand_path(os.path.expanduser(url))]
+        found = [_as_path(one) for one in _expand_path(str(expand_home(url)))]
         shards += found
         if not found:
             missing.append(url)
@@ -166,8 +170,11 @@ def _expand_braces(text: str) -> list[str]:
 
 def _num_expanded(text: str) -> int:
     """How many strings the braces stand for; counted before any is made."""
-    count = 1
+    count, num_braces = 1, 0
     while match := _BRACES.search(text):
+        num_braces += 1
+        if num_braces > _MAX_BRACES:
+            return MAX_SHARDS + 1
         bounds = _RANGE.match(match[1])
         if bounds is not None:
             if max(len(bounds[1]), len(bounds[2])) > _MAX_DIGITS:
@@ -199,7 +206,7 @@ def _choices(inside: str) -> list[str]:
 
 
 def _nothing_found(pattern: str, missing: list[str], *, num_found: int) -> str:
-    path = Path(os.path.expanduser(missing[0]))
+    path = expand_home(missing[0])
     if path.is_dir():
         inside = sorted(entry.name for entry in path.iterdir())[:5]
         listing = f"only {', '.join(inside)}" if inside else "it is empty"

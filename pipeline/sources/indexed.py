@@ -16,10 +16,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int64, UInt8
 
-from cmae.pipeline.bad_samples import BadSample
+from cmae.pipeline.bad_samples import MAX_BAD_RUN, BadSample, NoGoodSamplesError
 from cmae.pipeline.batch import LoaderState
 from cmae.pipeline.buffer_pool import BufferPool
-from cmae.pipeline.errors import DataError
 from cmae.pipeline.formats.dataset_index import DatasetIndex, Place
 from cmae.pipeline.formats.images.jpeg import BadImageError, inspect_jpeg
 from cmae.pipeline.sampling.epoch_plan import EpochPlan
@@ -27,9 +26,6 @@ from cmae.pipeline.sources.local_files import OpenFiles
 from cmae.pipeline.sources.records import Extent, RawBatch, Record
 from cmae.pipeline.sources.shard_reader import LostShard, ShardReader
 from cmae.pipeline.stage_stats import Stage, State
-
-_MAX_BAD_RUN = 100
-"""Bad records or lost shards in a row, after which no substitute is looked for."""
 
 
 class _Row(NamedTuple):
@@ -192,7 +188,10 @@ class IndexedSource:
         places = [row.place for row in rows]
         found = self.reader.read_batch(places, self._buffers.take(num_bytes))
         for row, data in zip(rows, found, strict=True):
-            self._add(row, data, batch)
+            try:
+                self._add(row, data, batch)
+            except NoGoodSamplesError as error:
+                raise NoGoodSamplesError(str(error), batch.bad) from error
             times.append(time.perf_counter())
         self.stage.add(items=len(rows), num_bytes=num_bytes, latencies_s=np.diff(times))
         self.stage.switch(State.BLOCKED)
@@ -214,7 +213,7 @@ class IndexedSource:
         A shard that cannot be read is passed over as a whole.
         """
         first, fault = dataset_row % self._plan.num_samples, ""
-        for _ in range(_MAX_BAD_RUN):
+        for _ in range(MAX_BAD_RUN):
             (row,) = self._look_up(np.array([dataset_row % self._plan.num_samples]))
             (data,) = self.reader.read_batch([row.place], np.empty(row.size, dtype=np.uint8))
             fault = self._fault(row, data)
@@ -225,9 +224,10 @@ class IndexedSource:
             else:
                 return _record(row, data)
         shard, _ = self._index.locate(first)
-        raise DataError(
-            f"{_MAX_BAD_RUN} bad records or shards in a row from {self._index.paths[shard]} on ({fault}): "
-            "check them with `cmae shards verify`"
+        raise NoGoodSamplesError(
+            f"{MAX_BAD_RUN} bad records or shards in a row from {self._index.paths[shard]} on ({fault}): "
+            "check them with `cmae shards verify`",
+            (),
         )
 
     def _look_up(self, dataset_rows: Int64[np.ndarray, " n"]) -> list[_Row]:

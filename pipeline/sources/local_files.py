@@ -22,6 +22,7 @@ from cmae.pipeline.errors import DataError
 from cmae.pipeline.formats.dataset_index import Place
 from cmae.pipeline.formats.shard_index import tar_digest
 from cmae.pipeline.sources.shard_reader import LostShard
+from cmae.printable import MAX_LINE, printable
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +132,8 @@ class OpenFiles:
             except OSError as error:
                 if error.errno not in _PASSING_ERRORS:
                     raise
-                logger.warning("%s: %s; opening it again", self.paths[place.shard], error.strerror)
+                path = printable(self.paths[place.shard], limit=MAX_LINE)
+                logger.warning("%s: %s; opening it again", path, error.strerror)
                 self._forget(place.shard)
                 time.sleep(self._first_delay_s * 2**attempt)
         try:
@@ -186,7 +188,10 @@ class OpenFiles:
                 "change, with fresh indices (`cmae shards index`)"
             )
         logger.warning(
-            "%s was replaced by a file of the same contents: %s, now %s", path, before, now
+            "%s was replaced by a file of the same contents: %s, now %s",
+            printable(path, limit=MAX_LINE),
+            before,
+            now,
         )
         self._seen[shard] = now
 

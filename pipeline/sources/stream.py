@@ -17,9 +17,8 @@ import psutil
 import webdataset as wds
 
 from cmae.errors import CmaeError
-from cmae.pipeline.bad_samples import BadSample
+from cmae.pipeline.bad_samples import BadSample, NoGoodSamplesError
 from cmae.pipeline.batch import LoaderState
-from cmae.pipeline.errors import DataError
 from cmae.pipeline.formats.images.jpeg import BadImageError, inspect_jpeg
 from cmae.pipeline.formats.members.member_counts import MemberCounts
 from cmae.pipeline.formats.shard_index import index_path
@@ -38,14 +37,6 @@ _STREAM_DRAW = 1 << 21  # away from the draws of views and plan
 
 _SHARD_FAULTS = (ValueError, OSError, MemoryError, RecursionError, OverflowError)
 """What a shard's bytes can bring about: the rest of it is lost, and the run goes on."""
-
-
-class NoSamplesError(DataError):
-    """An epoch of a stream has not one batch; `bad` are the faults that were met."""
-
-    def __init__(self, message: str, bad: Sequence[BadSample]) -> None:
-        super().__init__(message)
-        self.bad = tuple(bad)
 
 
 class StreamSource:
@@ -93,7 +84,7 @@ class StreamSource:
             )
         # A signature that was renewed does not make other data.
         names = "\n".join(map(identity, urls))
-        self.digest = hashlib.sha256(names.encode()).hexdigest()[:16]
+        self.digest = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16]
         # Reading happens in the thread that asks for batches, and between them it is elsewhere.
         self.stage = Stage("read", threads=1, first_state=State.BLOCKED)
         self._urls = list(urls)
@@ -122,7 +113,7 @@ class StreamSource:
                 num_batches += 1
                 yield raw
             if num_batches == 0 and done == 0:
-                raise NoSamplesError(self._no_batch(epoch), self._bad)
+                raise NoGoodSamplesError(self._no_batch(epoch), self._bad)
             epoch, done = epoch + 1, 0
 
     def _no_batch(self, epoch: int) -> str:
@@ -146,7 +137,9 @@ class StreamSource:
             shard = redact(self._urls[record.shard])
             raw.bad.append(BadSample(shard, record.key, record.record_number, reason, raw.epoch))
         if len(bad) == size:
-            raise DataError(f"none of the {size} samples of a batch can be decoded: {bad[0]}")
+            raise NoGoodSamplesError(
+                f"none of the {size} samples of a batch can be decoded: {bad[0]}", ()
+            )
         for slot in bad:
             good = next(i % size for i in range(slot + 1, slot + size) if i % size not in bad)
             raw.records[slot] = raw.records[good]

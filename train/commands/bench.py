@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
-from cmae.errors import CmaeError
+from cmae.errors import CmaeError, require
 from cmae.model import ModelConfig, count_multiply_adds
 from cmae.model.analysis.operations import PARTS, Operation, Precision, operations
 from cmae.model.analysis.roofline import count_memory, ema_bytes, optimizer_bytes
+from cmae.printable import printable
 from cmae.train.config import Config
 from cmae.train.machine import compute_capability
+from cmae.train.monitor.console import PlainConsole
 
 GB = 1e9
 _RESERVE = 0.08
@@ -117,13 +118,13 @@ def bench_model(
         as_json: Whether to print JSON instead of a table.
 
     Raises:
-        CmaeError: The GPU is not known, or the batch is empty.
+        CmaeError: The GPU is not known, the batch is empty, or a result file is broken.
     """
+    gpu = gpu.lower()
     if gpu != "measured" and gpu not in GPUS:
         raise CmaeError(f"--gpu is {gpu!r}; it must be 'measured' or one of {', '.join(GPUS)}")
+    require(batch_size is None or batch_size >= 1, "--batch_size", batch_size, ">= 1")
     size = batch_size or config.speed.micro_batch_size or 128
-    if size < 1:
-        raise CmaeError(f"--batch_size is {size}; it must be >= 1")
     chosen = measure_device(config.optim.precision) if gpu == "measured" else GPUS[gpu]
     estimate = estimate_step(config, chosen, batch_size=size)
     measured = find_measured(results, config.model, chosen.name, size)
@@ -278,17 +279,32 @@ def find_measured(
     gmacs = count_multiply_adds(model)["training_step"] / 1e9
     found: list[dict[str, Any]] = []
     for path in sorted(results.glob("*_step_*.json"), reverse=True):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        device = result["machine"]["device"].lower()
-        for row in result["rows"]:
-            fits = row.get("batch_size") == batch_size and "images_per_s" in row
-            if (
-                fits
-                and is_named(gpu, device)
-                and math.isclose(row.get("gmacs_per_image", 0), gmacs)
-            ):
-                found.append({**row, "device": device, "file": path.name})
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            device = str(result["machine"]["device"]).lower()
+            if not is_named(gpu, device):
+                continue
+            rows = [row for row in result["rows"] if _fits(row, gmacs, batch_size)]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CmaeError(
+                f"{path} is no result of benchmarks/bench_step.py ({type(error).__name__}: "
+                f"{printable(str(error))}): correct it, remove it, or name another folder with --results",
+                key="--results",
+            ) from error
+        found += [{**row, "device": device, "file": path.name} for row in rows]
     return found
+
+
+def _fits(row: dict[str, Any], gmacs: float, batch_size: int) -> bool:
+    """Whether a row is a measured step of this model and batch.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: It is no row.
+    """
+    if row.get("batch_size") != batch_size or "images_per_s" not in row:
+        return False
+    float(row["images_per_s"]["median"])
+    return math.isclose(row.get("gmacs_per_image", 0), gmacs)
 
 
 def is_named(gpu: str, device: str) -> bool:
@@ -298,7 +314,7 @@ def is_named(gpu: str, device: str) -> bool:
 
 
 def _print_tables(estimate: Estimate, measured: Sequence[dict[str, Any]], config: Config) -> None:
-    console, gpu = Console(), estimate.gpu
+    console, gpu = PlainConsole(highlight=True), estimate.gpu
     table = Table(
         title=f"one step of {estimate.batch_size} images on {gpu.name}: {gpu.tflops:.4g} TFLOP/s, "
         f"{gpu.gb_per_s:.4g} GB/s",

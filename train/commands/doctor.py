@@ -15,11 +15,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from cmae.train.machine import cgroup_limit, driver_version
+from cmae.train.monitor.console import PlainConsole
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -50,10 +50,8 @@ def doctor() -> int:
         table.add_column(column, overflow="fold")
     for check in checks:
         colour = _COLOURS[check.status]
-        table.add_row(
-            check.name, escape(check.found), f"[{colour}]{check.status}", escape(check.fix)
-        )
-    Console().print(table)
+        table.add_row(check.name, check.found, Text(check.status, colour), check.fix)
+    PlainConsole(highlight=True).print(table)
     failed = [check.name for check in checks if check.status == "fail"]
     warned = sum(check.status == "warn" for check in checks)
     counted = {0: "", 1: " with 1 warning"}.get(warned, f" with {warned} warnings")

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import difflib
 import errno
+import io
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn
 
 import cmae
 from cmae.errors import CmaeError
-from cmae.printable import printable
+from cmae.printable import MAX_LINE, printable, printable_lines
 from cmae.train.commands.registry import COMMANDS, Command
+from cmae.train.machine import is_first_rank
 from cmae.train.monitor.sinks import LastingStream
 
 _EPILOG = """\
@@ -52,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
             return code
         except CmaeError as error:
-            if not error.is_on_every_rank or os.environ.get("RANK", "0") == "0":
-                print(f"{prog}: error: {error}", file=sys.stderr)
+            if not error.is_on_every_rank or is_first_rank():
+                _print_error(prog, error)
             return error.exit_code
         except BrokenPipeError:
             # Nobody reads any more, as after `| head`.
@@ -66,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             ):
                 raise
             # The system's own words and the file's name say all.
-            print(f"{prog}: error: {printable(str(error))}", file=sys.stderr)
+            _print_error(prog, error)
             return 1
         except KeyboardInterrupt:
             print(f"{prog}: interrupted", file=sys.stderr)
@@ -78,6 +83,8 @@ def _lasting_output() -> Iterator[Callable[[], None]]:
     """A closed terminal must not end what runs: stderr outlives it, and stdout once the result is called."""
     with ExitStack() as stack:
         _fill_closed()
+        _spell_out(stack)
+        _plain_messages(stack)
         stack.callback(LastingStream(sys.stdout).settle)
 
         def keep(name: str) -> None:
@@ -90,6 +97,61 @@ def _lasting_output() -> Iterator[Callable[[], None]]:
         if sys.stdout is None:
             keep("stdout")
         yield lambda: keep("stdout")
+
+
+def _print_error(prog: str, error: Exception) -> None:
+    """Print an error; lines after the first are indented, so that none can pass for another message."""
+    first, *others = (printable(line, limit=MAX_LINE) for line in str(error).split("\n"))
+    print("\n  ".join([f"{prog}: error: {first}", *others]), file=sys.stderr)
+
+
+def _spell_out(stack: ExitStack) -> None:
+    """Print what the terminal's encoding lacks in other characters: a bar of # is better than no table."""
+    codecs.register_error("cmae", _in_other_characters)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stack.callback(stream.reconfigure, errors=stream.errors)
+            stream.reconfigure(errors="cmae")
+
+
+_OTHER_CHARACTERS = {"█": "#", "▒": ":", "░": ".", "→": ">", "µ": "u", "–": "-", "×": "x"}
+_OTHER_CHARACTERS |= dict.fromkeys("▏▎▍▌▋▊▉", "#")
+
+
+def _in_other_characters(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    found = error.object[error.start : error.end]
+    spelled = "".join(
+        _OTHER_CHARACTERS.get(one) or one.encode("ascii", "backslashreplace").decode()
+        for one in found
+    )
+    return spelled, error.end
+
+
+def _plain_messages(stack: ExitStack) -> None:
+    """Log lines and warnings without control characters, where nobody has set up logging."""
+    if (last_resort := logging.lastResort) is not None:
+        stack.callback(last_resort.setFormatter, last_resort.formatter)
+        last_resort.setFormatter(_PlainFormatter())
+    format_before: Any = warnings.formatwarning
+
+    def format_plain(message: Warning | str, *place: Any, **more: Any) -> str:
+        text: str = format_before(printable(str(message), limit=MAX_LINE), *place, **more)
+        return text
+
+    stack.callback(setattr, warnings, "formatwarning", format_before)
+    warnings.formatwarning = format_plain
+
+
+class _PlainFormatter(logging.Formatter):
+    """One line for a message, and an indented traceback."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = printable(record.getMessage(), limit=MAX_LINE)
+        if record.exc_info:
+            lines = printable_lines(self.formatException(record.exc_info)).split("\n")
+            text = "\n  ".join([text, *lines])
+        return text
 
 
 def _fill_closed() -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from rich.console import Console
-
+from cmae.paths import check_output
 from cmae.train.config import Config
+from cmae.train.machine import is_first_rank
+from cmae.train.monitor.console import PlainConsole
 from cmae.train.profiling.analysis.records import Profile, load_profile
 from cmae.train.profiling.config import ProfileConfig
 from cmae.train.profiling.report.terminal import print_profile
@@ -23,11 +23,11 @@ def profile_run(config: Config, options: ProfileConfig) -> int:
     from cmae.train.profiling.profiler import profile
 
     found = profile(config, options)
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first_rank():
         # Under torchrun the first rank prints and writes for all.
         return 0
     found.save(options.out / "profile.json")
-    console = Console(highlight=False)
+    console = PlainConsole()
     print_profile(found, console)
     _write_report(found, options.out / "report.html", console)
     return 0
@@ -43,7 +43,9 @@ def show(path: Path, *, html: Path | None) -> int:
     Raises:
         ValueError: The file is no profile.
     """
-    profile, console = load_profile(path), Console(highlight=False)
+    if html is not None:
+        check_output(html, key="--html")
+    profile, console = load_profile(path), PlainConsole()
     print_profile(profile, console)
     if html is not None:
         _write_report(profile, html, console)
@@ -63,8 +65,10 @@ def diff(before: Path, after: Path, *, html: Path | None) -> int:
     """
     from cmae.train.profiling.report.diff import diff_profiles, print_diff
 
+    if html is not None:
+        check_output(html, key="--html")
     found = diff_profiles(load_profile(before), load_profile(after))
-    console = Console(highlight=False)
+    console = PlainConsole()
     print_diff(found, console)
     if html is not None:
         from cmae.train.profiling.report.html import write_diff_html
@@ -74,7 +78,7 @@ def diff(before: Path, after: Path, *, html: Path | None) -> int:
     return 0
 
 
-def _write_report(profile: Profile, path: Path, console: Console) -> None:
+def _write_report(profile: Profile, path: Path, console: PlainConsole) -> None:
     from cmae.train.profiling.report.html import write_html
 
     write_html(profile, path)

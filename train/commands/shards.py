@@ -13,9 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cmae.errors import CmaeError
+from cmae.errors import CmaeError, require
+from cmae.paths import check_output
 from cmae.pipeline.formats.images.jpeg import Decode
-from cmae.printable import printable
+from cmae.printable import MAX_LINE, printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
 
 _MAX_LINES = 20
 """Problems that are printed; the rest are counted."""
-
-_MAX_LINE = 4000
-"""Characters of a line that is printed."""
 
 _INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT."""
@@ -310,15 +308,18 @@ def inspect(
         cache_dir: Folder for copies of remote shards, with room for all of them.
         storage_options: Options of fsspec's file system, such as {anon: true}, for URLs.
     """
-    from rich.console import Console
-
     from cmae.pipeline.formats.dataset_folder import load_classes
     from cmae.pipeline.shards.contact_sheet import contact_sheet
     from cmae.pipeline.shards.statistics import shard_statistics
+    from cmae.train.monitor.console import PlainConsole
 
+    if sheet is not None:
+        check_output(sheet, key="--sheet", suffixes=(".png",))
+    for name, value in (("num_images", num_images), ("columns", columns)):
+        require(value >= 1, f"--{name}", value, ">= 1")
     paths = _local_copies(shards, cache_dir, storage_options)
     statistics = shard_statistics(paths)
-    console = Console()
+    console = PlainConsole(highlight=True)
     console.print(_count_table(statistics, load_classes(Path(paths[0]).parent)))
     console.print(_percentile_table(statistics))
     if statistics.members.total:
@@ -339,11 +340,10 @@ def problem_line(problem: Problem) -> str:
 def _read_source(
     images: Path, list_file: Path | None, layout: Literal["auto", "classes", "flat"]
 ) -> ImageSource:
-    from rich.console import Console
-
     from cmae.pipeline.shards.image_folder import read_image_list, scan_image_folder
+    from cmae.train.monitor.console import PlainConsole
 
-    with Console(stderr=True).status("looking for images"):
+    with PlainConsole(stderr=True).status("looking for images"):
         if list_file is not None:
             return read_image_list(list_file, root=images)
         return scan_image_folder(images, layout=layout)
@@ -406,7 +406,6 @@ def _remote_cache(
 @contextmanager
 def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar on stderr; gives the function that advances it."""
-    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -417,6 +416,8 @@ def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
         TimeRemainingColumn,
     )
 
+    from cmae.train.monitor.console import PlainConsole
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -425,18 +426,18 @@ def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, console=PlainConsole(stderr=True), transient=True) as progress:
         task = progress.add_task(what, total=total)
         yield lambda amount: progress.advance(task, amount)
 
 
 def _print(line: str) -> None:
     """Print a line with names from files or stores in it."""
-    print(printable(line, limit=_MAX_LINE))
+    print(printable(line, limit=MAX_LINE))
 
 
 def _report(line: str) -> None:
-    print(printable(line, limit=_MAX_LINE), file=sys.stderr)
+    print(printable(line, limit=MAX_LINE), file=sys.stderr)
 
 
 def _report_lines(lines: Sequence[str]) -> None:
@@ -465,7 +466,7 @@ def _count_table(facts: ShardStatistics, classes: list[str] | None) -> Table:
     table.add_row("shards", f"{facts.num_shards} with {smallest}..{largest} samples")
     table.add_row("samples", f"{facts.num_samples}")
     if facts.num_bad:
-        table.add_row("left out", f"[red]{facts.num_bad} images cannot be decoded")
+        table.add_row("left out", Text(f"{facts.num_bad} images cannot be decoded", "red"))
     mean = facts.image_bytes / max(facts.num_samples, 1)
     table.add_row("image bytes", f"{_gib(facts.image_bytes)}, {mean / 1e3:.1f} kB an image")
     if facts.downscaled:

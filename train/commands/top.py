@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import socket
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
-import psutil
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from cmae.errors import CmaeError, require
+from cmae.printable import printable
+from cmae.train.machine import process_is_gone, process_space
+from cmae.train.monitor.console import PlainConsole
 from cmae.train.monitor.status import EVERY_S, RunStatus, format_duration, read_status
 from cmae.train.profiling.analysis.stages import (
     StageShares,
@@ -27,7 +30,11 @@ from cmae.train.profiling.analysis.stages import (
 from cmae.train.profiling.analysis.verdict import NAMES, SMALL
 
 _SILENT_S = 15.0
-"""A rank whose file is older than this, in spite of its writing thread, is taken for dead."""
+"""Without news for this long, in spite of the thread that writes them, a rank is 'silent'."""
+_LOST_S = 600.0
+"""Without news for this long it is 'lost', unless its process is seen to be there."""
+_LISTEN_S = 3 * EVERY_S
+"""How long a file that looks old is watched before it is believed: the clocks of two machines may differ."""
 _UNEVEN = 0.05
 """Share of the step by which a rank's waiting must exceed the others' for it to be called a straggler."""
 _MAX_RANKS = 32
@@ -44,16 +51,18 @@ def top(run: Path, *, once: bool = False, every_s: float = EVERY_S) -> int:
     """Show a run's ranks: rates, where they wait, their loaders' stages.
 
     It reads the small files that each rank writes into the run's folder, so it works from any machine that
-    sees the folder. Exits with 1 if the run failed or its processes are gone, with 0 if it goes on or is
-    done.
+    sees the folder. Exits with 1 if the run failed, its processes are gone, or there has been no news of it
+    for ten minutes; with 0 if it goes on or is done.
 
     Args:
         run: folder of the run (run.out).
         once: print one frame and exit, for logs.
         every_s: seconds between two frames.
     """
-    console = Console(highlight=False)
-    statuses = read_status(run)
+    require(0.1 <= every_s <= 3600, "--every_s", every_s, "between 0.1 and 3600 seconds")
+    console = PlainConsole()
+    news = _News(run)
+    statuses = news.listen()
     if once or not console.is_terminal:
         console.print(frame(run, statuses, now=time.time(), width=console.width))
         return _exit_code(statuses)
@@ -64,32 +73,92 @@ def top(run: Path, *, once: bool = False, every_s: float = EVERY_S) -> int:
             if not any(_is_going(one, time.time()) for one in statuses):
                 return _exit_code(statuses)
             time.sleep(every_s)
-            statuses = read_status(run)
+            statuses = news.read()
+
+
+class _News:
+    """The statuses of a run, each dated by this machine's clock as soon as its file is seen to change.
+
+    The run's own clock may be another machine's, or may be set back while it goes.
+
+    Args:
+        run: Folder of the run.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self._run = run
+        self._heard: dict[int, tuple[float, float]] = {}
+        self._statuses: list[RunStatus] = []
+
+    def listen(self) -> list[RunStatus]:
+        """Read all; where files look old, or younger than now, see whether they change."""
+        statuses = self.read()
+        doubted = {one.rank for one in statuses if _is_doubtful(one, self._heard[one.rank][0])}
+        written = {rank: self._heard[rank][0] for rank in doubted}
+        end = time.time() + _LISTEN_S
+        while doubted and time.time() < end:
+            time.sleep(0.2)
+            statuses = self.read()
+            doubted = {rank for rank in doubted if self._heard[rank][0] == written[rank]}
+        return statuses
+
+    def read(self) -> list[RunStatus]:
+        """The statuses now; those of before where the storage does not answer."""
+        try:
+            found = read_status(self._run)
+        except (OSError, CmaeError):
+            if not self._statuses:
+                raise
+            return self._statuses
+        self._statuses = [self._dated(one, time.time()) for one in found]
+        return self._statuses
+
+    def _dated(self, status: RunStatus, now: float) -> RunStatus:
+        written, heard = self._heard.get(status.rank, (status.time, min(status.time, now)))
+        if status.time != written:
+            heard = now
+        self._heard[status.rank] = (status.time, heard)
+        return replace(status, time=heard)
+
+
+def _is_doubtful(status: RunStatus, written: float) -> bool:
+    """Whether the age of a file says nothing yet."""
+    now = time.time()
+    return condition(status, now) in ("silent", "lost") or (
+        status.state == "running" and written > now + 1
+    )
 
 
 def _exit_code(statuses: Sequence[RunStatus]) -> int:
     conditions = [condition(one, time.time()) for one in statuses]
-    return int(any(found in ("failed", "dead") for found in conditions))
+    return int(any(found in ("failed", "dead", "lost") for found in conditions))
 
 
 def _is_going(status: RunStatus, now: float) -> bool:
-    return condition(status, now) in ("running", "stuck")
+    return condition(status, now) in ("running", "stuck", "silent")
 
 
 def condition(status: RunStatus, now: float) -> str:
-    """running, stuck, dead, finished, stopped or failed.
+    """running, stuck, silent, lost, dead, finished, stopped or failed.
 
-    'stuck': the process writes, but its step takes ten times as long as the ones before. 'dead': the file
-    says running, yet nothing has been written for 15 s, or the process is gone from this machine.
+    'stuck': the process writes, but its step takes ten times as long as the ones before. 'silent': no news
+    for 15 s, which storage that hangs or a full disk can cause, too. 'lost': no news for ten minutes. 'dead':
+    it ran on this machine, among the process numbers that are seen here, and the process is gone.
     """
     if status.state != "running":
         return status.state
-    if now - status.time > _SILENT_S:
+    is_seen = _is_seen_here(status)
+    if is_seen and process_is_gone(status.pid, status.process_start):
         return "dead"
-    if status.host == socket.gethostname() and not psutil.pid_exists(status.pid):
-        return "dead"
+    silence_s = now - status.time
+    if silence_s > _SILENT_S:
+        return "silent" if is_seen or silence_s <= _LOST_S else "lost"
     limit_s = max(10 * (status.step_ms or 0) / 1000, 30.0)
     return "stuck" if status.step_ms and status.step_age_s > limit_s else "running"
+
+
+def _is_seen_here(status: RunStatus) -> bool:
+    return status.process_space != "" and status.process_space == process_space()
 
 
 def frame(run: Path, statuses: Sequence[RunStatus], *, now: float, width: int) -> RenderableType:
@@ -116,7 +185,7 @@ def frame(run: Path, statuses: Sequence[RunStatus], *, now: float, width: int) -
 
 def _headline(run: Path, statuses: Sequence[RunStatus], now: float) -> Text:
     step, total = min(one.step for one in statuses), statuses[0].total_steps
-    parts = [f"{run}", f"step {step}/{total} ({step / max(total, 1):.0%})"]
+    parts = [printable(str(run)), f"step {step}/{total} ({step / max(total, 1):.0%})"]
     rates = [one.images_per_s for one in statuses if one.images_per_s]
     if rates:
         rate = statistics.median(rates)
@@ -133,15 +202,15 @@ def _headline(run: Path, statuses: Sequence[RunStatus], now: float) -> Text:
 def verdict(statuses: Sequence[RunStatus], now: float) -> str:
     """Where the run's time goes, in one sentence; first of all whether it goes on."""
     conditions = {one.rank: condition(one, now) for one in statuses}
-    missing = set(range(statuses[0].world_size)) - set(conditions)
-    if missing:
-        return f"{_ranks(sorted(missing))} has written nothing yet."
-    for ended in ("failed", "dead"):
+    missing = (rank for rank in range(statuses[0].world_size) if rank not in conditions)
+    if first := list(islice(missing, 9)):
+        return f"{_ranks(first)} has written nothing yet."
+    for ended in ("failed", "dead", "lost", "silent"):
         ranks = [rank for rank, found in conditions.items() if found == ended]
         if ranks:
             return _ended(ended, [one for one in statuses if one.rank in ranks], now)
     if not any(found in ("running", "stuck") for found in conditions.values()):
-        return f"The run has {statuses[0].state}, {format_duration(now - statuses[0].time)} ago."
+        return f"The run has {statuses[0].state}, {_ago(statuses[0], now)} ago."
     stuck = [one for one in statuses if conditions[one.rank] == "stuck"]
     if stuck:
         age = max(one.step_age_s for one in stuck)
@@ -153,12 +222,20 @@ def verdict(statuses: Sequence[RunStatus], now: float) -> str:
 
 def _ended(how: str, statuses: Sequence[RunStatus], now: float) -> str:
     ranks, one = _ranks([status.rank for status in statuses]), statuses[0]
+    where = f"{ranks} ({one.host}, process {one.pid})"
     if how == "failed":
         return f"Failed: {ranks}: {one.error}"
-    return (
-        f"Dead: {ranks} ({one.host}, process {one.pid}) was running and has been silent for "
-        f"{format_duration(now - one.time)}."
-    )
+    if how == "dead":
+        return f"Dead: {where} was running and its process is gone."
+    if _is_seen_here(one):
+        why = "its process is there, and its status file cannot be written or read"
+    else:
+        why = "whether its process goes on is seen on its machine only"
+    return f"No news of {where} for {_ago(one, now)}: {why}."
+
+
+def _ago(status: RunStatus, now: float) -> str:
+    return format_duration(max(now - status.time, 0.0))
 
 
 def _limit(statuses: Sequence[RunStatus]) -> str:
@@ -238,8 +315,11 @@ def _rank_table(statuses: Sequence[RunStatus], now: float, width: int) -> Table:
         shares = {stage.name: stage for stage in stage_shares(one.window)}
         table.add_row(
             str(one.rank),
-            escape(one.host[:18]),
-            Text(found, style=_COLOURS.get(found, "bold red")),
+            Text(one.host[:18]),
+            Text(
+                "no news" if found in ("silent", "lost") else found,
+                style=_COLOURS.get(found, "bold red"),
+            ),
             str(one.step),
             "-" if one.step_ms is None else format_number(one.step_ms),
             f"{one.wait_share:.0%}",

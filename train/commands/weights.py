@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
 
 from cmae.errors import CmaeError
 from cmae.model import CMAE, from_authors, from_mae, load_model, to_timm
+from cmae.paths import check_output
 from cmae.train.loop.checkpoint import write_atomically
 from cmae.train.loop.weights import save_model
+from cmae.train.monitor.console import PlainConsole
 
 
 def import_weights(
@@ -34,6 +35,7 @@ def import_weights(
         trust: Whether to unpickle also objects that are not tensors (logs and settings that frameworks store
             beside the weights); such a file can run any code, so know where it comes from.
     """
+    check_output(out, key="OUT")
     loaded = _read_foreign(source, trust=trust)
     try:
         model = (
@@ -61,6 +63,7 @@ def export_weights(
         out: File to write; with the suffix .safetensors it is one, else torch.save writes it.
         branch: Encoder to write: 'online' is the trained one, 'target' its moving average.
     """
+    check_output(out, key="OUT")
     model = load_model(checkpoint)
     state = to_timm(model, branch=branch)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -98,4 +101,4 @@ def _describe(model: CMAE) -> str:
 
 
 def _report(message: str) -> None:
-    Console(stderr=True, highlight=False).print(message, soft_wrap=True)
+    PlainConsole(stderr=True).print(message, soft_wrap=True)

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 import torch
-from rich.markup import escape
 
 from cmae.errors import CmaeError
 from cmae.kernels import color_jitter, use_backend
 from cmae.model import build_model, draw_mask
-from cmae.model.export.stored import CheckpointError, load_checkpoint
+from cmae.model.export.stored import CheckpointError, list_checkpoints, load_checkpoint
 from cmae.pipeline import FillProgress, Loader, LoaderState, build_loader
 from cmae.pipeline.bad_samples import LEDGER_FILE, BadLimit
 from cmae.pipeline.loader.loader import Wrap
-from cmae.train.config import BatchSplit, Config
+from cmae.train.config import BatchSplit, Config, check_norm_rows
 from cmae.train.distributed import World, from_main, gather_values, join_world, largest
 from cmae.train.loop.checkpoint import (
     Checkpointer,
@@ -80,6 +79,7 @@ def pretrain(config: Config) -> Outcome:
         split = BatchSplit.of(
             config.optim.global_batch_size, config.speed.micro_batch_size, world.world_size
         )
+        check_norm_rows(config.model, split, world.world_size)
         if world.is_main:
             stack.enter_context(hold_folder(config.run.out / "checkpoints"))
         found = _agree_on_checkpoint(config, world)
@@ -98,12 +98,10 @@ def pretrain(config: Config) -> Outcome:
         run_log.opening(found, changes)
         named = config.run.resume
         if resumed and named not in ("auto", "never") and Path(named) != found:
-            run_log.log(
-                escape(f"it comes from {named}; to begin there again, choose another run.out")
-            )
+            run_log.log(f"it comes from {named}; to begin there again, choose another run.out")
         if world.is_main:
             for path in set_aside_newer(config.run.out / "checkpoints", step):
-                run_log.log(escape(f"set aside, since this run does not come from it: {path}"))
+                run_log.log(f"set aside, since this run does not come from it: {path}")
         cold_start.show = run_log.fill
         model = build_model(config.model, seed=config.seed)
         if config.init_from is not None and not resumed:
@@ -170,6 +168,9 @@ def _loop(run: _Run, step: int, *, total_steps: int) -> Outcome:
             skipped += 1
             run_log.skipped(step, skipped, batches, losses)
             if skipped >= config.optim.max_skipped_steps:
+                if checkpoints is not None:  # one may be under way
+                    with suppress(CheckpointError):
+                        checkpoints.wait()
                 raise TrainingError(_not_finite(step, skipped, config.run.out))
             continue
         skipped = 0
@@ -210,7 +211,7 @@ def _open_checkpoints(config: Config, run_log: RunLog) -> Checkpointer:
         run.out / "checkpoints",
         keep=run.keep_checkpoints,
         keep_every=run.keep_every,
-        warn=lambda line: run_log.log(f"[yellow]warning:[/] {escape(line)}"),
+        warn=run_log.warn,
     )
 
 
@@ -354,10 +355,16 @@ def _total_steps(config: Config, loader: Loader) -> int:
 
 
 def _not_finite(step: int, skipped: int, out: Path) -> str:
+    milder = "a lower optim.lr_per_256, a longer warmup, or optim.precision=bf16"
+    stored = list_checkpoints(out / "checkpoints")
+    advice = (
+        f"The last checkpoint, {stored[-1]}, is from before: the same command with {milder} goes on from it"
+        if stored
+        else f"There is no checkpoint of it yet: start again with {milder}"
+    )
     return (
         f"{skipped} steps in a row after step {step} had gradients that are not finite; the samples are "
-        f"listed in {out / 'skipped_steps.rank*.jsonl'}. The last checkpoint is from before: resume from it "
-        "with a lower optim.lr_per_256, a longer warmup, or optim.precision=bf16"
+        f"listed in {out / 'skipped_steps.rank*.jsonl'}. {advice}"
     )
 
 

@@ -14,15 +14,17 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
 from torch import Tensor
 
 from cmae.errors import CmaeError
 from cmae.model import Losses
 from cmae.pipeline import FillProgress
 from cmae.pipeline.formats.atomic import atomic_write
+from cmae.printable import MAX_LINE, printable
 from cmae.train.distributed import World, mean_over_ranks
+from cmae.train.monitor.console import PlainConsole
 from cmae.train.monitor.sinks import LastingStream, Sink
 from cmae.train.monitor.status import format_duration
 
@@ -81,16 +83,22 @@ class MetricLog:
         """Damaged lines that the file held."""
         self._warn = warn
         self._pending: list[str] = []
-        self._board = Sink("TensorBoard", warn)
+        self._board = Sink("TensorBoard", warn, reopen=lambda: self._open_board(out, None))
         self._writer: Any = None
-        self._board.run(lambda: self._open_board(out, start_step))
-        self._wandb: Any = _start_wandb(wandb_project, out, config) if wandb_project else None
+        self._board.run(lambda: self._open_board(out, start_step + 1))
         self._service = Sink("Weights & Biases", warn)
+        self._wandb: Any = None
+        if wandb_project:
+            _check_wandb(wandb_project)
+            self._service.run(lambda: self._open_wandb(wandb_project, out, config))
 
-    def _open_board(self, out: Path, start_step: int) -> None:
+    def _open_board(self, out: Path, purge_step: int | None) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=start_step + 1)
+        self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=purge_step)
+
+    def _open_wandb(self, project: str, out: Path, config: dict[str, Any] | None) -> None:
+        self._wandb = _start_wandb(project, out, config)
 
     def write(self, step: int, record: dict[str, float]) -> None:
         """Append one record to every sink; what the disk refuses now is tried again with the next record."""
@@ -203,14 +211,24 @@ def _append_whole(path: Path, data: bytes) -> None:
             raise
 
 
-def _start_wandb(project: str, out: Path, config: dict[str, Any] | None) -> Any:
+def _check_wandb(project: str) -> None:
+    """Refuse a project whose package is missing.
+
+    Raises:
+        CmaeError: It is.
+    """
     try:
-        import wandb
+        import wandb  # noqa: F401
     except ImportError as error:
         raise CmaeError(
             f"run.wandb_project is {project!r}, but the package wandb is not installed; "
             "`pip install wandb`, or leave the key out"
         ) from error
+
+
+def _start_wandb(project: str, out: Path, config: dict[str, Any] | None) -> Any:
+    import wandb
+
     # An id of its own: two runs may have folders of one name.
     stored = out / "wandb_id"
     if not stored.is_file():
@@ -246,7 +264,7 @@ class Display:
         err: Any = sys.stderr
         stream: Any = err if isinstance(err, LastingStream) else LastingStream(err)
         stream.fallback = fallback
-        self.console = Console(file=stream, highlight=False)
+        self.console = PlainConsole(file=stream)
         self._total = total_steps
         self._bar: Progress | None = None
         self._task = TaskID(0)
@@ -306,9 +324,10 @@ class Display:
             visible=not done,
         )
 
-    def log(self, message: str) -> None:
-        """Print a message above the bar."""
-        self.console.print(message, soft_wrap=True)
+    def log(self, message: str | Text) -> None:
+        """Print a message above the bar, on one line."""
+        text = Text(printable(message, limit=MAX_LINE)) if isinstance(message, str) else message
+        self.console.print(text, soft_wrap=True)
 
     def _eta(self, step: int) -> str:
         started, first = self._started
@@ -351,7 +370,7 @@ class ColdStart:
         if self.show is not None:
             self.show(progress)
         elif self._prints and self._lines.is_due(progress):
-            Console(stderr=True, highlight=False).print(describe_fill(progress), soft_wrap=True)
+            PlainConsole(stderr=True).print(describe_fill(progress), soft_wrap=True)
 
 
 def describe_fill(progress: FillProgress) -> str:
@@ -388,13 +407,13 @@ def _is_live(value: float) -> bool:
     return value != 0.0 or not math.isfinite(value)
 
 
-def _build_bar(console: Console) -> Progress:
+def _build_bar(console: PlainConsole) -> Progress:
     return Progress(
-        TextColumn("[bold]{task.completed:.0f}/{task.total:.0f}"),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}", style="bold", markup=False),
         BarColumn(bar_width=20),
         TimeElapsedColumn(),
-        TextColumn("ETA {task.fields[eta]}"),
-        TextColumn("{task.fields[text]}"),
+        TextColumn("ETA {task.fields[eta]}", markup=False),
+        TextColumn("{task.fields[text]}", markup=False),
         console=console,
         refresh_per_second=4,
     )

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import torch
 import yaml
-from rich.markup import escape
+from rich.text import Text
 from torch import Tensor
 
 from cmae.model import CMAE
@@ -20,6 +20,7 @@ from cmae.pipeline import Batch, FillProgress, Loader
 from cmae.pipeline.bad_samples import LEDGER_FILE
 from cmae.train.config import Config
 from cmae.train.distributed import World
+from cmae.train.monitor.console import labelled
 from cmae.train.monitor.gpu import gpu_reader
 from cmae.train.monitor.images import first_batch_grid, reconstruction_grid
 from cmae.train.monitor.metrics import Display, MetricLog, MetricWindow, read_metrics
@@ -109,24 +110,29 @@ class RunLog:
             f"{self._world.device.type}, {config.optim.precision}"
         )
         if loader.downscaled:
-            self._display.log(f"[yellow]not the original files:[/] {loader.downscaled}")
+            self._display.log(labelled("not the original files:", loader.downscaled))
         if loader.decode is not None:
             first, *others = loader.decode.describe().splitlines()
-            self._display.log(escape(first))
+            self._display.log(first)
             for line in others:
                 self._warn(line)
         if resumed_from is not None:
             self._display.log(f"continuing {resumed_from}")
         for note in notes:
-            self._display.log(f"[yellow]changed:[/] {escape(note)}")
+            self._display.log(labelled("changed:", note))
         if self._log.num_damaged:
             self._warn(f"{self._log.num_damaged} damaged line(s) of {self._log.path} were left out")
 
     def _warn(self, message: str) -> None:
-        self._display.log(f"[yellow]warning:[/] {escape(message)}")
+        self._display.log(labelled("warning:", message))
 
-    def log(self, message: str) -> None:
-        """Print a message, on the first rank."""
+    def warn(self, message: str) -> None:
+        """Print a warning, on the first rank."""
+        if self._world.is_main:
+            self._warn(message)
+
+    def log(self, message: str | Text) -> None:
+        """Print a message on one line, on the first rank."""
         if self._world.is_main:
             self._display.log(message)
 
@@ -163,13 +169,17 @@ class RunLog:
         if bad_samples > self._seen_bad:
             self._seen_bad = bad_samples
             self._display.log(
-                f"[yellow]{self._seen_bad} bad samples replaced so far[/]; "
-                f"see {self._config.run.out / LEDGER_FILE}"
+                labelled(
+                    f"{self._seen_bad} bad samples replaced so far;",
+                    f"see {self._config.run.out / LEDGER_FILE}",
+                )
             )
-        if self._publisher.error is not None and not self._reported_unpublished:
+        error = self._publisher.error
+        if error is not None and not self._reported_unpublished:
             self._reported_unpublished = True
-            self._display.log(
-                f"[yellow]`cmae top` will not see this run:[/] {escape(str(self._publisher.error))}"
+            self._warn(
+                f"`cmae top` has no news of this run: its status cannot be written ({error}); it is tried "
+                "again every few seconds"
             )
 
     def skipped(self, step: int, count: int, batches: Sequence[Batch], losses: Tensor) -> None:
@@ -184,7 +194,7 @@ class RunLog:
         self._skipped.run(lambda: _append_line(self._config.run.out / name, line))
         if self._world.is_main:
             self._display.log(
-                f"[yellow]step {step + 1} skipped ({count} in a row): gradients are not finite[/]"
+                labelled(f"step {step + 1} skipped ({count} in a row):", "gradients are not finite")
             )
 
     def draw_images(self, step: int, model: CMAE, batch: Batch) -> None:

@@ -12,25 +12,46 @@ from typing import IO
 
 
 class Sink:
-    """One place that output goes to, given up after its first failure.
+    """One place that output goes to, whose failures end nothing.
+
+    What the system refuses, as a full disk does, is tried again with the next output; any other failure is
+    that of a library, and its sink is given up.
 
     Args:
-        name: Name for the warning, such as 'TensorBoard'.
-        warn: Function that takes the one warning.
+        name: Name for the warnings, such as 'TensorBoard'.
+        warn: Function that takes a warning: one for all failures in a row.
+        reopen: Called before the next output after a failure.
     """
 
-    def __init__(self, name: str, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        warn: Callable[[str], None],
+        *,
+        reopen: Callable[[], object] = lambda: None,
+    ) -> None:
         self.name = name
         self.is_open = True
-        self._warn = warn
+        """Whether it is not given up."""
+        self._has_failed = False
+        self._warn, self._reopen = warn, reopen
 
     def run(self, action: Callable[[], object]) -> None:
-        """Do something that writes there, whatever it may raise; do nothing after a failure."""
+        """Do something that writes there, whatever it may raise; do nothing once it is given up."""
         if not self.is_open:
             return
         # A plotting library or a service's client may raise anything: the run needs none of them.
         try:
+            if self._has_failed:
+                self._reopen()
             action()
+            self._has_failed = False
+        except OSError as error:
+            if not self._has_failed:
+                self._warn(
+                    f"{self.name}: output failed ({error}) and is tried again; the run goes on"
+                )
+            self._has_failed = True
         except Exception as error:
             self.is_open = False
             what = f"{type(error).__name__}: {error}"
@@ -53,7 +74,11 @@ class LastingStream(io.TextIOBase):
         """File for what is printed after the stream is gone; a run sets it when it has a folder."""
 
     def write(self, text: str) -> int:
-        """Write to the stream, or what stands in for it; never raises an OSError."""
+        """Write to the stream, or what stands in for it; never raises an OSError.
+
+        What its encoding has no character for is spelled out.
+        """
+        text = text.encode(self.encoding, "backslashreplace").decode(self.encoding)
         if not self._try(lambda stream: stream.write(text)):
             self._append(text)
         return len(text)

@@ -8,13 +8,15 @@ sets two numbers a step; docs/design/0016-reports.md says what that costs.
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -23,6 +25,8 @@ from cmae.errors import CmaeError
 from cmae.pipeline.formats.atomic import atomic_write
 from cmae.pipeline.remote.schemes import redact
 from cmae.pipeline.stage_stats import LoaderSnapshot
+from cmae.printable import printable
+from cmae.train.machine import process_space, process_start
 
 if TYPE_CHECKING:
     # `cmae top` reads without torch.
@@ -31,7 +35,17 @@ if TYPE_CHECKING:
 EVERY_S = 2.0
 _WINDOW_S = 10.0
 """Rates are means over this time, or over the last step where that took longer."""
-_FORMAT = 1
+_FORMAT = 2
+_READ_FORMATS = (1, 2)
+"""Format 1 has no `process_space` and no `process_start`."""
+
+MAX_STATUS_BYTES = 1 << 20
+"""Larger files are not read; a rank's has 2 kB."""
+
+MAX_WORLD_SIZE = 1 << 20
+"""Ranks of a run."""
+
+STATES = ("running", "finished", "stopped", "failed")
 
 
 @dataclass(frozen=True)
@@ -60,6 +74,10 @@ class RunStatus:
     gpu: dict[str, float] = field(default_factory=dict)
     error: str = ""
     """Why it failed."""
+    process_space: str = ""
+    """Where `pid` is this process's number; see `process_space` of train/machine.py."""
+    process_start: int = 0
+    """When the process with this number began, in clock ticks; 0 = unknown."""
     format: int = _FORMAT
 
     @property
@@ -74,9 +92,11 @@ class RunStatus:
 
     def save(self, path: Path) -> None:
         """Write atomically: a reader sees the old file or the new one."""
-        content = vars(self) | {"window": self.window.to_dict()}
+        loss = self.loss if self.loss is not None and math.isfinite(self.loss) else None
+        content = vars(self) | {"window": self.window.to_dict(), "loss": loss}
+        text = json.dumps(content, allow_nan=False)
         with atomic_write(path) as file:
-            file.write(json.dumps(content).encode())
+            file.write(text.encode())
 
 
 def status_folder(out: Path) -> Path:
@@ -96,22 +116,101 @@ def read_status(out: Path) -> list[RunStatus]:
     Raises:
         CmaeError: no rank has written one, or another version has.
     """
-    paths = sorted(status_folder(out).glob("rank-*.json"))
-    if not paths:
+    found: list[RunStatus] = []
+    for path in sorted(status_folder(out).glob("rank-*.json")):
+        # The first rank of a run that starts removes what more ranks have left.
+        with suppress(FileNotFoundError):
+            found.append(_load(path))
+    if not found:
         raise CmaeError(
-            f"{out} holds no live/rank-*.json; name the folder (run.out) of a run that has been started"
+            f"{printable(str(out))} holds no live/rank-*.json; name the folder (run.out) of a run that has "
+            "been started"
         )
-    return [_load(path) for path in paths]
+    return found
 
 
 def _load(path: Path) -> RunStatus:
-    values: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if values.get("format") != _FORMAT:
+    """Read what anybody may have written.
+
+    Raises:
+        CmaeError: It is no status, or one of another version.
+    """
+    try:
+        if path.stat().st_size > MAX_STATUS_BYTES:
+            raise ValueError(f"more than {MAX_STATUS_BYTES} bytes")
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values.get("format") not in _READ_FORMATS:
+            raise CmaeError(
+                f"{path} has format {printable(repr(values.get('format')))}, this version reads "
+                f"{' and '.join(map(str, _READ_FORMATS))}; use the version that runs the job"
+            )
+        return _parse(values)
+    except (AttributeError, KeyError, TypeError, RecursionError, ValueError) as error:
+        if isinstance(error, CmaeError):
+            raise
+        reason = f"{type(error).__name__}: {printable(str(error))}"
         raise CmaeError(
-            f"{path} has format {values.get('format')}, this version reads {_FORMAT}; "
-            "use the version that runs the job"
-        )
-    return RunStatus(**{**values, "window": LoaderSnapshot.from_dict(values["window"])})
+            f"{path} is no status of a run ({reason}); remove it: a run that goes on writes it anew"
+        ) from error
+
+
+def _parse(values: dict[str, Any]) -> RunStatus:
+    """A status whose fields are all of their types, with text that can be printed.
+
+    Raises:
+        AttributeError, KeyError, TypeError, ValueError: They are not.
+    """
+    names = [one.name for one in fields(RunStatus)]
+    known = {name: values[name] for name in names if name in values}
+    status = RunStatus(**{**known, "window": LoaderSnapshot.from_dict(values["window"])})
+    for one in (status, status.window, *status.window.stages.values()):
+        _check_types(one)
+    counts = [stage.histogram.counts for stage in status.window.stages.values()]
+    for number in (*status.gpu.values(), *(count for one in counts for count in one)):
+        _check_number(number)
+    if status.state not in STATES:
+        raise ValueError(f"state {status.state!r}")
+    if not 0 <= status.rank < status.world_size <= MAX_WORLD_SIZE:
+        raise ValueError(f"rank {status.rank} of {status.world_size}")
+    if not 0 < status.pid < 1 << 31:
+        raise ValueError(f"process {status.pid}")
+    return replace(
+        status,
+        host=printable(status.host),
+        device=printable(status.device),
+        error=printable(status.error, limit=_MAX_ERROR),
+    )
+
+
+_MAX_ERROR = 2000
+_TYPES = {"int": int, "float": int | float, "str": str, "float | None": int | float | None}
+
+
+def _check_types(one: Any) -> None:
+    """Compare the plain fields of a dataclass with what they are declared as.
+
+    Raises:
+        TypeError: One is of another type.
+        ValueError: A number is not finite, or out of all reason.
+    """
+    for known in fields(one):
+        value, wanted = getattr(one, known.name), _TYPES.get(str(known.type))
+        if wanted is not None and (isinstance(value, bool) or not isinstance(value, wanted)):
+            raise TypeError(f"{known.name} is {value!r}")
+        if isinstance(value, int | float):
+            _check_number(value)
+
+
+def _check_number(value: Any) -> None:
+    if not isinstance(value, int | float) or not abs(value) < 1e18:
+        raise ValueError(f"{value!r} is no number of a run")
+
+
+def _host_name() -> str:
+    try:
+        return socket.gethostname()
+    except OSError:
+        return "?"
 
 
 class _Mark(NamedTuple):
@@ -152,10 +251,12 @@ class StatusPublisher:
     ) -> None:
         self.loss: float | None = None
         """Set by the loop when it has read one from the device."""
-        self.error: OSError | None = None
-        """Why nothing is written any more; the run goes on."""
+        self.error: Exception | None = None
+        """Why the last writing failed; it is tried again for as long as the run goes on."""
         self._path = status_folder(out) / f"rank-{world.rank:04d}.json"
         self._world, self._total_steps = world, total_steps
+        self._host, self._process_space = _host_name(), process_space()
+        self._process_start = process_start(os.getpid()) or 0
         self._global_batch_size = global_batch_size
         self._snapshot, self._read_gpu, self._every_s = snapshot, read_gpu, every_s
         # One assignment: the other thread sees both or none.
@@ -167,14 +268,12 @@ class StatusPublisher:
 
     def __enter__(self) -> Self:
         """Remove what an earlier run with more ranks left, and start writing."""
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            if self._world.is_main:
+        if self._world.is_main:
+            with suppress(OSError):
                 for path in self._path.parent.glob("rank-*.json"):
-                    if int(path.stem.removeprefix("rank-")) >= self._world.world_size:
+                    number = path.stem.removeprefix("rank-")
+                    if number.isdecimal() and int(number) >= self._world.world_size:
                         path.unlink()
-        except OSError as error:
-            self.error = error
         self._thread.start()
         return self
 
@@ -209,12 +308,14 @@ class StatusPublisher:
             self._publish("running")
 
     def _publish(self, state: str, error: str = "") -> None:
-        if self.error is not None:
-            return
+        # Whatever it is, such as a driver's library that fails: the next writing may work.
         try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             self._status(state, error).save(self._path)
-        except OSError as failure:
+        except Exception as failure:
             self.error = failure
+        else:
+            self.error = None
 
     def _status(self, state: str, error: str) -> RunStatus:
         # Looked at first: a mark from before the first step must not come after it.
@@ -225,8 +326,10 @@ class StatusPublisher:
         return RunStatus(
             rank=self._world.rank,
             world_size=self._world.world_size,
-            host=socket.gethostname(),
+            host=self._host,
             pid=os.getpid(),
+            process_space=self._process_space,
+            process_start=self._process_start,
             device=str(self._world.device),
             state=state,
             time=time.time(),

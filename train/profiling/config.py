@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cmae.errors import CmaeError
+from cmae.paths import expand_home
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class ProfileConfig:
 
     def __post_init__(self) -> None:
         """Refuse sizes that measure nothing."""
+        object.__setattr__(self, "out", expand_home(self.out))
         checks = {
             "budget_s": (self.budget_s > 0, "> 0"),
             "rounds": (self.rounds is None or self.rounds >= 2, ">= 2, or null"),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cmae.errors import require
+from cmae.paths import expand_home
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class TuneConfig:
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
+        object.__setattr__(self, "out", expand_home(self.out))
         require(self.budget_s >= 1, "budget_s", self.budget_s, "at least 1 second")
         rate = self.step_images_per_s
         require(rate is None or rate > 0, "step_images_per_s", rate, "> 0, or null for not known")

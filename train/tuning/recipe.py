@@ -12,6 +12,7 @@ import yaml
 
 from cmae.errors import CmaeError
 from cmae.pipeline.formats.atomic import atomic_write
+from cmae.printable import MAX_LINE, printable
 from cmae.train.tuning.search import Phase
 
 
@@ -57,7 +58,10 @@ def write_tuned(path: Path, around: Circumstances, phases: list[Phase], *, is_do
     """
     settings = phases[-1].chosen
     chosen = {name: getattr(settings, name) for name in around.names}
-    text = "\n".join(f"# {line}".rstrip() for line in _head(path, around, phases, is_done=is_done))
+    lines = (
+        printable(line, limit=MAX_LINE) for line in _head(path, around, phases, is_done=is_done)
+    )
+    text = "\n".join(f"# {line}".rstrip() for line in lines)
     with atomic_write(path) as file:
         file.write(f"{text}\n{yaml.safe_dump({'data': chosen}, sort_keys=False)}".encode())
 

@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cmae.errors import CmaeError
 from cmae.pipeline import Loader, LoaderConfig
@@ -27,6 +27,7 @@ from cmae.train.loop.loader_settings import (
 )
 from cmae.train.loop.pretrain import check_shards, open_loader
 from cmae.train.machine import describe_machine
+from cmae.train.monitor.console import PlainConsole
 from cmae.train.tuning.config import TuneConfig
 from cmae.train.tuning.recipe import Circumstances, check_writable, write_tuned
 from cmae.train.tuning.search import Measure, Phase, Result, Search, Window
@@ -38,7 +39,7 @@ _OPENING_SHARE = 0.5
 _INTERRUPTED = 130
 
 
-def tune(config: Config, options: TuneConfig, *, console: Console | None = None) -> int:
+def tune(config: Config, options: TuneConfig, *, console: PlainConsole | None = None) -> int:
     """Search, print what was tried and why the winner won, and write it as a recipe.
 
     The recipe is written anew after every phase, so that Ctrl-C loses only the one that goes on.
@@ -54,7 +55,7 @@ def tune(config: Config, options: TuneConfig, *, console: Console | None = None)
     Raises:
         CmaeError: No shards, settings that do not fit them, or no place for the recipe.
     """
-    console = console or Console()
+    console = console or PlainConsole(highlight=True)
     check_shards(config)
     check_writable(options.out)
     phases: list[Phase] = []
@@ -217,7 +218,7 @@ def _phase_table(phase: Phase, target: float | None) -> Table:
         # Before a paced consumer the loader also works ahead: its CPU time is not that of these images.
         cost = "-" if phase.name == "prefetch" else f"{trial.cpu_s_per_1000:.2f}"
         table.add_row(
-            f"[bold]{name} <-[/]" if trial.settings == phase.chosen else name,
+            Text(f"{name} <-", "bold") if trial.settings == phase.chosen else name,
             f"{trial.images_per_s:.0f}{enough}",
             f"{low:.0f} to {high:.0f}",
             cost,
@@ -230,15 +231,17 @@ def _whole(settings: LoaderSettings) -> str:
     return settings.describe(("num_threads", "prefetch", "num_readers"))
 
 
-def _verdict(result: Result, options: TuneConfig, names: tuple[str, ...]) -> str:
+def _verdict(result: Result, options: TuneConfig, names: tuple[str, ...]) -> Text:
     rate, target = result.chosen.images_per_s, options.step_images_per_s
-    lines = [f"[bold]{result.settings.describe(names)}[/]: {rate:.0f} images/s for each rank"]
+    text = Text(result.settings.describe(names), "bold")
+    text.append(f": {rate:.0f} images/s for each rank", "not bold")
+    lines = []
     if target is not None:
-        enough = "enough for" if rate >= target else "[yellow]less than[/]"
+        enough = "enough for" if rate >= target else "less than"
         lines.append(f"{enough} the step's {target:.0f} images/s ({rate / target:.2f} x)")
         lines.append("* in the tables: at least that")
     if result.out_of_time:
         lines.append(
             "the time was up before every window was measured: a larger --budget_s is surer"
         )
-    return "\n".join(lines)
+    return text.append("".join(f"\n{line}" for line in lines), "not bold")

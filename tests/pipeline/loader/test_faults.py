@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import tarfile
 from itertools import islice
 from pathlib import Path
@@ -363,6 +365,67 @@ def test_a_line_that_a_killed_run_left_unfinished_does_no_harm(tmp_path):
     health.add(8, [BadSample("x.tar", "k", 4, "broken", 0)])
     assert health.bad_samples == 2
     assert [line.record_number for line in read_ledger(ledger)] == [3, 4]
+
+
+def test_damaged_lines_of_a_ledger_are_passed_over_and_counted(tmp_path, caplog):
+    ledger = tmp_path / "bad.jsonl"
+    good = [BadSample("x.tar", f"k{number}", number, "broken", 0) for number in range(4)]
+    health = Health(ledger=ledger, limit=None)
+    for one in good:
+        health.add(8, [one])
+    lines = ledger.read_bytes().splitlines(keepends=True)
+    damage = [
+        bytes(4096) + b"\n",
+        b"\xff\xfe{\n",
+        b"[" * 100_000 + b"\n",
+        b"7\n",
+        b'{"shard": 1, "key": "k", "reason": "", "record_number": 1, "epoch": 0}\n',
+        b"x" * (3 << 20) + b"\n",
+    ]
+    ledger.write_bytes(lines[0] + b"".join(damage) + b"".join(lines[1:]))
+    caplog.clear()
+    with caplog.at_level("WARNING"):
+        assert list(read_ledger(ledger)) == good
+    (warning,) = caplog.messages
+    assert "passed over 6 line(s) that are no records, the first is line 2" in warning
+    Health(ledger=ledger, limit=None).add(8, good)  # all of them are known
+    assert list(read_ledger(ledger)) == good
+
+
+def test_a_ledger_that_cannot_be_written_ends_nothing_and_loses_nothing(tmp_path, caplog):
+    ledger = tmp_path / "folder" / "bad.jsonl"
+    ledger.parent.write_text("in the way")
+    bad = [BadSample("x.tar", "k", number, "broken", 0) for number in range(3)]
+    health = Health(ledger=ledger, limit=None)
+    with caplog.at_level("WARNING"):
+        health.add(8, bad[:1])
+        health.add(8, bad[1:2])
+    assert sum("cannot be written" in message for message in caplog.messages) == 1
+    ledger.parent.unlink()
+    health.add(8, bad[2:])
+    assert list(read_ledger(ledger)) == bad
+
+
+def test_a_disk_that_takes_half_of_a_line_gets_it_whole_later(tmp_path, monkeypatch):
+    ledger = tmp_path / "bad.jsonl"
+    bad = [BadSample("x.tar", "k", number, "broken", 0) for number in range(3)]
+    health = Health(ledger=ledger, limit=None)
+    real, rooms = os.write, [130]
+
+    def write(handle, data):
+        if rooms and rooms[0] == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = real(handle, data[: rooms[0]] if rooms else data)
+        if rooms:
+            rooms[0] -= written
+        return written
+
+    monkeypatch.setattr(os, "write", write)
+    health.add(8, bad[:2])
+    assert 0 < ledger.stat().st_size <= 130
+    rooms.clear()
+    health.add(8, bad[2:])
+    assert list(read_ledger(ledger)) == bad
 
 
 def test_the_padded_end_of_an_epoch_counts_no_record_twice(tmp_path):

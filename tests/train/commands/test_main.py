@@ -126,7 +126,10 @@ def test_one_rank_prints_what_all_have_met(
     class EverywhereError(CmaeError):
         is_on_every_rank = True
 
-    for rank, printed in (("0", "cmae doctor: error: lost\n"), ("1", "")):
+    line = "cmae doctor: error: lost\n"
+    # A rank that was left in the shell is no reason for silence.
+    for world_size, rank, printed in (("2", "0", line), ("2", "1", ""), ("1", "1", line)):
+        monkeypatch.setenv("WORLD_SIZE", world_size)
         monkeypatch.setenv("RANK", rank)
         fail_with(monkeypatch, EverywhereError("lost"))
         assert main(["doctor"]) == 1

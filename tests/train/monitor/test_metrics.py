@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import math
 import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -130,8 +132,66 @@ def test_a_tensorboard_that_fails_is_left_out_with_one_warning(
     log.write(2, {"total": 2.0})
     log.close()
     assert len(warnings) == 1
-    assert "no more output to TensorBoard" in warnings[0]
+    assert "TensorBoard: output failed" in warnings[0]
     assert [record["step"] for record in read_metrics(log.path)] == [1, 2]
+
+
+def test_a_tensorboard_that_failed_is_opened_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch.utils.tensorboard.writer as writer_module
+
+    written: list[int] = []
+    is_full = [True]
+
+    class Board:
+        def __init__(self, *_: Any, **__: Any) -> None:
+            self.is_broken = False
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            self.is_broken |= is_full[0]
+            if self.is_broken:  # as its thread, which ends with the first failure
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            written.append(step)
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(writer_module, "SummaryWriter", Board)
+    warnings: list[str] = []
+    log = MetricLog(tmp_path, warn=warnings.append)
+    log.write(1, {"total": 1.0})
+    log.write(2, {"total": 2.0})
+    is_full[0] = False
+    log.write(3, {"total": 3.0})
+    log.close()
+    assert (written, len(warnings)) == ([3], 1)
+
+
+@pytest.mark.parametrize("fails_at", ["init", "log"])
+def test_a_service_that_does_not_answer_is_left_out_with_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: str
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no answer")
+
+    def accept(*_: Any, **__: Any) -> None:
+        pass
+
+    actions = {"log": accept, "finish": accept}
+    service = SimpleNamespace(**actions | {fails_at: refuse})
+    wandb = SimpleNamespace(
+        util=SimpleNamespace(generate_id=lambda: "id"),
+        init=refuse if fails_at == "init" else lambda **_: service,
+    )
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    warnings: list[str] = []
+    log = MetricLog(tmp_path, wandb_project="p", warn=warnings.append)
+    log.write(1, {"total": 1.0})
+    log.close()
+    assert len(warnings) == 1
+    assert "no more output to Weights & Biases (RuntimeError: no answer)" in warnings[0]
+    assert [record["step"] for record in read_metrics(log.path)] == [1]
 
 
 def test_a_metric_of_an_older_run_is_read_under_its_present_name(tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,12 @@ from rich.console import Console
 from support.fake_time import FakeTime
 from support.profile_data import loader
 
+from cmae.errors import CmaeError
 from cmae.pipeline.stage_stats import LoaderSnapshot
+from cmae.train.commands import top as top_module
 from cmae.train.commands.top import condition, frame, stragglers, top, verdict
 from cmae.train.distributed import World
+from cmae.train.machine import process_is_gone, process_space, process_start
 from cmae.train.monitor import status as status_module
 from cmae.train.monitor.status import RunStatus, StatusPublisher, read_status, status_folder
 
@@ -62,6 +67,27 @@ def drawn(statuses: list[RunStatus], width: int = 130) -> str:
     return console.file.getvalue()
 
 
+def wait_for(is_true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not is_true():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+class Clock:
+    """A clock that moves when somebody sleeps."""
+
+    def __init__(self, now: float, on_sleep: Callable[[float], object] = lambda now: None) -> None:
+        self._now, self._on_sleep = now, on_sleep
+
+    def time(self) -> float:
+        return self._now
+
+    def sleep(self, seconds: float) -> None:
+        self._now += seconds
+        self._on_sleep(self._now)
+
+
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTime:
     found = FakeTime()
@@ -70,7 +96,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTime:
 
 
 def publisher(
-    out: Path, *, rank: int = 0, world_size: int = 1, every_s: float = 60.0
+    out: Path, *, rank: int = 0, world_size: int = 1, every_s: float = 60.0, **options: Any
 ) -> StatusPublisher:
     """Of a loader that waits a tenth of every second."""
     begun = status_module.time.perf_counter()
@@ -87,6 +113,7 @@ def publisher(
         global_batch_size=8,
         snapshot=snapshot,
         every_s=every_s,
+        **options,
     )
 
 
@@ -151,11 +178,88 @@ class TestPublisher:
         with publisher(tmp_path, rank=0, world_size=2):
             assert [one.rank for one in read_status(tmp_path)] == [0, 1]
 
-    def test_a_folder_that_cannot_be_written_does_not_stop_the_run(self, tmp_path: Path) -> None:
-        (tmp_path / "live").write_text("a file where the folder should be")
-        with publisher(tmp_path) as live:
+    def test_a_failed_writing_is_tried_again_for_as_long_as_the_run_goes(
+        self, tmp_path: Path
+    ) -> None:
+        obstacle = tmp_path / "live"
+        obstacle.write_text("a file where the folder should be")
+        with publisher(tmp_path, every_s=0.01) as live:
             live.step(1)
-        assert isinstance(live.error, OSError)
+            wait_for(lambda: live.error is not None)
+            assert isinstance(live.error, OSError)
+            obstacle.unlink()
+            wait_for(lambda: live.error is None)
+            assert read_status(tmp_path)[0].step == 1
+
+    def test_a_driver_that_fails_for_once_does_not_end_the_news(self, tmp_path: Path) -> None:
+        readings = iter([RuntimeError("GPU is lost"), {"sm_pct": 7.0}])
+
+        def read_gpu() -> dict[str, float]:
+            found = next(readings, {"sm_pct": 7.0})
+            if isinstance(found, Exception):
+                raise found
+            return found
+
+        with publisher(tmp_path, every_s=0.01, read_gpu=read_gpu):
+            wait_for((tmp_path / "live" / "rank-0000.json").is_file)
+        assert read_status(tmp_path)[0].gpu == {"sm_pct": 7.0}
+
+    def test_files_of_others_in_the_folder_are_left_alone(self, tmp_path: Path) -> None:
+        status_folder(tmp_path).mkdir()
+        other = status_folder(tmp_path) / "rank-old.json"
+        other.write_text("{}")
+        with publisher(tmp_path):
+            pass
+        assert other.is_file()
+
+    def test_a_loss_that_is_no_number_is_null_in_the_file(self, tmp_path: Path) -> None:
+        status_folder(tmp_path).mkdir()
+        path = status_folder(tmp_path) / "rank-0000.json"
+        status(loss=float("nan")).save(path)
+        assert "NaN" not in path.read_text()
+        assert read_status(tmp_path)[0].loss is None
+
+    def test_a_status_of_the_version_before_is_read(self, tmp_path: Path) -> None:
+        status_folder(tmp_path).mkdir()
+        path = status_folder(tmp_path) / "rank-0000.json"
+        status().save(path)
+        old = json.loads(path.read_text()) | {"format": 1}
+        del old["process_space"], old["process_start"]
+        path.write_text(json.dumps(old))
+        assert condition(read_status(tmp_path)[0], NOW) == "running"
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"world_size": 10**12},
+            {"rank": 5},
+            {"pid": 0},
+            {"pid": 1 << 70},
+            {"step": "many"},
+            {"time": None},
+            {"time": float("nan")},
+            {"state": "[/x]"},
+            {"host": ["a"]},
+            {"window": {}},
+            {"window": 3},
+            {"window": LoaderSnapshot.from_dict(loader()).to_dict() | {"stages": {"read": 1}}},
+            {"gpu": {"sm_pct": "fast"}},
+            {"format": 99},
+            None,
+        ],
+        ids=str,
+    )
+    def test_a_file_that_is_no_status_is_one_line(self, change: Any, tmp_path: Path) -> None:
+        status_folder(tmp_path).mkdir()
+        path = status_folder(tmp_path) / "rank-0000.json"
+        status().save(path)
+        content = "[" * 100_000 if change is None else json.loads(path.read_text()) | change
+        path.write_text(content if change is None else json.dumps(content))
+        with pytest.raises(CmaeError) as refused:
+            read_status(tmp_path)
+        message = str(refused.value)
+        assert message.isprintable()
+        assert message.startswith(str(path))
 
     def test_a_folder_without_a_run_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"name the folder \(run\.out\)"):
@@ -166,15 +270,45 @@ class TestCondition:
     def test_a_rank_that_writes_is_running(self) -> None:
         assert condition(status(), NOW) == "running"
 
-    def test_silence_is_death(self) -> None:
-        assert condition(status(time=NOW - 16), NOW) == "dead"
+    def test_silence_is_no_death(self) -> None:
+        assert condition(status(time=NOW - 14), NOW) == "running"
+        assert condition(status(time=NOW - 16), NOW) == "silent"
+        assert condition(status(time=NOW - 601), NOW) == "lost"
+
+    def test_a_process_that_is_seen_is_not_lost(self) -> None:
+        here = {"process_space": process_space(), "process_start": process_start(os.getpid())}
+        assert condition(status(time=NOW - 9999, **here), NOW) == "silent"
 
     def test_a_process_that_is_gone_is_dead_at_once(self) -> None:
         process = subprocess.Popen([sys.executable, "-c", ""])
         process.wait()
-        gone = status(host=socket.gethostname(), pid=process.pid)
+        gone = status(pid=process.pid, process_space=process_space(), process_start=1)
         assert condition(gone, NOW) == "dead"
-        assert condition(replace(gone, host="elsewhere"), NOW) == "running"
+
+    def test_a_number_that_another_process_has_now_is_a_dead_run(self) -> None:
+        start = process_start(os.getpid())
+        assert start is not None
+        mine = status(process_space=process_space(), process_start=start)
+        assert condition(mine, NOW) == "running"
+        assert condition(replace(mine, process_start=start - 1), NOW) == "dead"
+
+    def test_a_process_that_nobody_has_waited_for_is_dead(self) -> None:
+        process = subprocess.Popen([sys.executable, "-c", ""])
+        start = process_start(process.pid) or 0
+        try:
+            wait_for(lambda: process_start(process.pid) == 0)
+            assert process_is_gone(process.pid, start)
+        finally:
+            process.wait()
+
+    def test_numbers_of_another_container_are_not_looked_for_here(self) -> None:
+        process = subprocess.Popen([sys.executable, "-c", ""])
+        process.wait()
+        boot = process_space().split()[0]
+        elsewhere = status(host=socket.gethostname(), pid=process.pid)
+        for space in ("", f"{boot} pid:[1]", f"another-boot {process_space().split()[1]}"):
+            found = condition(replace(elsewhere, process_space=space), NOW)
+            assert found == "running"
 
     def test_a_step_that_does_not_end_is_stuck(self) -> None:
         assert condition(status(step_age_s=29.0), NOW) == "running"
@@ -196,9 +330,12 @@ class TestVerdict:
 
     def test_ends_are_said_before_rates(self) -> None:
         world = [status(rank, world_size=2) for rank in range(2)]
-        dead = [world[0], replace(world[1], time=NOW - 3700)]
+        lost = [world[0], replace(world[1], time=NOW - 3700)]
+        assert verdict(lost, NOW).startswith("No news of rank 1 (node-a")
+        assert "1:01:40" in verdict(lost, NOW)
+        here = {"process_space": process_space(), "process_start": 1}
+        dead = [world[0], replace(world[1], **here)]
         assert verdict(dead, NOW).startswith("Dead: rank 1 (node-a")
-        assert "1:01:40" in verdict(dead, NOW)
         failed = [world[0], replace(world[1], state="failed", error="ValueError: x")]
         assert verdict(failed, NOW) == "Failed: rank 1: ValueError: x"
         done = [replace(one, state="finished") for one in world]
@@ -252,16 +389,63 @@ class TestFrame:
 
 
 class TestTop:
-    def test_one_frame_for_a_log(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_one_frame_for_a_log(
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.setattr(top_module, "time", Clock(NOW))
         status_folder(tmp_path).mkdir()
         path = status_folder(tmp_path) / "rank-0000.json"
-        # Later than now: however long the test takes, the file is not old.
-        status(time=time.time() + 3600).save(path)
+        status().save(path)
         assert top(tmp_path, once=True) == 0
         assert "Bound by" in capsys.readouterr().out
-        status(time=time.time() - 60).save(path)
+        status(state="failed", error="no more").save(path)
         assert top(tmp_path, once=True) == 1
-        assert "Dead" in capsys.readouterr().out
+        assert "Failed: rank 0: no more" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("shift_s", [-3600.0, 3600.0], ids=["set back", "ahead"])
+    def test_a_clock_that_differs_is_seen_through(
+        self, shift_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The run's files are dated an hour off, and go on changing while they are watched."""
+        status_folder(tmp_path).mkdir()
+        path = status_folder(tmp_path) / "rank-0000.json"
+        clock = Clock(NOW, on_sleep=lambda now: status(time=now + shift_s).save(path))
+        monkeypatch.setattr(top_module, "time", clock)
+        clock.sleep(0)
+        assert condition(read_status(tmp_path)[0], NOW) == ("lost" if shift_s < 0 else "running")
+        (heard,) = top_module._News(tmp_path).listen()
+        assert condition(heard, clock.time()) == "running"
+        assert abs(heard.time - clock.time()) < 1
+
+    def test_an_old_file_that_does_not_change_is_told_as_it_is(
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        status_folder(tmp_path).mkdir()
+        path = status_folder(tmp_path) / "rank-0000.json"
+        monkeypatch.setattr(top_module, "time", Clock(NOW))
+        status(time=NOW - 40).save(path)
+        assert top(tmp_path, once=True) == 0
+        assert "No news of rank 0 (node-a, process" in capsys.readouterr().out
+        status(time=NOW - 4000).save(path)
+        assert top(tmp_path, once=True) == 1
+        assert "for 1:0" in capsys.readouterr().out
+
+    def test_storage_that_does_not_answer_is_silence_and_no_end(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        status_folder(tmp_path).mkdir()
+        path = status_folder(tmp_path) / "rank-0000.json"
+        status().save(path)
+        news = top_module._News(tmp_path)
+        first = news.read()
+        path.write_text("{}")
+        assert news.read() == first
 
     def test_it_starts_without_torch(self) -> None:
         found = "import sys, cmae.train.commands.top; print({'torch', 'scipy'} & set(sys.modules))"

@@ -22,7 +22,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from cmae.model import CMAE, build_model, draw_mask, load_model
@@ -31,6 +30,7 @@ from cmae.train.commands.demo.data import PHOTOGRAPHS, TILE_MEAN, TILE_STD, writ
 from cmae.train.config_parser import load_recipe
 from cmae.train.evaluation.knn import EvalImages, extract_features, knn_accuracy, load_eval_images
 from cmae.train.loop.pretrain import pretrain
+from cmae.train.monitor.console import PlainConsole, labelled
 from cmae.train.monitor.images import draw_reconstructions
 
 MARGIN = 0.10
@@ -47,7 +47,7 @@ def demo(out: Path = Path("runs/demo"), seed: int = 0) -> int:
         out: Folder for tiles, shards, checkpoints, metrics and images.
         seed: Seed of the weights, the order of the data, the views and the masks.
     """
-    console = Console(highlight=False)
+    console = PlainConsole()
     title = f"1. Cut {len(PHOTOGRAPHS)} photographs into tiles, write WebDataset shards"
     with _stage(console, title):
         counts = write_demo_shards(out)
@@ -108,20 +108,20 @@ def _draw(model: CMAE, val: EvalImages, path: Path, seed: int) -> None:
     draw_reconstructions(model, val.images[chosen], ids_keep, path)
 
 
-def _print_table(console: Console, accuracies: dict[str, float]) -> None:
+def _print_table(console: PlainConsole, accuracies: dict[str, float]) -> None:
     table = Table(title="\nFrom which photograph is this tile?", title_justify="left")
     table.add_column("features")
     table.add_column("k-NN accuracy", justify="right")
     table.add_column("pretraining is ahead by", justify="right")
     (first, best), *baselines = accuracies.items()
-    table.add_row(f"[bold]{first}", f"[bold]{best:.1%}", "")
+    table.add_row(first, f"{best:.1%}", "", style="bold")
     for name, accuracy in baselines:
         table.add_row(name, f"{accuracy:.1%}", f"{100 * (best - accuracy):+.1f} points")
     table.add_row("chance", f"{1 / len(PHOTOGRAPHS):.1%}", "", style="dim")
     console.print(table)
 
 
-def conclude(console: Console, accuracies: dict[str, float], out: Path) -> int:
+def conclude(console: PlainConsole, accuracies: dict[str, float], out: Path) -> int:
     """Print what lies where and whether the run learnt anything; the exit code."""
     for name, what in {
         "reconstruction.png": "original, masked input, reconstruction of validation tiles",
@@ -134,17 +134,22 @@ def conclude(console: Console, accuracies: dict[str, float], out: Path) -> int:
     pretrained, *baselines = accuracies.values()
     margin = pretrained - max(baselines)
     passed = margin >= MARGIN
-    verdict = "[bold green]PASS" if passed else "[bold red]FAIL"
+    verdict, style = ("PASS", "bold green") if passed else ("FAIL", "bold red")
+    console.print()
     console.print(
-        f"\n{verdict}[/] pretraining is {100 * margin:.1f} points ahead of the best baseline "
-        f"(asked for: {100 * MARGIN:.0f})"
+        labelled(
+            verdict,
+            f"pretraining is {100 * margin:.1f} points ahead of the best baseline "
+            f"(asked for: {100 * MARGIN:.0f})",
+            style,
+        )
     )
     return 0 if passed else 1
 
 
 @contextmanager
-def _stage(console: Console, title: str) -> Iterator[None]:
-    console.print(f"\n[bold]{title}", soft_wrap=True)
+def _stage(console: PlainConsole, title: str) -> Iterator[None]:
+    console.print(f"\n{title}", style="bold", soft_wrap=True)
     start = time.perf_counter()
     yield
-    console.print(f"   [dim]{time.perf_counter() - start:.0f} s", soft_wrap=True)
+    console.print(f"   {time.perf_counter() - start:.0f} s", style="dim", soft_wrap=True)

@@ -146,7 +146,8 @@ def stage_table(stages: Sequence[StageShares], title: str, width: int) -> Table:
     if is_wide:
         table.add_column("threads' time", width=_BAR_WIDTH, no_wrap=True)
     for name, (block, colour) in _STAGE_BAR.items():
-        table.add_column(f"[{colour}]{block}[/] {name}", justify="right", no_wrap=True)
+        header = Text.assemble((block, colour), f" {name}")
+        table.add_column(header, justify="right", no_wrap=True)
     rate = "images/s" if is_wide else "images\n/s"
     for name in ("threads", rate, *["MB/s"][:is_wide], "p50 ms", "p99 ms"):
         table.add_column(name, justify="right")

@@ -7,10 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from cmae.train.monitor.console import PlainConsole, labelled
 from cmae.train.profiling.analysis.records import Estimate, Phase, Profile
 from cmae.train.profiling.analysis.stages import (
     StageShares,
@@ -154,10 +153,10 @@ def _facts(profile: Profile) -> dict[str, Any]:
     return flatten(profile.config) | flatten(profile.machine, "machine.") | sizes
 
 
-def print_diff(diff: ProfileDiff, console: Console) -> None:
+def print_diff(diff: ProfileDiff, console: PlainConsole) -> None:
     """Print the diagnosis then and now, and every difference with its interval."""
     for when, profile in (("then", diff.before), ("now", diff.after)):
-        console.print(f"[bold]{when}[/] ({profile.created}): {escape(profile.diagnosis.sentence)}")
+        console.print(labelled(when, f"({profile.created}): {profile.diagnosis.sentence}", "bold"))
     console.print(_table("Breakdown of the step, ms", (*diff.breakdown, diff.step)))
     if diff.stages:
         console.print(_table("Busy thread time of 1000 images, ms", diff.stages))
@@ -168,9 +167,9 @@ def print_diff(diff: ProfileDiff, console: Console) -> None:
         for name in ("", "then", "now"):
             table.add_column(name, overflow="fold")
         for name, old, new in diff.settings:
-            table.add_row(name, escape(format_value(old)), escape(format_value(new)))
+            table.add_row(name, format_value(old), format_value(new))
         console.print(table)
-    console.print(f"[dim]{CAUTION}", soft_wrap=True)
+    console.print(CAUTION, style="dim", soft_wrap=True)
 
 
 CAUTION = (

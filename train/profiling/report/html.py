@@ -102,4 +102,6 @@ def _write(template: str, path: Path, **values: Any) -> None:
         "WHAT": WHAT,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(environment.get_template(template).render(**values), encoding="utf-8")
+    text = environment.get_template(template).render(**values)
+    # A path in another encoding than the locale's has characters that UTF-8 does not.
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -7,12 +7,12 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from cmae.printable import MAX_LINE, printable
+from cmae.train.monitor.console import PlainConsole, labelled
 from cmae.train.profiling.analysis.breakdown import waterfall
 from cmae.train.profiling.analysis.records import Action, Component, Estimate, Profile
 from cmae.train.profiling.analysis.stages import (
@@ -28,7 +28,7 @@ _BAR_WIDTH, _NARROW_BAR_WIDTH = 28, 14
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
-def print_profile(profile: Profile, console: Console) -> None:
+def print_profile(profile: Profile, console: PlainConsole) -> None:
     """Print diagnosis, breakdown of the step, stages, actions, cost of images and notes."""
     console.print(_headline(profile))
     console.print(_breakdown(profile, console.width))
@@ -39,7 +39,7 @@ def print_profile(profile: Profile, console: Console) -> None:
     for table in _optional_tables(profile):
         console.print(table)
     for note in profile.notes:
-        console.print(f"[dim]note:[/] {escape(note)}", soft_wrap=True)
+        console.print(labelled("note:", note, "dim"), soft_wrap=True)
 
 
 def format_interval(estimate: Estimate) -> str:
@@ -100,10 +100,13 @@ def _headline(profile: Profile) -> Panel:
         f"{format_number(rate)} images/s, global batch {profile.global_batch_size}, {ranks}; "
         f"head-room {format_number(profile.diagnosis.headroom)}x"
     )
-    text = Text.assemble(
-        (profile.diagnosis.sentence, "bold"), "\n", facts, "\n", (machine_line(profile), "dim")
+    sentence, machine = (
+        printable(line, limit=MAX_LINE)
+        for line in (profile.diagnosis.sentence, machine_line(profile))
     )
-    return Panel(text, title=f"bound by {label(profile.diagnosis.bottleneck)}", title_align="left")
+    text = Text.assemble((sentence, "bold"), "\n", facts, "\n", (machine, "dim"))
+    bottleneck = printable(label(profile.diagnosis.bottleneck))
+    return Panel(text, title=Text(f"bound by {bottleneck}"), title_align="left")
 
 
 def _breakdown(profile: Profile, width: int) -> Table:
@@ -122,7 +125,7 @@ def _breakdown(profile: Profile, width: int) -> Table:
             label(one.name),
             *component_cells(one.ms, profile.step_ms),
             Text(bar, style=_style(one)),
-            *[escape(one.note)][: width >= NARROW],
+            *[one.note][: width >= NARROW],
         )
     table.add_section()
     table.add_row("step", *component_cells(profile.step_ms, profile.step_ms), style="bold")
@@ -187,9 +190,10 @@ def _actions(profile: Profile) -> Table:
     table.add_column("error", justify="right", no_wrap=True)
     for action in profile.actions:
         measured, error = action.measured_images_per_s, prediction_error(action)
-        what = Text(action.what)
+        what = Text(printable(action.what, limit=MAX_LINE))
         if action.overrides:
-            what.append(f"\n{format_overrides(action.overrides)}", "cyan")
+            overrides = printable(format_overrides(action.overrides), limit=MAX_LINE)
+            what.append(f"\n{overrides}", "cyan")
         table.add_row(
             what,
             format_number(action.predicted_images_per_s),
@@ -210,7 +214,7 @@ def _phases(profile: Profile) -> Table:
     for phase in profile.phases:
         table.add_row(
             phase.name,
-            escape(phase.what),
+            phase.what,
             format_number(phase.step_ms.value),
             format_interval(phase.step_ms),
             format_number(phase.images_per_s.value),
