@@ -39,7 +39,7 @@ def write(folder: Path, *steps: int, **state: Any) -> list[Path]:
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_a_checkpoint_holds_the_state_of_its_moment(tmp_path: Path, device: str) -> None:
     weight = torch.arange(1_000_000, dtype=torch.float32, device=device)
-    expected = weight.cpu()
+    expected = weight.cpu().clone()
     writer = Checkpointer(tmp_path)
     path = writer.save(3, {"w": weight, "lists": [weight[:5]]})
     weight.fill_(-1)  # the next step
