@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import pwd
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,6 +31,7 @@ from cmae.train.config_parser import parse_config, read_recipe
 from cmae.train.distributed import join_world, threads_per_rank
 from cmae.train.loop.pretrain import TrainingError
 from cmae.train.loop.weights import save_model
+from cmae.train.monitor.metrics import read_metrics
 from cmae.train.tuning.config import TuneConfig
 
 Capture = pytest.CaptureFixture[str]
@@ -87,6 +90,65 @@ class TestHome:
             assert main(words) == 1
             assert str(tmp_path / "gone") in capsys.readouterr().err
         assert not (tmp_path / "~").exists()
+
+
+class TestSinks:
+    @pytest.mark.parametrize(
+        ("name", "is_folder", "warning"),
+        [
+            ("config.yaml", True, "config.yaml cannot be written"),
+            ("metrics.jsonl", True, "metrics.jsonl cannot be written"),
+            ("tensorboard", False, "TensorBoard: output failed"),
+            ("live", False, "`cmae top` has no news of this run"),
+            ("images", False, "images: output failed"),
+            ("loss.png", True, "images: output failed"),
+            ("output.log", True, ""),
+        ],
+    )
+    def test_what_training_does_not_need_costs_one_warning(
+        self,
+        name: str,
+        is_folder: bool,
+        warning: str,
+        small_shards: str,
+        tmp_path: Path,
+        capsys: Capture,
+    ) -> None:
+        obstacle = tmp_path / name
+        if is_folder:
+            obstacle.mkdir()
+        else:
+            obstacle.write_text("in the way")
+        outcome = run(small_shards, tmp_path, **{"optim.total_steps": 3, "run.image_every": 1})
+        assert outcome.step == 3
+        assert list_checkpoints(tmp_path / "checkpoints")
+        error = capsys.readouterr().err
+        assert error.count("warning:") == bool(warning)
+        assert warning in error
+
+    def test_a_folder_that_takes_no_checkpoint_is_refused_at_the_start(
+        self, small_shards: str, tmp_path: Path, capsys: Capture
+    ) -> None:
+        (tmp_path / "checkpoints").write_text("in the way")
+        assert main(["pretrain", *arguments(small_shards, tmp_path)]) == 1
+        error = capsys.readouterr().err
+        assert str(tmp_path / "checkpoints") in error
+        assert error.count("\n") == 1
+
+    def test_a_clock_that_runs_backwards_changes_nothing(
+        self, small_shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run(small_shards, tmp_path / "a", **{"optim.total_steps": 3})
+        start = time.time()
+        ticks = itertools.count()
+        monkeypatch.setattr(time, "time", lambda: start - 3600.0 * next(ticks))
+        run(small_shards, tmp_path / "b", **{"optim.total_steps": 3})
+        monkeypatch.undo()
+        totals = [
+            [record["total"] for record in read_metrics(tmp_path / name / "metrics.jsonl")]
+            for name in "ab"
+        ]
+        assert totals[0] == totals[1]
 
 
 ASCII = {"PYTHONIOENCODING": "ascii:strict", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
