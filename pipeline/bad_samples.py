@@ -93,6 +93,7 @@ class Health:
         self, *, ledger: Path | None, limit: BadLimit | None, rank: int = 0, first_epoch: int = 0
     ) -> None:
         self._ledger = ledger
+        self._shown = printable(str(ledger), limit=MAX_LINE)
         self._limit = limit
         self._rank = rank
         self._pending: list[bytes] = []
@@ -102,7 +103,8 @@ class Health:
             self._is_torn = ledger is not None and _lacks_last_newline(ledger)
         except OSError as error:
             # Lines may come twice: better than a run that ends for its ledger.
-            logger.warning("%s cannot be read (%s); the run goes on", ledger, error)
+            reason = printable(str(error), limit=MAX_LINE)
+            logger.warning("%s cannot be read (%s); the run goes on", self._shown, reason)
             self._listed, self._is_torn = set(), False
         self._left_out: set[Identity] = set()
         self._samples = 0
@@ -120,7 +122,7 @@ class Health:
         if not bad:
             return
         if self.bad_samples == 0:
-            where = "no ledger is kept" if self._ledger is None else f"see {self._ledger}"
+            where = "no ledger is kept" if self._ledger is None else f"see {self._shown}"
             logger.warning("bad sample replaced: %s; %s", describe_bad(bad[0]), where)
         self.bad_samples += len(bad)
         self._write(bad)
@@ -134,7 +136,7 @@ class Health:
         new = [one for one in bad if _identity(one) not in self._left_out]
         self._left_out.update(map(_identity, new))
         if new:
-            where = "" if self._ledger is None else f"; {self._ledger} lists what is left out"
+            where = "" if self._ledger is None else f"; {self._shown} lists what is left out"
             logger.warning("left out of every epoch: %s%s", _summary(new), where)
             self._write(new)
 
@@ -152,8 +154,8 @@ class Health:
             if not self._is_refused:
                 logger.warning(
                     "%s cannot be written (%s); its lines are kept and tried again",
-                    self._ledger,
-                    error,
+                    self._shown,
+                    printable(str(error), limit=MAX_LINE),
                 )
             self._is_refused = True
         else:
@@ -208,7 +210,7 @@ def read_ledger(path: Path) -> Iterator[BadSample]:
     if num_damaged:
         logger.warning(
             "%s: passed over %d line(s) that are no records, the first is line %d",
-            path,
+            printable(str(path), limit=MAX_LINE),
             num_damaged,
             first,
         )

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from cmae.errors import CmaeError
+from cmae.paths import expand_home
 from cmae.pipeline.errors import RemoteError
 from cmae.pipeline.formats.atomic import atomic_write
 from cmae.pipeline.formats.dataset_index import (
@@ -58,12 +59,21 @@ def index_url(url: str) -> str:
 
 
 def open_cache(config: RemoteConfig) -> ShardCache:
-    """The folder of shards; without `cache_dir`, the user's cache folder, for indices alone."""
+    """The folder of shards; without `cache_dir`, the user's cache folder, for indices alone.
+
+    Raises:
+        CmaeError: There is no such folder, and none can be made.
+    """
     quota = config.cache_quota_gib
-    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "cmae"
-    return ShardCache(
-        config.cache_dir or default, quota_bytes=None if quota is None else int(quota * 2**30)
-    )
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "cmae"
+    try:
+        folder = expand_home(config.cache_dir or default)
+    except CmaeError as error:
+        raise CmaeError(
+            f"no folder for the indices of remote shards: {error}, or name one with data.cache_dir",
+            key="cache_dir",
+        ) from error
+    return ShardCache(folder, quota_bytes=None if quota is None else int(quota * 2**30))
 
 
 def load_remote_index(files: Sequence[RemoteFile], cache: ShardCache) -> DatasetIndex:

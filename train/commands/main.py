@@ -114,7 +114,7 @@ def _spell_out(stack: ExitStack) -> None:
             stream.reconfigure(errors="cmae")
 
 
-_OTHER_CHARACTERS = {"█": "#", "▒": ":", "░": ".", "→": ">", "µ": "u", "–": "-", "×": "x"}
+_OTHER_CHARACTERS = {"█": "#", "▒": ":", "░": ".", "→": ">", "µ": "u", "–": "-", "×": "x", "…": "~"}
 _OTHER_CHARACTERS |= dict.fromkeys("▏▎▍▌▋▊▉", "#")
 
 

@@ -79,9 +79,13 @@ class MetricLog:
     ) -> None:
         self.path = out / "metrics.jsonl"
         out.mkdir(parents=True, exist_ok=True)
-        self.num_damaged = _drop_records_after(self.path, start_step)
+        self.num_damaged = 0
         """Damaged lines that the file held."""
         self._warn = warn
+        try:
+            self.num_damaged = _drop_records_after(self.path, start_step)
+        except OSError as error:
+            warn(f"{self.path} may hold records of later steps, which cannot be removed ({error})")
         self._pending: list[str] = []
         self._board = Sink("TensorBoard", warn, reopen=lambda: self._open_board(out, None))
         self._writer: Any = None

@@ -18,6 +18,7 @@ from cmae.model import CMAE
 from cmae.model.blocks import unpinned
 from cmae.pipeline import Batch, FillProgress, Loader
 from cmae.pipeline.bad_samples import LEDGER_FILE
+from cmae.pipeline.formats.atomic import atomic_write
 from cmae.train.config import Config
 from cmae.train.distributed import World
 from cmae.train.monitor.console import labelled
@@ -69,7 +70,6 @@ class RunLog:
         if self._world.is_main:
             run, config = self._config.run, self._config
             run.out.mkdir(parents=True, exist_ok=True)
-            write_config(config, run.out / "config.yaml")
             self._display = self._resources.enter_context(
                 Display(
                     self._total_steps,
@@ -86,6 +86,11 @@ class RunLog:
                 warn=self._warn,
             )
             self._resources.callback(self._log.close)
+            path = run.out / "config.yaml"
+            try:
+                write_config(config, path)
+            except OSError as error:
+                self._warn(f"{path} cannot be written ({error}); the run goes on without it")
         self._resources.enter_context(self._publisher)
         return self
 
@@ -235,4 +240,6 @@ def write_config(config: Config, path: Path) -> None:
     """Write the configuration as a recipe that `--recipe` reads back."""
     plain = config.to_dict()
     del plain["data"]["views"]["img_size"]  # follows model.img_size
-    path.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
+    text = yaml.safe_dump(plain, sort_keys=False)
+    with atomic_write(path) as file:
+        file.write(text.encode())

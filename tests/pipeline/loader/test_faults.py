@@ -7,9 +7,11 @@ import io
 import json
 import os
 import tarfile
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -26,9 +28,17 @@ from support.loaders import loader_of
 from support.pipeline_data import jpeg, toy_mask, write_tar
 
 from cmae.pipeline import Loader, ViewConfig
-from cmae.pipeline.bad_samples import BEFORE_FIRST_EPOCH, BadLimit, BadSample, Health, read_ledger
+from cmae.pipeline.bad_samples import (
+    BEFORE_FIRST_EPOCH,
+    MAX_BAD_RUN,
+    BadLimit,
+    BadSample,
+    Health,
+    NoGoodSamplesError,
+    read_ledger,
+)
 from cmae.pipeline.formats.dataset_index import build_indices
-from cmae.pipeline.formats.shard_index import StaleIndexError, index_path
+from cmae.pipeline.formats.shard_index import StaleIndexError, build_index, index_path, save_index
 from cmae.pipeline.shards.verify import verify_shards
 
 VIEWS = ViewConfig(img_size=32, source_crop_size=40, target_shift=8)
@@ -365,6 +375,33 @@ def test_a_line_that_a_killed_run_left_unfinished_does_no_harm(tmp_path):
     health.add(8, [BadSample("x.tar", "k", 4, "broken", 0)])
     assert health.bad_samples == 2
     assert [line.record_number for line in read_ledger(ledger)] == [3, 4]
+
+
+def test_an_index_of_sizes_that_no_image_has_ends_the_run_at_a_named_limit(tmp_path):
+    """All sizes are possible ones, so that only the decoder finds out: of every sample that it is given."""
+    path = write(tmp_path / "a.tar", {})
+    wrong = np.full(NUM, 9000, dtype=np.int32)
+    save_index(replace(build_index(path), height=wrong, width=wrong), index_path(path))
+    ledger = tmp_path / "bad.jsonl"
+    with open_loader(path, ledger=ledger, view_backend="cpu") as loader:
+        with pytest.raises(NoGoodSamplesError) as ended:
+            next(loader)
+        # So does every call that follows.
+        with pytest.raises(NoGoodSamplesError):
+            next(loader)
+    message = str(ended.value)
+    assert f"more than the limit of {MAX_BAD_RUN}" in message
+    assert str(path) in message
+    assert {line.shard for line in read_ledger(ledger)} == {str(path)}
+
+
+def test_bad_samples_beside_good_ones_reach_no_limit_of_the_row(tmp_path):
+    path = write(tmp_path / "a.tar", {i: without_huffman_table(noise(i)) for i in range(1, NUM, 2)})
+    index(path)
+    with open_loader(path, ledger=tmp_path / "bad.jsonl", view_backend="cpu") as loader:
+        for _ in range(10 * NUM // 8):
+            next(loader)
+    assert loader.bad_samples > MAX_BAD_RUN
 
 
 def test_damaged_lines_of_a_ledger_are_passed_over_and_counted(tmp_path, caplog):

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from rich.console import Console
 
 from cmae.pipeline import expand_shards
 from cmae.pipeline.formats.shard_index import load_index
@@ -24,6 +23,7 @@ from cmae.train.commands.demo.data import (
     write_demo_shards,
 )
 from cmae.train.commands.demo.run import MARGIN, conclude
+from cmae.train.monitor.console import PlainConsole
 
 pytest.importorskip("skimage")
 
@@ -121,4 +121,4 @@ def test_demo_fails_unless_every_baseline_is_clearly_beaten(
     tmp_path: Path, strongest: str, ahead: float, code: int
 ) -> None:
     accuracies = {"pretrained": 0.5 + ahead, "random": 0.1, "pixels": 0.1, strongest: 0.5}
-    assert conclude(Console(quiet=True), accuracies, tmp_path) == code
+    assert conclude(PlainConsole(quiet=True), accuracies, tmp_path) == code

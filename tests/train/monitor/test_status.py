@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from support.fake_time import FakeTime
 from support.profile_data import loader
 
@@ -27,6 +26,7 @@ from cmae.train.commands.top import condition, frame, stragglers, top, verdict
 from cmae.train.distributed import World
 from cmae.train.machine import process_is_gone, process_space, process_start
 from cmae.train.monitor import status as status_module
+from cmae.train.monitor.console import PlainConsole
 from cmae.train.monitor.status import RunStatus, StatusPublisher, read_status, status_folder
 
 NOW = 1_800_000_000.0
@@ -62,7 +62,7 @@ def waiting(share: float) -> LoaderSnapshot:
 
 
 def drawn(statuses: list[RunStatus], width: int = 130) -> str:
-    console = Console(file=io.StringIO(), width=width)
+    console = PlainConsole(file=io.StringIO(), width=width)
     console.print(frame(Path("runs/x"), statuses, now=NOW, width=width))
     return console.file.getvalue()
 

@@ -10,11 +10,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 from support.profile_data import decode_bound, estimate, faster
 
 from cmae.pipeline.stage_stats import Histogram
 from cmae.train.commands.main import main
+from cmae.train.monitor.console import PlainConsole
 from cmae.train.profiling.analysis.records import Component, Curve, Diagnosis, Profile
 from cmae.train.profiling.report.charts import (
     breakdown_chart,
@@ -45,7 +45,7 @@ def bare() -> Profile:
 
 
 def printed(profile: Profile, width: int = 140) -> str:
-    console = Console(file=io.StringIO(), width=width)
+    console = PlainConsole(file=io.StringIO(), width=width)
     print_profile(profile, console)
     return console.file.getvalue()
 
@@ -217,7 +217,7 @@ def test_what_only_one_profile_has_is_said_so() -> None:
 def test_the_comparison_shows_both_sentences_and_what_else_differs(tmp_path: Path) -> None:
     diff = diff_profiles(decode_bound(), faster())
     assert diff.settings == (("data.num_threads", 8, 16),)
-    console = Console(file=io.StringIO(), width=120)
+    console = PlainConsole(file=io.StringIO(), width=120)
     print_diff(diff, console)
     write_diff_html(diff, tmp_path / "diff.html")
     page = read_page((tmp_path / "diff.html").read_text())
