@@ -40,7 +40,8 @@ RULES: dict[str, Rule] = {
         "refused", f"order, views and masks would change in the middle of the run: {_FRESH}"
     ),
     "init_from": Rule(
-        "refused", "a run's weights come from its checkpoint: for others, choose another run.out"
+        "refused",
+        "a run's weights come from its checkpoint: leave it out, or choose another run.out",
     ),
     "run.*": _FREE,
     "speed.*": _ROUNDING,
@@ -161,6 +162,8 @@ def _means_the_same(
 ) -> bool:
     if name not in now:
         return bool(then == _OLD_DEFAULTS.get(name, then if name.startswith("model.") else None))
+    if name == "init_from":  # a resumed run needs it no more
+        return now[name] in (None, then)
     if name == "data.shuffle_window":  # which blocks of one sample do not care about
         blocks = (one.get("data.shuffle_block", 1) for one in (now, before))
         shuffles = any(one.get("data.shuffle", True) for one in (now, before))
