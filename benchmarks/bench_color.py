@@ -8,7 +8,7 @@ in another way is added to `contenders`.
 
 Predictions, written before the first run, for 128 images, exact, 145 launches: the chain moves 9.0 GB by
 counting its operators' bytes, so 3.2 ms on an H100 and 2.3 ms on an H200; fast half of that. The host takes
-2.1 ms.
+2.1 ms. The fused kernels: 65 us (docs/design/0017-fused-colour.md).
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from lib.harness import summarise, write_result
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from cmae.kernels import color_jitter
 from cmae.pipeline import ViewConfig, draw_view_params
-from cmae.pipeline.views.color_batch import color_chain
+from cmae.pipeline.views.color_batch import apply_color, color_chain
 from cmae.pipeline.views.params import ViewParams
 
 ON_GPU = torch.cuda.is_available()
@@ -40,7 +41,13 @@ def contenders() -> dict[str, Colour]:
     def chain(mode: Literal["exact", "fast"]) -> Colour:
         return lambda images, params: color_chain(images, params, mode=mode)
 
-    return {"exact": chain("exact"), "fast": chain("fast")}
+    def fused(mode: Literal["exact", "fast"]) -> Colour:
+        return lambda images, params: apply_color(images, params, mode=mode, op=color_jitter)
+
+    runs = {"exact": chain("exact"), "fast": chain("fast")}
+    if ON_GPU:
+        runs |= {"fused exact": fused("exact"), "fused fast": fused("fast")}
+    return runs
 
 
 def draw_batch(batch_size: int, *, seed: int) -> tuple[Tensor, ViewParams]:

@@ -38,14 +38,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from lib.harness import summarise, write_result
 from PIL import Image
-from PIL.Image import Exif
 
-BORDER = 2
-"""Pixels from a window's edge that count as its border."""
+from cmae.pipeline.views.decode_check import (
+    BORDER,
+    MAX_MEAN_ERROR,
+    draw_image,
+    draw_jpegs,
+    draw_windows,
+    encode,
+    reference,
+)
+
 START_S = 40.0
 """Longest wait for a process's first row: packages, a context, the decoder's first use."""
-MAX_MEAN_ERROR = 1.0
-"""Levels; another IDCT and another rounding stay below it, at the border too."""
 
 
 class Way(NamedTuple):
@@ -78,60 +83,9 @@ def find_ways(device: str) -> list[Way]:
     return [*windows, *whole, *plain, *codec, Way("window", "cpu")]
 
 
-# ---- what is decoded ------------------------------------------------------------------------------
-
-
-def draw_jpegs() -> dict[str, bytes]:
-    """JPEGs of every kind that ImageNet holds, or nearly."""
-    image = draw_image(500, 375)
-    turned = Exif()
-    turned[0x0112] = 6  # orientation: a quarter turn; the views ignore it
-    progressive = {"progressive": True, "subsampling": 2}
-    return {
-        "4:2:0": _encode(image, subsampling=2),
-        "4:2:2": _encode(image, subsampling=1),
-        "4:4:4": _encode(image, subsampling=0),
-        "4:2:0 odd size": _encode(draw_image(333, 251), subsampling=2),
-        "4:2:2 odd size": _encode(draw_image(333, 251), subsampling=1),
-        "4:2:0 restart": _encode(image, subsampling=2, restart_marker_blocks=5),
-        "4:2:0 EXIF-turned": _encode(image, subsampling=2, exif=turned),
-        "gray": _encode(image.convert("L")),
-        "progressive": _encode(image, **progressive),
-        "progressive odd size": _encode(draw_image(333, 251), **progressive),
-        "tiny": _encode(draw_image(40, 36), subsampling=2),
-        "large": _encode(draw_image(3000, 2000), subsampling=2),
-        "CMYK": _encode(image.convert("CMYK")),
-    }
-
-
-def draw_image(width: int, height: int) -> Image.Image:
-    """Slow waves of all colours with some grain, so that every block has luma and chroma of its own."""
-    y, x = np.mgrid[:height, :width].astype(np.float32)
-    waves = [np.sin(x / (7 + 4 * c) + c) + np.cos(y / (9 - 2 * c)) for c in range(3)]
-    grain = np.random.default_rng(0).normal(0, 6, (height, width, 1))
-    pixels = 128 + 55 * np.stack(waves, axis=2) + grain
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-
-
-def _encode(image: Image.Image, **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=90, **options)
-    return file.getvalue()
-
-
-def draw_windows(width: int, height: int) -> list[tuple[int, int, int, int]]:
-    """Windows (top, left, height, width): inside, at every border, at odd places, and the whole image."""
-    h, w = height // 2, width // 2
-    corners = [(0, 0), (0, width - w), (height - h, 0), (height - h, width - w)]
-    inside = [(h // 2, w // 2), (h // 2 + 1, w // 2 + 3), (16, 16), (17, 9)]
-    places = [(top, left, h, w) for top, left in [*corners, *inside]]
-    odd = [(5, 3, h - 1, w - 3), (7, 11, min(29, height - 7), min(25, width - 11))]
-    return [*places, *odd, (0, 0, height, width)]
-
-
-def reference(jpeg: bytes) -> np.ndarray:
-    """Pillow's pixels, not turned."""
-    return np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB"))
+def draw_all() -> dict[str, bytes]:
+    """The kinds that a run checks at its start, and a large one."""
+    return draw_jpegs() | {"large": encode(draw_image(3000, 2000), subsampling=2)}
 
 
 # ---- the ways -------------------------------------------------------------------------------------
@@ -209,7 +163,7 @@ def _decode_by_codec(
 
 def check_kinds(way: Way, kinds: Sequence[str]) -> Iterator[dict[str, Any]]:
     """One row for each kind of JPEG."""
-    jpegs = draw_jpegs()
+    jpegs = draw_all()
     for kind in kinds:
         started = time.perf_counter()
         try:
@@ -406,7 +360,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--kinds", nargs="+", choices=list(draw_jpegs()))
+    parser.add_argument("--kinds", nargs="+", choices=list(draw_all()))
     parser.add_argument("--ways", nargs="+", help="only those whose name begins so")
     parser.add_argument("--shards", help="tars with real images, for the rates; none: no rates")
     parser.add_argument("--batch-size", type=int, default=128)
@@ -427,7 +381,7 @@ def main() -> None:
         for way in find_ways(arguments.device)
         if not arguments.ways or way.name.startswith(tuple(arguments.ways))
     ]
-    kinds = arguments.kinds or list(draw_jpegs())
+    kinds = arguments.kinds or list(draw_all())
     config = {
         key: value for key, value in vars(arguments).items() if key not in ("child", "shards")
     }

@@ -28,6 +28,7 @@ from bench_step import SIZES, Case
 from lib.data import prepare_shards
 from lib.harness import summarise, write_result
 
+from cmae.kernels import color_jitter
 from cmae.model import ModelConfig, build_model, draw_mask
 from cmae.pipeline import Batch, LoaderConfig, ViewConfig, build_loader, synthetic_batches
 from cmae.train.config import OptimConfig, SpeedConfig
@@ -86,7 +87,7 @@ def measure(
         batch_size=arguments.batch_size,
         num_threads=arguments.threads,
     )
-    with build_loader(data, draw_mask=mask, device=DEVICE) as loader:
+    with build_loader(data, draw_mask=mask, device=DEVICE, color_op=color_jitter) as loader:
         run_window(step, iter(loader), warmup=3, steps=1)  # compiles, fills caches
         for number in range(arguments.rounds):
             size = {"warmup": arguments.warmup, "steps": arguments.steps}

@@ -34,6 +34,7 @@ from peers import find_peers
 from peers.check import check_peer
 from peers.contract import Absent, Job, Peer
 
+from cmae.kernels import color_jitter
 from cmae.model import ModelConfig, draw_mask
 from cmae.pipeline import LoaderConfig, ViewConfig, build_loader, synthetic_batches
 
@@ -58,7 +59,7 @@ def cmae_run(job: Job, *, source: str, backend: str, shards: list[str], count: i
         source=source,
         view_backend=backend,
     )
-    with build_loader(config, draw_mask=_mask, device=job.device) as loader:
+    with build_loader(config, draw_mask=_mask, device=job.device, color_op=color_jitter) as loader:
         sizes = (len(batch.online) for batch in loader)
         return time_batches(sizes, warmup=3, count=count)
 
@@ -117,7 +118,7 @@ def our_mean(job: Job) -> float:
         batch_size=job.batch_size,
         num_threads=job.threads,
     )
-    with build_loader(config, draw_mask=_mask, device=job.device) as loader:
+    with build_loader(config, draw_mask=_mask, device=job.device, color_op=color_jitter) as loader:
         batches = max(1, min(loader.num_samples or 2000, 2000) // job.batch_size)
         means = [next(loader).online.float().mean().item() for _ in range(batches)]
     return sum(means) / len(means)

@@ -25,6 +25,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from cmae.kernels import color_jitter
 from cmae.model import ModelConfig, draw_mask
 from cmae.pipeline import LoaderConfig, ViewConfig, build_loader
 from cmae.pipeline.formats.dataset_index import build_indices
@@ -77,6 +78,7 @@ def run(shards: list[str], backend: str, arguments: argparse.Namespace) -> list[
         config,
         draw_mask=lambda index, epoch: draw_mask(model, index, seed=0, epoch=epoch),
         device="cuda" if torch.cuda.is_available() and backend == "dali" else "cpu",
+        color_op=color_jitter,
     ) as loader:
         for number in range(1, arguments.batches + 1):
             next(loader)

@@ -21,17 +21,21 @@ ceiling than B.
 from __future__ import annotations
 
 import argparse
+import cProfile
 import gc
+import pstats
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from lib.harness import Measurement, device_name, interleave, summarise, write_result
 from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch.profiler import ProfilerActivity, profile
 
 from cmae.model import ModelConfig, build_model, count_multiply_adds, draw_mask
 from cmae.model.decoder import Decoder
@@ -54,6 +58,7 @@ SIZES = {
 
 # Each changes one thing; 'best' is what they should give together. What matters most comes first: the last
 # are left out when time is short.
+PLAIN = {"compile": "none", "sdpa": "torch"}
 LEVERS: dict[str, dict[str, dict[str, Any]]] = {
     "base": {},
     "residual: 16bit": {"optim": {"residual": "16bit"}},
@@ -135,7 +140,7 @@ class Contender:
         )
         model = build_model(config, seed=0).to(DEVICE)
         self.step = TrainStep(
-            model, optim, SpeedConfig(**case.speed), World(0, 1, DEVICE), log=print
+            model, optim, SpeedConfig(**{**PLAIN, **case.speed}), World(0, 1, DEVICE), log=print
         )
         self.batch: Batch = next(
             synthetic_batches(
@@ -188,6 +193,41 @@ class Contender:
                 for name, ms in spans.read().items():
                     taken.setdefault(name, []).append(ms)
         return {name: statistics.median(values) for name, values in taken.items()}
+
+    def device_work(self) -> dict[str, Any]:
+        """Milliseconds that kernels of a step run, and their number; the rest of a step, the device waits.
+
+        The dearest kernels come by name, all launches of a step together.
+        """
+        if not ON_GPU:
+            return {}
+        synchronise()
+        with profile(activities=[ProfilerActivity.CUDA]) as trace:
+            self.take_step()
+            self.take_step()
+            synchronise()
+        kernels = [e for e in trace.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        total_ms: dict[str, float] = {}
+        for kernel in kernels:
+            total_ms[kernel.name] = total_ms.get(kernel.name, 0) + kernel.device_time_total / 2e3
+        dearest = sorted(total_ms.items(), key=lambda item: -item[1])[:25]
+        return {
+            "device_ms": sum(total_ms.values()),
+            "kernels": len(kernels) / 2,
+            "dearest_ms": {name[:100]: round(ms, 3) for name, ms in dearest},
+        }
+
+    def host_work(self) -> dict[str, float]:
+        """Milliseconds of the training thread in each Python function itself, of one step; the dearest."""
+        profiler = cProfile.Profile()
+        profiler.runcall(self.take_step)
+        synchronise()
+        rows = pstats.Stats(profiler).stats.items()  # type: ignore[attr-defined]
+        own = {
+            f"{Path(file).name}:{line} {name}": round(1e3 * values[2], 3)
+            for (file, line, name), values in rows
+        }
+        return dict(sorted(own.items(), key=lambda item: -item[1])[:25])
 
 
 class Spans:
@@ -296,8 +336,12 @@ def measure_group(
     try:
         measured = interleave(ready, rounds=arguments.rounds)
         parts = {name: contender.parts_ms() for name, contender in ready.items()}
+        works = {
+            name: contender.device_work() | {"host_ms": contender.host_work()}
+            for name, contender in ready.items()
+        }
     except torch.OutOfMemoryError:
-        measured, parts = {}, {}
+        measured, parts, works = {}, {}, {}
     rows = []
     for name, case in cases.items():
         contender = built[name]
@@ -309,6 +353,7 @@ def measure_group(
             {"name": name, **case.describe(), **describe_run(contender, measured[name], ceilings)}
         )
         rows[-1]["parts_ms"] = parts[name]
+        rows[-1] |= works[name]
         if "base" in measured:
             rows[-1]["gain"] = gain(measured[name], measured["base"])
     return rows
@@ -360,6 +405,8 @@ def measure_levers(
             row |= {
                 "parts_ms": contender.parts_ms(),
                 "gain": gain(measured[name], measured["base"]),
+                **contender.device_work(),
+                "host_ms": contender.host_work(),
             }
         except torch.OutOfMemoryError:
             row["error"] = "out of memory"
@@ -432,6 +479,8 @@ def main() -> None:
     def note(row: dict[str, Any]) -> None:
         rows.append(row)
         told = f"{row['gain']['median']:.3f} of the base" if "gain" in row else row["error"]
+        if "device_ms" in row:
+            told += f", {row['kernels']:.0f} kernels of {row['device_ms']:.1f} ms together"
         print(f"{row['name']:<20} B {row['batch_size']:<4} {told}", flush=True)
         write_result(name, label=label, config=config, rows=rows)
 

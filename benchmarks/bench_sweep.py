@@ -29,6 +29,7 @@ from bench_step import SIZES, Case, build
 from lib.data import prepare_shards
 from lib.harness import Measurement, interleave, summarise, time_batches, write_result
 
+from cmae.kernels import color_jitter
 from cmae.model import ModelConfig, draw_mask
 from cmae.pipeline import LoaderConfig, ViewConfig, build_loader
 
@@ -113,6 +114,7 @@ def run_loader(job: dict[str, Any]) -> Measurement:
         config,
         draw_mask=lambda index, epoch: draw_mask(ModelConfig(), index, seed=0, epoch=epoch),
         device="cuda" if ON_GPU else "cpu",
+        color_op=color_jitter,
     ) as loader:
         sizes = (len(batch.online) for batch in loader)
         return time_batches(sizes, warmup=3, count=job["batches"])

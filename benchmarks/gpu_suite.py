@@ -5,7 +5,7 @@
 
 Sections run in the order of their questions (docs/design/0007-open-on-a-gpu.md), each in a process of its
 own: one that fails or runs out of time leaves the others alone. Those of 'dali' come after those of
-'no-dali'. Sections and calls share the caches of compiled code. The summary goes to
+'no-dali', which run without DALI. Sections and calls share the caches of compiled code. The summary goes to
 `benchmarks/results/<date>_gpu-suite_<device>_<sha>.json`; the benchmarks write files of their own.
 """
 
@@ -22,30 +22,29 @@ TESTS = (PYTHON, "-m", "pytest", "-vv", "--tb=short", "-p", "no:cacheprovider")
 GPU_ONLY = ("-m", "gpu and not slow")
 STEP = (PYTHON, "benchmarks/bench_step.py", "--rounds", "3", "--steps", "6")
 LEVERS = (*STEP, "--methods", "cmae", "--precisions", "fp16", "--levers")
+DOCTOR = [PYTHON, "-m", "cmae.train", "doctor"]
 NO_DALI: dict[str, list[str]] = {
-    "doctor": [PYTHON, "-m", "cmae.train", "doctor"],
-    "first-minute": [
-        *TESTS,
-        *GPU_ONLY,
-        "tests/train/loop/test_step.py",
-        "tests/train/loop/test_speed.py",
-    ],
     "levers": [
-        *(*LEVERS, "base", "residual: 16bit", "target_copy", "sdpa: flash", "sdpa: cudnn"),
-        *("compile: blocks", "best", "best, model_graphs"),
-        *("--batch-sizes", "128", "--budget-s", "140"),
+        *(*LEVERS, "base", "compile: blocks", "best", "--batch-sizes", "128"),
+        *("--budget-s", "120"),
+    ],
+    "levers-512": [
+        *(*LEVERS, "base", "compile: blocks", "best", "--batch-sizes", "512"),
+        *("--budget-s", "120"),
+    ],
+    "graphs": [
+        *(*LEVERS, "base", "best, model_graphs", "--batch-sizes", "128", "--budget-s", "180"),
     ],
     "attention": [PYTHON, "benchmarks/bench_attention.py", "--rounds", "20"],
-    "color": [PYTHON, "benchmarks/bench_color.py", "--rounds", "20"],
-    "step": [*LEVERS, "base", "best", "--batch-sizes", "512", "256", "--budget-s", "60"],
-    "step-mae": [
-        *(*STEP, "--methods", "mae", "--precisions", "bf16", "--levers", "base", "best"),
-        *("--batch-sizes", "256", "--budget-s", "40"),
-    ],
     "kernels": [
         *(PYTHON, "benchmarks/bench_kernels.py", "--rounds", "10"),
         *("--batch-sizes", "128", "--keys", "4096"),
     ],
+    "step-mae": [
+        *(*STEP, "--methods", "mae", "--precisions", "bf16", "--levers", "base", "best"),
+        *("--batch-sizes", "256", "--budget-s", "40"),
+    ],
+    "color": [PYTHON, "benchmarks/bench_color.py", "--rounds", "20"],
     "test-model": [
         *TESTS,
         *GPU_ONLY,
@@ -55,39 +54,47 @@ NO_DALI: dict[str, list[str]] = {
     "test-kernels": [*TESTS, *GPU_ONLY, "tests/kernels/test_gpu.py"],
 }
 DALI: dict[str, list[str]] = {
-    "decode": [PYTHON, "benchmarks/bench_decode.py"],
+    "doctor": DOCTOR,
     "test-pipeline": [*TESTS, *GPU_ONLY, "tests/pipeline/views/test_gpu.py"],
-    "sweep-decode": [
-        *(PYTHON, "benchmarks/bench_sweep.py", "--sweeps", "hw_decoder_load", "--rounds", "2"),
-    ],
-    "e2e": [PYTHON, "benchmarks/bench_e2e.py", "--rounds", "4"],
-    "e2e-fast": [PYTHON, "benchmarks/bench_e2e.py", "--rounds", "3", "--color", "fast"],
+    "test-step": [*TESTS, *GPU_ONLY, "tests/train/loop/test_step.py"],
+    "test-speed": [*TESTS, *GPU_ONLY, "tests/train/loop/test_speed.py"],
+    "e2e": [PYTHON, "benchmarks/bench_e2e.py", "--rounds", "4", "--compile", "none"],
     "loader": [
         *(PYTHON, "benchmarks/bench_loader.py", "--rounds", "2", "--colors", "exact", "none"),
         "--presized",
+    ],
+    "decode": [PYTHON, "benchmarks/bench_decode.py"],
+    "sweep-decode": [
+        *(PYTHON, "benchmarks/bench_sweep.py", "--sweeps", "hw_decoder_load", "--rounds", "2"),
+    ],
+    "e2e-fast": [
+        *(PYTHON, "benchmarks/bench_e2e.py", "--rounds", "3", "--compile", "none"),
+        *("--color", "fast"),
     ],
     "sizes": [
         *(*LEVERS, "base", "best", "--sizes", "l", "h", "s", "--batch-sizes", "128"),
         *("--budget-s", "80"),
     ],
     "profile": [PYTHON, "benchmarks/bench_profile.py", "--budget-s", "45", "--verify", "2"],
-    "test-profiling": [*TESTS, *GPU_ONLY, "tests/train/profiling/test_profiler.py"],
+    "test-profiling": [*TESTS, *GPU_ONLY, "tests/train/profiling/test_any_loader.py"],
 }
 SECTIONS = NO_DALI | DALI
 GROUPS = {"no-dali": list(NO_DALI), "dali": list(DALI)}
 LIMITS_S: dict[str, float] = {
-    "doctor": 30,
-    "first-minute": 75,
-    "levers": 170,
+    "doctor": 60,
+    "test-step": 60,
+    "test-speed": 150,
+    "levers": 130,
+    "levers-512": 130,
+    "graphs": 190,
     "attention": 30,
     "color": 25,
-    "step": 75,
-    "step-mae": 50,
+    "step-mae": 60,
     "kernels": 60,
     "test-model": 30,
     "test-kernels": 90,
     "decode": 110,
-    "test-pipeline": 45,
+    "test-pipeline": 60,
     "sweep-decode": 60,
     "e2e": 75,
     "e2e-fast": 45,

@@ -401,9 +401,9 @@ def _to_nearest(x):  # type: ignore[no-untyped-def]
 @jit()
 def _gray_kernel(  # type: ignore[no-untyped-def]
     images,
-    params,
+    rows_of_params,
     sums,
-    params_stride,
+    rows_stride,
     image_stride: tl.constexpr,
     num_pixels: tl.constexpr,
     num_blocks: tl.constexpr,
@@ -413,7 +413,7 @@ def _gray_kernel(  # type: ignore[no-untyped-def]
 ):
     """One program sums the grey of a part of an image as it stands before its contrast; whole numbers."""
     image = tl.program_id(0) // num_blocks
-    row = params + image.to(tl.int64) * params_stride
+    row = rows_of_params + image.to(tl.int64) * rows_stride
     if (tl.load(row) != 0.0) & (tl.load(row + 2) != 1.0):
         group = tl.program_id(0) % num_blocks * block + tl.arange(0, block)
         pixels = _load_pixels(
@@ -429,11 +429,11 @@ def _gray_kernel(  # type: ignore[no-untyped-def]
 @jit()
 def _pixel_kernel(  # type: ignore[no-untyped-def]
     images,
-    params,
+    rows_of_params,
     sums,
     out,
     planes,
-    params_stride,
+    rows_stride,
     image_stride: tl.constexpr,
     num_pixels: tl.constexpr,
     num_blocks: tl.constexpr,
@@ -448,7 +448,7 @@ def _pixel_kernel(  # type: ignore[no-untyped-def]
     It writes to `out`, or to `planes` (B, 3, pixels) where the image will be blurred.
     """
     image = tl.program_id(0) // num_blocks
-    row = params + image.to(tl.int64) * params_stride
+    row = rows_of_params + image.to(tl.int64) * rows_stride
     is_jittered = tl.load(row) != 0.0
     is_gray = tl.load(row + 6) != 0.0
     is_blurred = tl.load(row + 7) > 0.0
@@ -546,9 +546,9 @@ def _halves(x):  # type: ignore[no-untyped-def]
 @jit()
 def _blur_kernel(  # type: ignore[no-untyped-def]
     planes,
-    params,
+    rows_of_params,
     out,
-    params_stride,
+    rows_stride,
     height: tl.constexpr,
     width: tl.constexpr,
     tile: tl.constexpr,
@@ -563,7 +563,7 @@ def _blur_kernel(  # type: ignore[no-untyped-def]
     tiles_y: tl.constexpr = (height + tile - 1) // tile
     num_pixels: tl.constexpr = height * width
     image = (tl.program_id(0) // (tiles_x * tiles_y)).to(tl.int64)
-    sigma = tl.load(params + image * params_stride + 7)
+    sigma = tl.load(rows_of_params + image * rows_stride + 7)
     if sigma > 0.0:
         radius = tl.minimum(tl.ceil(3.0 * sigma), max_radius + 0.0)
         sharpness = 0.8493218002880191 / sigma  # exp2(-(distance * it)^2) is the Gaussian

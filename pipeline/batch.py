@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import torch
 from jaxtyping import Int32, Int64, UInt8
 from torch import Tensor
 
@@ -74,3 +75,14 @@ class Batch:
 
 DrawMask = Callable[[Int64[Tensor, " B"], int], tuple[Tensor, Tensor]]
 """(sample_id, epoch) -> (ids_keep, ids_mask), on the device of sample_id."""
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the host to a device, ordered on the current stream; the host does not wait.
+
+    From pageable memory the copy would wait for all that is queued on the stream. torch keeps the pinned
+    memory until the copy has passed.
+    """
+    if device.type == "cuda":
+        tensor = tensor.contiguous().pin_memory()  # others would go through pageable memory
+    return tensor.to(device, non_blocking=True)

@@ -73,8 +73,9 @@ class SpeedConfig:
     kernels: Literal["auto", "torch", "triton"] = "auto"
     """What gathers patches and computes losses. 'auto': Triton kernels on a GPU, torch elsewhere. 'triton'
     stops where a kernel cannot run."""
-    compile: Literal["none", "blocks", "model", "model_graphs"] = "none"
-    """torch.compile: not at all, each transformer block, or each branch as a whole. 'model_graphs' also
+    compile: Literal["auto", "none", "blocks", "model", "model_graphs"] = "auto"
+    """torch.compile: not at all, each transformer block, or each branch as a whole. 'auto': blocks on a GPU
+    before Hopper, which takes half a minute at the start, and none elsewhere. 'model_graphs' also
     records each branch as a CUDA graph (torch's mode reduce-overhead), which saves the cost of launches: a
     GPU only, and one micro-batch a step."""
     sdpa: Literal["torch", "auto", "flash", "cudnn", "efficient", "math"] = "torch"
@@ -89,6 +90,16 @@ class SpeedConfig:
         for name in ("micro_batch_size", "torch_threads"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"speed.{name}", value, ">= 1, or null")
+
+    def resolved(self, capability: tuple[int, int] | None) -> "SpeedConfig":
+        """The same settings, with `compile` as it is on a GPU of this compute capability; None = a CPU.
+
+        From Hopper on, the host is slower with compiled blocks than the GPU is faster (docs/design/0020).
+        """
+        if self.compile != "auto":
+            return self
+        is_older = capability is not None and capability < (9, 0)
+        return replace(self, compile="blocks" if is_older else "none")
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,15 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     }
 
 
+def compute_capability(device: torch.device) -> tuple[int, int] | None:
+    """Of a GPU, such as (8, 0) for an A100; None for a CPU."""
+    if device.type != "cuda":
+        return None
+    import torch
+
+    return torch.cuda.get_device_capability(device)
+
+
 def cpu_name() -> str:
     """Model of the processor."""
     cpuinfo = Path("/proc/cpuinfo")

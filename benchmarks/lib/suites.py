@@ -13,6 +13,7 @@ and `make docs` draws the tables. The GPU's suite is gpu_suite.py, on the same m
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -151,8 +152,12 @@ def _wait(process: subprocess.Popen[str], limit_s: float) -> int:
     try:
         return process.wait(timeout=limit_s)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        # Ctrl-C first: pytest then tells which tests have failed so far, and why.
+        for word, patience_s in ((signal.SIGINT, 10), (signal.SIGKILL, None)):
+            os.killpg(process.pid, word)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(patience_s)
+                break
         return 124
 
 

@@ -44,8 +44,9 @@ def run_threads(
                 future.result()
                 progress(1)
         except BaseException:
+            # Before the event: a thread that stops for it would take the next item.
+            pool.shutdown(wait=False, cancel_futures=True)
             if stop is not None:
                 stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
             raise
     return [future.result() for future in futures]

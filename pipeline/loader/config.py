@@ -16,7 +16,9 @@ from cmae.paths import expand_home
 from cmae.pipeline.remote.schemes import REDACTED
 from cmae.pipeline.views.config import ViewConfig
 
-FOR_THE_MACHINE = ("num_threads", "prefetch", "num_readers", "hw_decoder_load", "view_backend")
+FOR_THE_MACHINE = (
+    *("num_threads", "prefetch", "num_readers", "hw_decoder_load", "view_backend", "gpu_decode"),
+)
 """Settings that follow the machine: batches hold the same with any of them, within the pixels' rounding."""
 
 FROM_THE_RUN = {
@@ -70,6 +72,10 @@ class LoaderConfig:
     view_backend: Literal["auto", "dali", "cpu"] = "auto"
     """What decodes and crops: DALI, or torch's own CPU operators on threads, which are faster without a
     GPU. 'auto' takes DALI on a GPU. The pixels agree within rounding."""
+    gpu_decode: Literal["auto", "window", "whole", "cpu"] = "auto"
+    """How DALI decodes for a GPU: the wanted window alone, the whole image with the window cut out of it on
+    the GPU, or windows on the CPU. 'auto' tries them in this order on drawn JPEGs, in a process of its own at
+    the start, and takes the first whose pixels are right. They agree within rounding."""
     remote: Literal["auto", "cache", "range", "stream"] = "auto"
     """How shards behind URLs are read. 'cache' copies them to `cache_dir` in the background and reads by
     byte range what is not there yet; 'range' keeps nothing on the disk; 'stream' reads front to back.
@@ -165,5 +171,6 @@ _CHOICES = {
     "source": ("auto", "indexed", "stream"),
     "last_batch": ("drop", "pad"),
     "view_backend": ("auto", "dali", "cpu"),
+    "gpu_decode": ("auto", "window", "whole", "cpu"),
     "remote": ("auto", "cache", "range", "stream"),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -31,9 +32,11 @@ from cmae.pipeline.sources.left_out import lost_members
 from cmae.pipeline.sources.records import Source
 from cmae.pipeline.sources.stream import StreamSource
 from cmae.pipeline.views.backend import ViewBackend
+from cmae.pipeline.views.color_batch import ColorOp
 from cmae.pipeline.views.config import ViewStep
 from cmae.pipeline.views.cpu import CpuViews
 from cmae.pipeline.views.dali import DaliViews
+from cmae.pipeline.views.decode_check import DecodeChoice, choose_decode
 
 
 def build_loader(
@@ -48,6 +51,8 @@ def build_loader(
     limit_bad: bool = True,
     progress: Callable[[FillProgress], None] | None = None,
     wrap: Wrap | None = None,
+    color_op: ColorOp | None = None,
+    decode: DecodeChoice | None = None,
 ) -> Loader:
     """Open shards and start reading.
 
@@ -64,6 +69,9 @@ def build_loader(
         progress: Called about once a second from a background thread while remote shards are copied.
         wrap: Called with the source and the view backend; returns what the loader uses instead (the profiler
             puts its switches there).
+        color_op: What colours a batch on a GPU, such as `cmae.kernels.color_jitter`; None = torch operators.
+        decode: How JPEGs are decoded for a GPU, where ranks have agreed on it; None = as configured, or by
+            trying.
 
     Raises:
         CmaeError: A size, the state or the shard list does not fit; the message names the repair.
@@ -81,7 +89,8 @@ def build_loader(
         source = opened.source
         undo.callback(source.close)
         state = _place_to_begin(state, opened, seed=config.seed)
-        view_backend = open_views(config, device)
+        decode = decode or decode_for(config, device)
+        view_backend = open_views(config, device, color_op=color_op, decode=decode)
         undo.callback(view_backend.close)
         limit = BadLimit(config.max_bad_fraction) if limit_bad else None
         health = Health(ledger=ledger, limit=limit, rank=rank, first_epoch=state.epoch)
@@ -97,6 +106,7 @@ def build_loader(
             health=health,
             draw_mask=draw_mask,
             downscaled=opened.downscaled,
+            decode=decode if device.type == "cuda" else None,
         )
         undo.pop_all()
     return loader
@@ -156,7 +166,12 @@ def open_source(
 
 
 def open_views(
-    config: LoaderConfig, device: torch.device, *, last_step: ViewStep = "color"
+    config: LoaderConfig,
+    device: torch.device,
+    *,
+    last_step: ViewStep = "color",
+    color_op: ColorOp | None = None,
+    decode: DecodeChoice | None = None,
 ) -> ViewBackend:
     """Open the view backend.
 
@@ -164,6 +179,8 @@ def open_views(
         config: Views, backend and threads.
         device: Device of the views.
         last_step: Last operation on an image; for measurements, see the backends.
+        color_op: What colours a batch on a GPU; None = torch operators.
+        decode: How JPEGs are decoded for a GPU; None = as configured, or by trying.
 
     Raises:
         CmaeError: The backend cannot work on this device.
@@ -178,7 +195,21 @@ def open_views(
         num_threads=num_threads,
         hw_decoder_load=config.hw_decoder_load,
         last_step=last_step,
+        color_op=color_op,
+        decode_way=(decode or decode_for(config, device)).way,
     )
+
+
+def decode_for(config: LoaderConfig, device: torch.device) -> DecodeChoice:
+    """How JPEGs are decoded on a device: as configured, or by trying."""
+    if device.type != "cuda":
+        return DecodeChoice("window")
+    if config.gpu_decode != "auto":
+        return DecodeChoice(config.gpu_decode)
+    choice = choose_decode(device.index or 0)
+    if choice.passed_over:
+        warnings.warn(choice.describe(), RuntimeWarning, stacklevel=2)
+    return choice
 
 
 def _threads_and_batch(config: LoaderConfig) -> tuple[int, int]:

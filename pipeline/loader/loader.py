@@ -17,6 +17,7 @@ from cmae.pipeline.loader.prefetcher import Prefetcher
 from cmae.pipeline.sources.records import Source
 from cmae.pipeline.stage_stats import LoaderSnapshot, State
 from cmae.pipeline.views.backend import ViewBackend
+from cmae.pipeline.views.decode_check import DecodeChoice
 
 Wrap = Callable[[Source, ViewBackend], tuple[Source, ViewBackend]]
 
@@ -36,6 +37,7 @@ class Loader:
         health: Record of bad samples.
         draw_mask: Drawer of masks, called in the background; None = batches without masks.
         downscaled: Line for the attribute of that name.
+        decode: Value of the attribute of that name.
     """
 
     num_samples: int | None
@@ -44,6 +46,8 @@ class Loader:
     """Optimiser steps in an epoch, equal on every rank; None for a stream."""
     downscaled: str
     """Says which of the images are not the original files (`cmae shards write --max-size`); '' if all are."""
+    decode: DecodeChoice | None
+    """How JPEGs are decoded for a GPU; None on a CPU."""
 
     def __init__(
         self,
@@ -56,10 +60,12 @@ class Loader:
         health: Health,
         draw_mask: DrawMask | None = None,
         downscaled: str = "",
+        decode: DecodeChoice | None = None,
     ) -> None:
         self.num_samples = source.num_samples
         self.steps_per_epoch = source.steps_per_epoch
         self.downscaled = downscaled
+        self.decode = decode
         self._source = source
         self._view_backend = view_backend
         self._prefetcher = Prefetcher(

@@ -23,12 +23,20 @@ from cmae.pipeline.bad_samples import (
     NoGoodSamplesError,
     describe_bad,
 )
-from cmae.pipeline.batch import Batch, DrawMask, LoaderState
+from cmae.pipeline.batch import Batch, DrawMask, LoaderState, upload
+from cmae.pipeline.errors import DataError
 from cmae.pipeline.sources.records import RawBatch, Source
 from cmae.pipeline.stage_stats import QueueDepth, Stage, State
 from cmae.pipeline.views.backend import ViewBackend, Views
 from cmae.pipeline.views.config import ViewConfig
 from cmae.pipeline.views.params import draw_view_params
+from cmae.printable import printable
+
+DECODE_DEADLINE_S = 180.0
+"""Longest time that decoding one batch may take; a malformed file has hung decoders for ever."""
+
+
+_MOST_NAMES = 512
 
 
 @dataclass(frozen=True)
@@ -79,9 +87,12 @@ class Prefetcher:
         self._views = views
         self._draw_mask = draw_mask
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # Ahead of the training's kernels: what little the views take there is what the next step waits for.
+        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self._queue: queue.Queue[QueuedBatch | BaseException] = queue.Queue(prefetch)
         self._stop = threading.Event()
+        self._decoding: tuple[float, RawBatch] | None = None
+        """When the batch that is being waited for was begun to be waited for."""
         self._seed = state.seed
         self.stage = Stage("prefetch", threads=1, first_state=State.STARVED)
         self.queue_stage = Stage("queue", threads=1, first_state=State.AWAY)
@@ -102,6 +113,7 @@ class Prefetcher:
 
         Raises:
             Exception: Whatever a background thread died of.
+            DataError: A batch is not decoded within DECODE_DEADLINE_S.
             RuntimeError: The loader is closed.
         """
         start = time.perf_counter()
@@ -123,6 +135,8 @@ class Prefetcher:
         while not self._stop.is_set():
             with contextlib.suppress(queue.Empty):
                 return self._queue.get(timeout=0.5)  # wakes now and then: Ctrl-C gets through
+            if (hung := self._hung_batch()) is not None:
+                raise DataError(_name_hung(hung))
         raise RuntimeError("the loader is closed")
 
     def close(self) -> None:
@@ -131,8 +145,18 @@ class Prefetcher:
         self._stop.set()
         self._source.close()  # first: the thread may be waiting for a read that takes minutes
         self._view_backend.cancel()  # or for a large batch
-        self._thread.join()
+        while self._thread.is_alive():
+            self._thread.join(timeout=1)
+            if self._hung_batch() is not None:
+                return  # the decoder will not come back, and nothing of it can be released
         self._view_backend.close()
+
+    def _hung_batch(self) -> RawBatch | None:
+        """The batch whose decoding takes too long, if one does."""
+        decoding = self._decoding
+        if decoding is None or time.perf_counter() - decoding[0] < DECODE_DEADLINE_S:
+            return None
+        return decoding[1]
 
     def _run(self, state: LoaderState) -> None:
         # Small work beside the decoding threads: a parallel region would only wait for their cores.
@@ -167,20 +191,22 @@ class Prefetcher:
         )
         return self._view_backend.submit(raw.encoded, params)
 
-    def _collect(self, job: Any) -> Views:
+    def _collect(self, raw: RawBatch, job: Any) -> Views:
         self.stage.switch(State.STARVED)
+        self._decoding = (time.perf_counter(), raw)
         views = self._view_backend.collect(job)
+        self._decoding = None
         self.stage.switch(State.BUSY)
         return views
 
     def _finish(self, raw: RawBatch, job: Any) -> QueuedBatch:
         start = time.perf_counter()
-        views = self._collect(job)
+        views = self._collect(raw, job)
         num_in_row = 0
         while views.bad:
             before, num_in_row = len(views.bad), num_in_row + len(views.bad)
             self._replace(raw, views.bad, num_in_row)
-            views = self._collect(self._submit(raw))
+            views = self._collect(raw, self._submit(raw))
             if len(views.bad) < before:
                 num_in_row = 0
         assert views.online is not None
@@ -229,8 +255,7 @@ class Prefetcher:
             )
 
     def _upload(self, array: Int64[np.ndarray, " B"]) -> Int64[Tensor, " B"]:
-        tensor = torch.from_numpy(array)
-        return tensor if self._stream is None else tensor.to(self._device)
+        return upload(torch.from_numpy(array), self._device)
 
     def _put(self, item: QueuedBatch | BaseException) -> None:
         while not self._stop.is_set():
@@ -240,3 +265,17 @@ class Prefetcher:
                 return
             except queue.Full:
                 continue
+
+
+def _name_hung(raw: RawBatch) -> str:
+    names = [
+        f"shard {record.shard}, record {record.record_number}: {printable(record.key)}"
+        for record in raw.records
+    ]
+    shown = "\n  ".join(names[:_MOST_NAMES])
+    more = f"\n  and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return (
+        f"decoding one batch has taken more than {DECODE_DEADLINE_S:.0f} s: the decoder hangs. One of these "
+        "files is why (shards counted from 0); `cmae shards verify --decode nvimgcodec` tries them one by "
+        f"one, and `--data.gpu_decode cpu` decodes without the GPU:\n  {shown}{more}"
+    )

@@ -12,7 +12,7 @@ functions round, so that the chain equals theirs and does not drift.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from jaxtyping import Float, Float32, Int64, Shaped, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
+from cmae.pipeline.batch import upload
 from cmae.pipeline.views.color_image import ImageColor
 from cmae.pipeline.views.color_math import (
     HUE_CENTRES,
@@ -34,12 +35,40 @@ from cmae.pipeline.views.params import JITTER_ORDERS, ViewParams
 _CONTRAST, _SATURATION, _HUE = 1, 2, 3  # numbers in JITTER_ORDERS
 
 
+class ColorOp(Protocol):
+    """The chain of a batch as one operation on the device, such as `cmae.kernels.color_jitter`."""
+
+    def __call__(
+        self,
+        images: UInt8[Tensor, "B H W 3"],
+        params: Float32[Tensor, "B 8"],
+        /,
+        *,
+        mode: Literal["exact", "fast"],
+    ) -> UInt8[Tensor, "B H W 3"]:
+        """New images; `params` are the columns of `ViewParams.matrix()` from 'jitter' on."""
+
+
 def apply_color(
-    images: UInt8[Tensor, "B H W 3"], params: ViewParams, *, mode: Literal["exact", "fast", "none"]
+    images: UInt8[Tensor, "B H W 3"],
+    params: ViewParams,
+    *,
+    mode: Literal["exact", "fast", "none"],
+    op: ColorOp | None = None,
 ) -> UInt8[Tensor, "B H W 3"]:
-    """The target's colour chain on `images`' device; rows of `params` belong to rows of `images`."""
+    """The target's colour chain on `images`' device.
+
+    Args:
+        images: Target views before their colours.
+        params: Their parameters, row by row.
+        mode: Kind of jitter.
+        op: What colours a batch on a GPU; None = the chain of torch operators. Without effect on a CPU.
+    """
     if mode == "none":
         return images
+    if images.is_cuda and op is not None:
+        columns = params.matrix()[:, ViewParams.columns()["jitter"] :]
+        return op(images, upload(torch.from_numpy(columns), images.device), mode=mode)
     if images.is_cuda:
         return color_chain(images, params, mode=mode)
     out = torch.empty_like(images, memory_format=torch.contiguous_format)
@@ -57,7 +86,7 @@ def color_chain(
         return images
     order = _sorted_for_jitter(params)
     params = params.rows(order)
-    on_device = _upload(
+    on_device = _upload_columns(
         {
             "order": order,
             "back": np.argsort(order),
@@ -86,7 +115,7 @@ def color_chain(
     return pixels.permute(0, 2, 3, 1).contiguous()
 
 
-def _upload(
+def _upload_columns(
     arrays: Mapping[str, Shaped[np.ndarray, "B ..."]], device: torch.device
 ) -> dict[str, Float32[Tensor, "B w"]]:
     """Put columns side by side, copy them to the device at once, and hand out views of the copy.
@@ -94,10 +123,8 @@ def _upload(
     Row numbers travel as fp32, which holds them exactly up to 2**24.
     """
     columns = [array.reshape(len(array), -1) for array in arrays.values()]
-    packed = torch.from_numpy(np.concatenate(columns, axis=1, dtype=np.float32, casting="unsafe"))
-    if device.type == "cuda":
-        packed = packed.pin_memory()  # from pageable memory the copy would wait for the device
-    copied = packed.to(device, non_blocking=True)
+    packed = np.concatenate(columns, axis=1, dtype=np.float32, casting="unsafe")
+    copied = upload(torch.from_numpy(packed), device)
     widths = [column.shape[1] for column in columns]
     return dict(zip(arrays, copied.split(widths, dim=1), strict=True))
 

@@ -10,6 +10,9 @@ from cmae.errors import require
 ViewStep = Literal["decode", "resize", "crop", "color"]
 """Operations on an image in their order; a flip belongs to the resize."""
 
+DecodeWay = Literal["window", "whole", "cpu"]
+"""How a window of a JPEG is decoded for a GPU, see `cmae.pipeline.views.decode_check`."""
+
 
 @dataclass(frozen=True)
 class ViewConfig:

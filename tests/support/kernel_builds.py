@@ -16,6 +16,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
 
 TYPES = {
     torch.uint8: "*u8",
@@ -81,8 +83,25 @@ def record_launches(
     return launches
 
 
+def check_binding(launch: Launch, capability: int) -> None:
+    """Bind the arguments by the function that Triton writes for the kernel, as a launch on a GPU does.
+
+    That function has local names of its own: a parameter called like one of them is lost.
+    """
+    kernel = launch.kernel
+    backend = make_backend(GPUTarget("cuda", capability, 32))
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialisation, _ = bind(*launch.args, **launch.options)
+    names = [parameter.name for parameter in kernel.params]
+    given = dict(zip(names, launch.args, strict=False)) | launch.options
+    assert list(bound) == names
+    assert all(bound[name] is given[name] for name in names), kernel.__name__
+    assert len(specialisation) == len(names)
+
+
 def build(launch: Launch, capability: int) -> Build:
     """Compile a launch for a compute capability (80, 90), with the specialisation Triton would choose."""
+    check_binding(launch, capability)
     names = [parameter.name for parameter in launch.kernel.params]
     options = {key: value for key, value in launch.options.items() if key not in names}
     values = dict(zip(names, launch.args, strict=False)) | launch.options

@@ -327,9 +327,9 @@ def test_info_nce_follows_strides():
         "keys": torch.stack([case["keys"]] * 2, dim=2)[..., 1],
     }
     expected = info_nce(**case, temperature=0.07, backend="triton")
-    assert torch.equal(
-        info_nce(**{**case, **strided}, temperature=0.07, backend="triton"), expected
-    )
+    found = info_nce(**{**case, **strided}, temperature=0.07, backend="triton")
+    # Other strides are other loads, and their layout changes the order of a row's sum.
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_info_nce_gives_the_same_loss_without_gradients():

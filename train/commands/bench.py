@@ -19,6 +19,7 @@ from cmae.model.analysis.operations import PARTS, Operation, Precision, operatio
 from cmae.model.analysis.roofline import count_memory, ema_bytes, optimizer_bytes
 from cmae.printable import printable
 from cmae.train.config import Config
+from cmae.train.machine import compute_capability
 from cmae.train.monitor.console import PlainConsole
 
 GB = 1e9
@@ -38,20 +39,22 @@ class Gpu:
     """Device memory."""
     memory_gb: float
     """10^9 bytes."""
+    capability: tuple[int, int] | None = (8, 0)
+    """Compute capability; None = a CPU."""
 
 
 # Dense 16-bit tensor-core rate, memory bandwidth and size, from NVIDIA's data sheets (A100 SXM 40 and
 # 80 GB, H100 SXM, H200 SXM, HGX B200, L40S, V100 SXM2) and its Ada GPU architecture paper (RTX 4090).
 # Where a sheet gives the rate with sparsity, it is halved.
 GPUS = {
-    "v100": Gpu("v100", 125, 900, 32),
+    "v100": Gpu("v100", 125, 900, 32, (7, 0)),
     "a100-40gb": Gpu("a100", 312, 1555, 40),
     "a100": Gpu("a100", 312, 2039, 80),
-    "l40s": Gpu("l40s", 362, 864, 48),
-    "rtx4090": Gpu("4090", 165, 1008, 24),
-    "h100": Gpu("h100", 989, 3350, 80),
-    "h200": Gpu("h200", 989, 4800, 141),
-    "b200": Gpu("b200", 2250, 7700, 180),
+    "l40s": Gpu("l40s", 362, 864, 48, (8, 9)),
+    "rtx4090": Gpu("4090", 165, 1008, 24, (8, 9)),
+    "h100": Gpu("h100", 989, 3350, 80, (9, 0)),
+    "h200": Gpu("h200", 989, 4800, 141, (9, 0)),
+    "b200": Gpu("b200", 2250, 7700, 180, (10, 0)),
 }
 
 
@@ -137,7 +140,7 @@ def bench_model(
 def estimate_step(config: Config, gpu: Gpu, *, batch_size: int) -> Estimate:
     """Operations, traffic, time and memory of one pass of `batch_size` images and one optimiser step."""
     model = config.model
-    precision = step_precision(config)
+    precision = step_precision(config, gpu)
     num_keys = max(config.optim.global_batch_size, batch_size)
     parts = _part_costs(model, precision, gpu, batch_size=batch_size, num_keys=num_keys)
     moved = {"optimiser": optimizer_bytes(model)}
@@ -162,11 +165,11 @@ def estimate_step(config: Config, gpu: Gpu, *, batch_size: int) -> Estimate:
     )
 
 
-def step_precision(config: Config) -> Precision:
-    """The number formats of a run, as the cost model knows them."""
+def step_precision(config: Config, gpu: Gpu) -> Precision:
+    """The number formats of a run on a GPU, as the cost model knows them."""
     return Precision(
         residual_bytes=2 if config.optim.residual == "16bit" else 4,
-        fused=config.speed.compile != "none",
+        fused=config.speed.resolved(gpu.capability).compile != "none",
         target_copy=config.speed.target_copy,
     )
 
@@ -241,7 +244,8 @@ def measure_device(precision: str) -> Gpu:
         import psutil
 
         name, memory = "cpu", psutil.virtual_memory().total / GB
-    return Gpu(name, tflops, 2 * size / seconds / GB, memory)
+    capability = compute_capability(device)
+    return Gpu(name, tflops, 2 * size / seconds / GB, memory, capability)
 
 
 def measure_matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:

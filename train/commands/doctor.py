@@ -71,6 +71,8 @@ def collect_checks() -> list[Check]:
         "webdataset": lambda: check_package("webdataset"),
         "numpy": lambda: check_package("numpy"),
         "DALI": check_dali,
+        "nvJPEG": check_nvjpeg,
+        "decoding on the GPU": check_gpu_decode,
         "apex": check_apex,
         "wandb": check_wandb,
         "CPU cores": check_cpu,
@@ -154,6 +156,37 @@ def check_dali() -> Check:
     if shape != (24, 32, 3):
         return Check(name, f"{dali.__version__}, decoded {shape}", "fail", "please report it")
     return Check(name, f"{dali.__version__}, decodes on the CPU", "ok")
+
+
+def check_nvjpeg() -> Check:
+    """The nvJPEG that this process gets, which need not be the installed package."""
+    from cmae.nvjpeg import NVJPEG, OLDEST_FOR_WINDOWS
+
+    oldest = ".".join(map(str, OLDEST_FOR_WINDOWS))
+    fix = f"pip install 'nvidia-nvjpeg>={oldest}' (only decoding on a GPU needs it)"
+    if NVJPEG is None:
+        return Check("nvJPEG", "absent", "warn", fix)
+    is_new = NVJPEG.version[:2] >= OLDEST_FOR_WINDOWS
+    found = f"{NVJPEG.name.split()[1]} at {NVJPEG.path}"
+    return Check("nvJPEG", found, "ok" if is_new else "warn", "" if is_new else fix)
+
+
+def check_gpu_decode() -> Check:
+    """Windows of drawn JPEGs, decoded on the first GPU in a child process, are Pillow's."""
+    import torch
+
+    from cmae.pipeline.errors import DataError
+    from cmae.pipeline.views.decode_check import choose_decode
+
+    name = "decoding on the GPU"
+    if not torch.cuda.is_available():
+        return Check(name, "not tried: no GPU", "ok")
+    try:
+        choice = choose_decode(0)
+    except DataError as error:
+        return Check(name, _first_line(error), "fail", _REINSTALL.format("nvidia-dali-cuda130"))
+    found, *passed_over = choice.describe().splitlines()
+    return Check(name, found, "warn" if passed_over else "ok", "\n".join(passed_over))
 
 
 def check_apex() -> Check:

@@ -65,8 +65,9 @@ class Checkpointer:
             leftover.unlink(missing_ok=True)
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Copy the state to host memory now and write it in the background.
+        """Copy the state now, where it is, and write it in the background.
 
+        A GPU's copy takes milliseconds and as much memory as the state; the way to the host is the writer's.
         A checkpoint that the disk refuses is a warning: older ones are still there, and the next is tried.
         """
         try:
@@ -74,8 +75,10 @@ class Checkpointer:
         except CheckpointError as error:
             self._warn(f"{error}; the run goes on, and the next checkpoint is tried")
         path = self.folder / f"step-{step:08d}.pt"
-        snapshot = _to_host({"format": FORMAT, "step": step, **state})
-        self._writer = threading.Thread(target=self._write, args=(path, snapshot), daemon=False)
+        snapshot = _map_tensors(_copy, {"format": FORMAT, "step": step, **state})
+        copied = torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None
+        arguments = (path, snapshot, copied)
+        self._writer = threading.Thread(target=self._write, args=arguments, daemon=False)
         self._writer.start()
         return path
 
@@ -92,9 +95,11 @@ class Checkpointer:
             error, self._error = self._error, None
             raise error
 
-    def _write(self, path: Path, snapshot: dict[str, Any]) -> None:
+    def _write(
+        self, path: Path, snapshot: dict[str, Any], copied: torch.cuda.Event | None
+    ) -> None:
         try:
-            write_atomically(path, snapshot)
+            write_atomically(path, _to_host(snapshot, copied))
             self._retire()
         # Raised again on the training thread, by wait().
         except (OSError, RuntimeError) as error:
@@ -329,11 +334,30 @@ def _step_of(path: Path) -> int:
     return int(path.stem.removeprefix("step-"))
 
 
-def _to_host(value: Any) -> Any:
+def _copy(tensor: Tensor) -> Tensor:
+    try:
+        return tensor.detach().clone()
+    except torch.OutOfMemoryError:
+        return tensor.detach().to("cpu")  # waits for the device
+
+
+def _to_host(snapshot: dict[str, Any], copied: torch.cuda.Event | None) -> dict[str, Any]:
+    """The snapshot in host memory, beside what the device does meanwhile."""
+    if copied is None:
+        return snapshot
+    stream = torch.cuda.Stream(copied.device)  # a new thread's own device is the first one
+    stream.wait_event(copied)
+    with torch.cuda.stream(stream):
+        # Each copy waits for its own end, so the snapshot's memory is free when it is given back.
+        moved: dict[str, Any] = _map_tensors(lambda tensor: tensor.to("cpu"), snapshot)
+    return moved
+
+
+def _map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
+        return function(value)
     if isinstance(value, dict):
-        return {key: _to_host(item) for key, item in value.items()}
+        return {key: _map_tensors(function, item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_to_host(item) for item in value]
+        return [_map_tensors(function, item) for item in value]
     return value

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
 
 from cmae.pipeline import LoaderConfig
-from cmae.train.distributed import threads_per_rank
+from cmae.pipeline.loader.factory import decode_for
+from cmae.pipeline.views.decode_check import WAYS, DecodeChoice
+from cmae.train.distributed import World, gather_values, threads_per_rank
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,9 @@ class LoaderSettings:
         return ", ".join(words[name] for name in names)
 
 
-def default_settings() -> LoaderSettings:
-    """A thread for each core of this rank, and the loader's defaults."""
-    return loader_settings(LoaderConfig())
+def default_settings(device_type: str = "cpu") -> LoaderSettings:
+    """The threads of this rank's share of the cores, and the loader's defaults."""
+    return loader_settings(LoaderConfig(), device_type)
 
 
 def tunable(device: torch.device) -> tuple[str, ...]:
@@ -46,10 +49,24 @@ def tunable(device: torch.device) -> tuple[str, ...]:
     return (*names, "hw_decoder_load") if device.type == "cuda" else names
 
 
-def loader_settings(data: LoaderConfig) -> LoaderSettings:
+def loader_settings(data: LoaderConfig, device_type: str = "cpu") -> LoaderSettings:
     """Settings of a run; the threads are this rank's share of the cores where they are not given."""
     chosen = {field.name: getattr(data, field.name) for field in fields(LoaderSettings)}
-    return LoaderSettings(**{**chosen, "num_threads": data.num_threads or threads_per_rank()})
+    return LoaderSettings(
+        **{**chosen, "num_threads": data.num_threads or threads_per_rank(device_type)}
+    )
+
+
+def agree_on_decode(data: LoaderConfig, world: World) -> DecodeChoice:
+    """How all ranks decode JPEGs: the first rank of each node tries, and what works on every node is taken.
+
+    Ranks must agree: the ways differ by a level here and there.
+    """
+    tries = os.environ.get("LOCAL_RANK", "0") == "0"
+    own = decode_for(data, world.device) if tries else None
+    choices = [choice for choice in gather_values(own, world) if choice is not None]
+    chosen: DecodeChoice = max(choices, key=lambda choice: WAYS.index(choice.way))
+    return chosen
 
 
 def _count(number: int, noun: str) -> str:

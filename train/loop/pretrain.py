@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 
 from cmae.errors import CmaeError
-from cmae.kernels import use_backend
+from cmae.kernels import color_jitter, use_backend
 from cmae.model import build_model, draw_mask
 from cmae.model.export.stored import CheckpointError, list_checkpoints, load_checkpoint
 from cmae.pipeline import FillProgress, Loader, LoaderState, build_loader
@@ -31,7 +31,7 @@ from cmae.train.loop.checkpoint import (
     origin_of,
     set_aside_newer,
 )
-from cmae.train.loop.loader_settings import LoaderSettings, loader_settings
+from cmae.train.loop.loader_settings import LoaderSettings, agree_on_decode, loader_settings
 from cmae.train.loop.schedules import build_schedule, ema_momentum
 from cmae.train.loop.step import TrainStep, check_step
 from cmae.train.loop.step_batches import StepBatches
@@ -268,7 +268,7 @@ def open_loader(
         CmaeError: No shards, or settings that do not fit them.
     """
     check_shards(config)
-    settings = settings or loader_settings(config.data)
+    settings = settings or loader_settings(config.data, world.device.type)
     data = replace(
         config.data,
         views=config.loader_views,
@@ -290,6 +290,8 @@ def open_loader(
         limit_bad=False,  # StepBatches looks at the counts of all ranks
         progress=progress,
         wrap=wrap,
+        color_op=color_jitter,
+        decode=agree_on_decode(data, world),
     )
 
 

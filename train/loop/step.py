@@ -25,6 +25,7 @@ from cmae.train.config import OptimConfig, SpeedConfig
 from cmae.train.distributed import RowGatherer, World, from_main, sum_over_ranks
 from cmae.train.loop.optim import build_optimizer
 from cmae.train.loop.sdpa import pin_attention
+from cmae.train.machine import compute_capability
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ class TrainStep:
         log: Callable[[str], None] = logger.info,
     ) -> None:
         check_step(optim, speed, world)
+        speed = speed.resolved(compute_capability(world.device))
         self.model = model
         self.world = world
         self.speed = speed
@@ -353,6 +355,8 @@ def _compile(
         # All blocks share one Python frame. Each kind of block, shape and grad mode is one entry in its
         # cache: CMAE needs seven, torch allows eight.
         dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
+        # DDP would have dynamo cut each block at its buckets. Blocks are units of backward already.
+        dynamo.config.optimize_ddp = False
         for branch in (model, None if target_copy is None else target_copy.encoder):
             for module in () if branch is None else branch.modules():
                 if isinstance(module, Block):

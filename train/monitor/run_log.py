@@ -116,6 +116,11 @@ class RunLog:
         )
         if loader.downscaled:
             self._display.log(labelled("not the original files:", loader.downscaled))
+        if loader.decode is not None:
+            first, *others = loader.decode.describe().splitlines()
+            self._display.log(first)
+            for line in others:
+                self._warn(line)
         if resumed_from is not None:
             self._display.log(f"continuing {resumed_from}")
         for note in notes:

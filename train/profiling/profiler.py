@@ -19,7 +19,7 @@ from cmae.train.config import Config
 from cmae.train.distributed import World, from_main
 from cmae.train.loop.pretrain import join_run
 from cmae.train.loop.step import TrainStep
-from cmae.train.machine import describe_machine, usable_cores
+from cmae.train.machine import compute_capability, describe_machine, usable_cores
 from cmae.train.monitor.gpu import GpuSampler
 from cmae.train.profiling.analysis.bootstrap import estimate
 from cmae.train.profiling.analysis.bottleneck_model import Costs
@@ -338,13 +338,13 @@ def _circumstances(rounds: _Rounds, config: Config, world: World) -> Circumstanc
     return Circumstances(
         resident=rounds.resident,
         ranks=_ranks(rounds),
-        unused_switches=_unused_switches(config, is_gpu=world.device.type == "cuda"),
+        unused_switches=_unused_switches(config, compute_capability(world.device)),
     )
 
 
-def _unused_switches(config: Config, *, is_gpu: bool) -> tuple[str, ...]:
+def _unused_switches(config: Config, capability: tuple[int, int] | None) -> tuple[str, ...]:
     """Switches of the step that are off and can be turned on, as they are typed."""
-    speed = config.speed
+    speed, is_gpu = config.speed.resolved(capability), capability is not None
     switches = {
         "speed.compile blocks": speed.compile == "none",
         "optim.precision fp16": config.optim.precision == "fp32" and is_gpu,

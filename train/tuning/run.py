@@ -107,7 +107,7 @@ def search(
     Raises:
         CmaeError: There is nothing to search.
     """
-    default = loader_settings(config.data)
+    default = loader_settings(config.data, world.device.type)
     usual = LoaderConfig()
     fixed = [
         name for name in tunable(world.device) if getattr(config.data, name) != getattr(usual, name)
@@ -171,7 +171,7 @@ def _loader_measure(
                 next(loader)
             return _measure_window(loader, pace, window_s=window_s, device=world.device)
 
-    with open_with(default_settings()) as loader:
+    with open_with(default_settings(world.device.type)) as loader:
         return measure, loader.num_samples is not None
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from itertools import islice
 from pathlib import Path
@@ -16,8 +17,9 @@ import pytest
 from support.loaders import loader_of
 from support.pipeline_data import jpeg, photo, toy_mask, write_photo_shards, write_tar
 
-from cmae.pipeline import ViewConfig
+from cmae.pipeline import DataError, ViewConfig
 from cmae.pipeline.formats.dataset_index import build_indices
+from cmae.pipeline.loader import prefetcher
 
 VIEWS = ViewConfig(img_size=16, source_crop_size=16, target_shift=0)
 
@@ -27,7 +29,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 sys.path.insert(0, {tests!r})
 from support.loaders import loader_of
 from support.pipeline_data import toy_mask
-from cmae.pipeline import ViewConfig
+from cmae.pipeline import DataError, ViewConfig
 views = ViewConfig(img_size=32, source_crop_size=40, target_shift=8)
 try:
     with loader_of(
@@ -161,3 +163,45 @@ def test_two_loaders_at_once_and_one_after_the_other_give_the_same(small, backen
         for first, second in zip(*alone, strict=True):
             assert next(one).online.equal(first)
             assert next(two).online.equal(second)
+
+
+class HangingViews:
+    """A view backend whose decoder never comes back from its third batch."""
+
+    def __init__(self, real: object) -> None:
+        self._real, self._count, self.release = real, 0, threading.Event()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._real, name)
+
+    def collect(self, job: object) -> object:
+        self._count += 1
+        if self._count == 3:
+            self.release.wait()
+            raise RuntimeError("released")
+        return self._real.collect(job)
+
+
+def test_a_decoder_that_hangs_ends_the_run_with_the_names_of_its_files(small, monkeypatch):
+    monkeypatch.setattr(prefetcher, "DECODE_DEADLINE_S", 0.5)
+    made = []
+
+    def hang(source: object, views: object) -> tuple[object, object]:
+        made.append(HangingViews(views))
+        return source, made[0]
+
+    loader = loader_of(
+        small, VIEWS, batch_size=8, draw_mask=toy_mask, num_threads=1, shuffle=False, wrap=hang
+    )
+    try:
+        assert len([next(loader) for _ in range(2)]) == 2
+        with pytest.raises(DataError, match="the decoder hangs") as caught:
+            next(loader)
+        lines = str(caught.value).splitlines()[1:]
+        assert len(lines) == 8
+        assert lines[0].startswith("  shard 0, record 16: ")
+        start = time.monotonic()
+        loader.close()
+        assert time.monotonic() - start < 3
+    finally:
+        made[0].release.set()

@@ -23,7 +23,14 @@ from cmae.pipeline.shards.repair import REPAIRED_FILE, RepairPolicy, RepairRepor
 from cmae.pipeline.shards.verify import verify_shards
 
 EXAMPLES = int(os.environ.get("CMAE_EXAMPLES", "60"))
-"""Generated tars of each test; more by CMAE_EXAMPLES=2000."""
+"""Generated tars of each test; more, and others each time, by CMAE_EXAMPLES=2000."""
+
+generated = settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    derandomize="CMAE_EXAMPLES" not in os.environ,
+)
 
 GOOD = [noise(i, 40, 40) for i in range(3)] + [jpeg(photo(30, 40))]
 IMAGES = [
@@ -164,7 +171,7 @@ def check_repair(path: Path, folder: Path) -> None:
 
 @given(tars, st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]))
 @example([Item("0.cls", b"-1"), Item("3.cls", b"", tarfile.LNKTYPE, "0.cls")], tarfile.GNU_FORMAT)
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@generated
 def test_every_entry_is_counted_once_by_every_tool(tmp_path_factory, items, tar_format):
     folder = tmp_path_factory.mktemp("account")
     if tar_format == tarfile.GNU_FORMAT:
@@ -190,7 +197,7 @@ def test_every_entry_is_counted_once_by_every_tool(tmp_path_factory, items, tar_
 
 
 @given(tars)
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@generated
 def test_repair_accounts_for_every_entry_and_loses_no_label(tmp_path_factory, items):
     folder = tmp_path_factory.mktemp("labels")
     path = make(folder / "a.tar", items, tarfile.PAX_FORMAT)
@@ -212,7 +219,7 @@ def test_repair_accounts_for_every_entry_and_loses_no_label(tmp_path_factory, it
 
 
 @given(tars, st.data())
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@generated
 def test_a_damaged_tar_is_repaired_to_one_that_needs_no_repair(tmp_path_factory, items, data):
     folder = tmp_path_factory.mktemp("damage")
     path = make(folder / "a.tar", items, tarfile.PAX_FORMAT)

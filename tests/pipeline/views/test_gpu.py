@@ -13,8 +13,10 @@ from PIL import Image
 from support.loaders import loader_of
 from support.pipeline_data import jpeg, photo, toy_mask, write_tar
 
+from cmae.kernels import color_jitter
 from cmae.pipeline import ViewConfig, draw_view_params
 from cmae.pipeline.formats.shard_index import build_index, index_path, save_index
+from cmae.pipeline.views.color_batch import ColorOp, apply_color
 from cmae.pipeline.views.reference import reference_views
 
 pytestmark = pytest.mark.gpu
@@ -72,10 +74,9 @@ def test_batches_after_an_undecodable_one_still_come(tmp_path: Path) -> None:
     assert set(keys) == {"s05"}
 
 
+@pytest.mark.parametrize("op", [None, color_jitter], ids=["chain", "fused"])
 @pytest.mark.parametrize("mode", ["exact", "fast"])
-def test_colour_on_a_batch_is_the_hosts_and_never_waits(mode: str) -> None:
-    from cmae.pipeline.views.color_batch import apply_color
-
+def test_colour_on_a_batch_is_the_hosts_and_never_waits(mode: str, op: ColorOp | None) -> None:
     pixels = torch.from_numpy(np.stack([photo(224, 224, seed=i) for i in range(64)]))
     sizes = np.full(64, 300)
     params = draw_view_params(
@@ -83,10 +84,10 @@ def test_colour_on_a_batch_is_the_hosts_and_never_waits(mode: str) -> None:
     )
     expected = apply_color(pixels, params, mode=mode).int()
     on_device = pixels.cuda()
-    apply_color(on_device, params, mode=mode)  # loads kernels and pins memory
+    apply_color(on_device, params, mode=mode, op=op)  # loads kernels and pins memory
     torch.cuda.set_sync_debug_mode("error")
     try:
-        made = apply_color(on_device, params, mode=mode)
+        made = apply_color(on_device, params, mode=mode, op=op)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     error = (made.cpu().int() - expected).abs()

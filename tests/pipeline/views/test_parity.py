@@ -211,3 +211,22 @@ def test_dali_leaves_no_files_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     check_geometry("dali", synthetic()[:3], ViewConfig(color="none"))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("target_crop", ["shift", "random_resized"])
+def test_whole_images_give_the_windows_of_a_window_decoder(target_crop):
+    views = ViewConfig(color="none", target_crop=target_crop)
+    files = synthetic()
+    made = []
+    for way in ("window", "whole"):
+        sizes = [Image.open(io.BytesIO(file)).size for file in files]
+        height, width = (np.array([size[axis] for size in sizes]) for axis in (1, 0))
+        params = draw_view_params(
+            views, seed=0, epoch=0, sample_id=np.arange(len(files)), height=height, width=width
+        )
+        backend = DaliViews(views, CPU, batch_size=len(files), num_threads=2, decode_way=way)
+        encoded = [np.frombuffer(file, np.uint8) for file in files]
+        made.append(backend.collect(backend.submit(encoded, params)))
+        backend.close()
+    assert torch.equal(made[0].online, made[1].online)
+    assert torch.equal(made[0].target, made[1].target)

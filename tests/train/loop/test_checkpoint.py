@@ -36,6 +36,20 @@ def write(folder: Path, *steps: int, **state: Any) -> list[Path]:
     return paths
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_checkpoint_holds_the_state_of_its_moment(tmp_path: Path, device: str) -> None:
+    weight = torch.arange(1_000_000, dtype=torch.float32, device=device)
+    expected = weight.cpu().clone()
+    writer = Checkpointer(tmp_path)
+    path = writer.save(3, {"w": weight, "lists": [weight[:5]]})
+    weight.fill_(-1)  # the next step
+    writer.wait()
+    found = load_checkpoint(path)
+    assert found["w"].device.type == "cpu"
+    assert torch.equal(found["w"], expected)
+    assert torch.equal(found["lists"][0], expected[:5])
+
+
 def test_a_saved_state_reads_back_the_same(tmp_path: Path) -> None:
     writer = Checkpointer(tmp_path)
     state = {"model": {"w": torch.arange(6.0)}, "lr": [0.1, 0.2], "none": None, "name": "x"}

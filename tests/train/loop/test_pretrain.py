@@ -111,7 +111,13 @@ def start(shards: str, out: Path, *launcher: str, **overrides: object) -> subpro
     command = [*(launcher or (sys.executable, "-m", "cmae.train"))]
     command += ["pretrain", *arguments(shards, out, **overrides)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    # A child inherits ignored signals, as under nohup: these tests send them.
+    before = {one: signal.signal(one, signal.SIG_DFL) for one in (signal.SIGHUP, signal.SIGUSR1)}
+    try:
+        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 def wait_for_checkpoint(process: subprocess.Popen[str], out: Path) -> None:

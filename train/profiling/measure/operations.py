@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from cmae.kernels import color_jitter
 from cmae.pipeline import LoaderConfig, ViewConfig, ViewParams, draw_view_params
 from cmae.pipeline.formats.images.jpeg import JpegKind
 from cmae.pipeline.loader.factory import open_views
@@ -97,7 +98,8 @@ def measure_operations(
     config = _loader_config(views, backend, settings, max(len(raw.records) for raw in recorded))
     with ExitStack() as stack:
         backends = {
-            one.name: open_views(config, device, last_step=one.last_step) for one in prefixes
+            one.name: open_views(config, device, last_step=one.last_step, color_op=color_jitter)
+            for one in prefixes
         }
         for view_backend in backends.values():
             stack.callback(view_backend.close)
@@ -141,7 +143,7 @@ def measure_slow_images(
         size = bisect(_MEGAPIXEL_EDGES, record.height * record.width / 1e6)
         groups.setdefault((record.kind, size), []).append(record)
     config = _loader_config(views, backend, settings, _GROUP)
-    view_backend = open_views(config, device)
+    view_backend = open_views(config, device, color_op=color_jitter)
     rows: list[dict[str, Any]] = []
     try:
         for (kind, size), records in groups.items():

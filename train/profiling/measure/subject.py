@@ -83,7 +83,7 @@ def open_subject(
         switches.append((SwitchedSource(source), SwitchedBackend(view_backend)))
         return switches[0]
 
-    settings = loader_settings(config.data)
+    settings = loader_settings(config.data, world.device.type)
     with open_loader(config, split, world, settings=settings, wrap=switched) as loader:
         source, view_backend = switches[0]
         yield Subject(
