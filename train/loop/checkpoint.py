@@ -95,9 +95,7 @@ class Checkpointer:
             error, self._error = self._error, None
             raise error
 
-    def _write(
-        self, path: Path, snapshot: dict[str, Any], copied: torch.cuda.Event | None
-    ) -> None:
+    def _write(self, path: Path, snapshot: dict[str, Any], copied: torch.cuda.Event | None) -> None:
         try:
             write_atomically(path, _to_host(snapshot, copied))
             self._retire()
