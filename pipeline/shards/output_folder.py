@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from cmae.errors import CmaeError
 from cmae.pipeline.formats.atomic import atomic_write
 from cmae.pipeline.formats.dataset_folder import DATASET_FILE, read_dataset
 from cmae.pipeline.formats.shard_index import StaleIndexError, load_index
+from cmae.printable import MAX_LINE, printable
+
+logger = logging.getLogger(__name__)
 
 
 def claim_folder(out: Path, settings: dict[str, Any]) -> None:
@@ -91,15 +95,25 @@ def _parse_skipped(line: bytes) -> dict[str, Any] | None:
         found = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    is_whole = isinstance(found, dict) and {"shard", "path", "reason"} <= found.keys()
+    if not isinstance(found, dict):
+        return None
+    kinds = {"shard": int, "path": str, "reason": str}
+    is_whole = all(isinstance(found.get(name), kind) for name, kind in kinds.items())
     return found if is_whole else None
 
 
 def tidy_skipped(path: Path) -> list[dict[str, Any]]:
-    """Sort the lines by shard and drop those of a shard that was begun twice; return those that are left."""
+    """Sort the lines by shard and drop those of a shard that was begun twice; return those that are left.
+
+    Damaged lines are counted in a warning: the shards themselves say what is in them.
+    """
     if not path.exists():
         return []
-    lines = [one for line in path.read_bytes().split(b"\n") if (one := _parse_skipped(line))]
+    stored = [line for line in path.read_bytes().split(b"\n") if line.strip()]
+    lines = [one for line in stored if (one := _parse_skipped(line))]
+    if len(lines) < len(stored):
+        shown = printable(str(path), limit=MAX_LINE)
+        logger.warning("%s: %d damaged line(s) left out", shown, len(stored) - len(lines))
     unique = sorted(
         {line["path"]: line for line in lines}.values(),
         key=lambda line: (line["shard"], line["path"]),

@@ -131,6 +131,50 @@ class TestSuite:
         started = time.monotonic()
         row = suites.run_section("slow", [sys.executable, "-c", parent], limit_s=3)
         assert row["exit_code"] == 124
+        assert time.monotonic() - started < 30
+        pid = int((tmp_path / "pid").read_text())
+        for _ in range(100):  # an orphan stays a zombie until its new parent reaps it
+            if not _is_alive(pid):
+                break
+            time.sleep(0.05)
+        assert not _is_alive(pid)
+
+    def test_without_time_left_nothing_is_started(self) -> None:
+        sections = {"one": [sys.executable, "-c", "raise SystemExit(3)"]}
+        (row,) = suites.run_sections(sections, ["one"], budget_s=1, limits_s={})
+        assert (row["exit_code"], row["end"]) == (None, "no time left")
+
+    def test_a_section_that_could_not_have_half_of_its_limit_is_not_begun(self) -> None:
+        code = "import time; time.sleep(0.2)"
+        sections = {name: [sys.executable, "-c", code] for name in ("long", "short")}
+        limits = {"long": 100.0, "short": 20.0}
+        rows = suites.run_sections(sections, list(sections), budget_s=30, limits_s=limits)
+        assert [row["exit_code"] for row in rows] == [None, 0]
+
+    def test_a_later_call_goes_on_where_the_first_one_stopped(self, tmp_path: Path) -> None:
+        runs = tmp_path / "runs"
+        code = f"open({str(runs)!r}, 'a').write('x')"
+        sections = {name: [sys.executable, "-c", code] for name in ("one", "two")}
+        noted: list[list[str]] = []
+
+        def note(rows: list[dict[str, Any]]) -> None:
+            noted.append([row["section"] for row in rows])
+
+        first = suites.run_sections(sections, ["one"], budget_s=60, limits_s={}, note=note)
+        late = suites.run_sections(sections, ["two"], budget_s=1, limits_s={}, known=first)
+        assert [row["exit_code"] for row in late] == [0, None]
+        rows = suites.run_sections(
+            sections, ["one", "two"], budget_s=60, limits_s={}, known=late, note=note
+        )
+        assert [(row["section"], row["exit_code"]) for row in rows] == [("one", 0), ("two", 0)]
+        assert runs.read_text() == "xx"
+        assert noted == [["one"], ["one", "two"]]
+
+    def test_a_section_that_is_stopped_has_shown_what_it_printed(self) -> None:
+        code = "import time; print('measured 1', flush=True); time.sleep(60)"
+        sections = {"slow": [sys.executable, "-c", code]}
+        (row,) = suites.run_sections(sections, ["slow"], budget_s=20, limits_s={"slow": 2})
+        assert row["exit_code"] == 124
         assert row["end"].startswith("measured 1\n")
         # Asked first: pytest then tells what has failed so far.
         assert "KeyboardInterrupt" in row["end"]

@@ -22,6 +22,7 @@ def profile_run(config: Config, options: ProfileConfig) -> int:
     """
     from cmae.train.profiling.profiler import profile
 
+    check_output(options.out / "profile.json", key="profile.out")
     found = profile(config, options)
     if not is_first_rank():
         # Under torchrun the first rank prints and writes for all.

@@ -338,7 +338,8 @@ COMMANDS: dict[str, Command] = {
         "watch a running job: ranks, loader stages, stragglers",
         _top,
         "Watch a running job: rates, where each rank waits, its loader's stages, stragglers. Works from any "
-        "machine that sees the run's folder. Exit code 1: the run failed or is dead.",
+        "machine that sees the run's folder. Exit code 1: the run failed, its processes are gone, or there "
+        "has been no news of it for ten minutes.",
         only_shows=True,
     ),
     "profile": Command(

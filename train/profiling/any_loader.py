@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from cmae.errors import CmaeError
+from cmae.errors import CmaeError, require
 from cmae.train.distributed import World
 from cmae.train.machine import describe_machine, usable_cores
 from cmae.train.profiling.analysis.bootstrap import estimate
@@ -65,6 +65,7 @@ def profile_loader(
         ValueError: The loader is empty, or the size of a batch cannot be seen.
     """
     created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    require(batch_size is None or batch_size >= 1, "batch_size", batch_size, ">= 1, or None")
     runner = _LoaderRunner(loader, step, batch_size=batch_size, stock=stock, device=device)
     workers = _workers(loader)
     world = World(0, 1, runner.device)
@@ -131,7 +132,7 @@ class _LoaderRunner(Generic[BatchT]):
         self._stock = max(2, ready) if stock is None else stock
         self.device = _device(device)
         self.kept = [next(self._batches) for _ in range(3)]
-        self.batch_size = batch_size or _size_of(self.kept[0])
+        self.batch_size = _size_of(self.kept[0]) if batch_size is None else batch_size
         self.steps = 2
         self.warm_up = True
         self._on_device = [_to(self.device, batch) for batch in self.kept]

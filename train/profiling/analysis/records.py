@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+import math
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from cmae.errors import CmaeError
 from cmae.pipeline.stage_stats import LoaderSnapshot
+from cmae.printable import printable
 from cmae.train.profiling.analysis.upgrade import FORMAT, upgrade
 
 
@@ -198,13 +200,71 @@ def load_profile(path: Path) -> Profile:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         found = values["format"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CmaeError(f"{path} is no profile; `cmae profile` writes profile.json") from error
-    if found not in range(1, FORMAT + 1):
+    if not isinstance(found, int) or found not in range(1, FORMAT + 1):
         raise CmaeError(
-            f"{path} has format {found}, this version reads 1 to {FORMAT}: profile again"
+            f"{path} has format {printable(str(found))}, this version reads 1 to {FORMAT}: profile again"
         )
-    return _from_dict(upgrade(values))
+    try:
+        profile = _from_dict(upgrade(values))
+        _check(profile)
+        return profile
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {printable(str(error))}"
+        raise CmaeError(f"{path} is damaged, or no profile ({reason}): profile again") from error
+
+
+_TYPES: dict[str, Any] = {
+    "float": int | float,
+    "int": int,
+    "str": str,
+    "tuple[float, ...]": tuple,
+    "tuple[str, ...]": tuple,
+    "dict[str, Any]": dict,
+}
+_NUMBERS = "tuple[float, ...]"
+
+
+def _check(one: Any) -> None:
+    """Compare a record, and the records in it, with what their fields are declared as.
+
+    Raises:
+        TypeError: A field is of another type.
+    """
+    for known in fields(one):
+        value = getattr(one, known.name)
+        wanted = _TYPES.get(str(known.type), object)
+        if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not object):
+            raise TypeError(f"{known.name} is {value!r}")
+        for part in value if isinstance(value, tuple) else (value,):
+            if is_dataclass(part):
+                _check(part)
+            elif known.type == _NUMBERS and not isinstance(part, int | float):
+                raise TypeError(f"{known.name} holds {part!r}")
+    if isinstance(one, Phase) and one.loader is not None:
+        window = LoaderSnapshot.from_dict(one.loader)
+        for counted in (window, *window.stages.values()):
+            _check(counted)
+    if isinstance(one, Profile):
+        _check_profile(one)
+
+
+def _check_profile(profile: Profile) -> None:
+    """Raise ValueError or TypeError for what no profile says."""
+    if profile.world_size < 1 or profile.global_batch_size < 1 or not profile.phases:
+        raise ValueError("no rank, no image or no phase")
+    if not profile.step_ms.value > 0:
+        raise ValueError(f"a step of {profile.step_ms.value} ms")
+    if not all(math.isfinite(one.ms.value) for one in profile.breakdown):
+        raise ValueError("a component without a length")
+    if not isinstance(profile.machine.get("cores") or 0, int | float):
+        raise TypeError("a machine without a number of cores")
+    for rows in (profile.slow_images, profile.ranks):
+        if not all(isinstance(row, dict) for row in rows):
+            raise TypeError("a row that is none")
+    if not all(isinstance(note, str) for note in profile.notes):
+        raise TypeError("a note that is no text")
 
 
 def _from_dict(values: dict[str, Any]) -> Profile:
@@ -234,7 +294,8 @@ def _phase(values: dict[str, Any]) -> Phase:
 
 def _action(values: dict[str, Any]) -> Action:
     measured = values["measured_images_per_s"]
-    return Action(**values | {"measured_images_per_s": measured and Estimate(**measured)})
+    found = None if measured is None else Estimate(**measured)
+    return Action(**values | {"measured_images_per_s": found})
 
 
 def _operation(values: dict[str, Any]) -> Operation:

@@ -78,7 +78,9 @@ def images_per_s(profile: Profile) -> float:
 def prediction_error(action: Action) -> float | None:
     """Predicted over measured rate, less one; None before `--verify`."""
     measured = action.measured_images_per_s
-    return None if measured is None else action.predicted_images_per_s / measured.value - 1
+    if measured is None or not measured.value:
+        return None
+    return action.predicted_images_per_s / measured.value - 1
 
 
 def machine_line(profile: Profile) -> str:

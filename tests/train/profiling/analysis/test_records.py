@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+from support.profile_data import decode_bound, loader
 
 from cmae.train.commands.main import main
 from cmae.train.profiling.analysis.records import (
@@ -22,6 +24,7 @@ from cmae.train.profiling.analysis.stages import loader_window
 from cmae.train.profiling.analysis.upgrade import FORMAT
 
 TEN = Estimate(10.0, 9.0, 11.0, n=5)
+LOADER = loader()
 
 
 V1 = Path(__file__).parents[3] / "data" / "v1"
@@ -34,7 +37,7 @@ def profile() -> Profile:
         config={"seed": 0},
         global_batch_size=8,
         world_size=1,
-        phases=(Phase("full", "everything", TEN, TEN, {"batches": 3}, (9.0, 10.0, 11.0)),),
+        phases=(Phase("full", "everything", TEN, TEN, LOADER, (9.0, 10.0, 11.0)),),
         step_ms=TEN,
         breakdown=(Component("model", TEN, "synthetic step"),),
         diagnosis=Diagnosis("The model is the bottleneck.", bottleneck="model", headroom=4.2),
@@ -90,6 +93,45 @@ def test_show_draws_a_profile_of_an_older_format(
     assert main(["profile", "show", str(old), "--html", str(page)]) == 0
     assert "Bound by JPEG decode" in capsys.readouterr().out
     assert main(["profile", "diff", str(old), str(old)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ((), "[" * 100_000),
+        ((), "[]"),
+        (("format",), "3"),
+        (("phases",), []),
+        (("phases", 0, "step_ms", "value"), "[/x]"),
+        (("phases", 0, "loader"), {"stages": 1}),
+        (("phases", -1, "loader", "stages", "read", "busy_s"), None),
+        (("breakdown", 0, "ms"), 3),
+        (("breakdown", 0, "ms", "value"), float("nan")),
+        (("step_ms", "value"), 0),
+        (("world_size",), 0),
+        (("machine", "cores"), "[/x]"),
+        (("actions", 0, "measured_images_per_s"), []),
+        (("notes",), [3]),
+        (("slow_images",), ["x"]),
+    ],
+    ids=str,
+)
+def test_a_damaged_profile_is_one_line(
+    place: tuple[str | int, ...], value: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "x.json"
+    decode_bound().save(path)
+    content = json.loads(path.read_text())
+    part = content
+    for name in place[:-1]:
+        part = part[name]
+    if place:
+        part[place[-1]] = value
+    path.write_text(json.dumps(content) if place else str(value))
+    assert main(["profile", "show", str(path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"cmae profile show: error: {path} ")
+    assert error.count("\n") == 1
 
 
 def test_another_format_is_refused(tmp_path: Path) -> None:
