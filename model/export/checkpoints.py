@@ -21,6 +21,9 @@ from cmae.model.pixels import renormalisation
 StateDict = dict[str, Tensor]
 Renames = tuple[tuple[str, str], ...]
 
+_MOST_WRAPPERS = 4
+"""Prefixes around names that are taken away, one after another."""
+
 _DECODER_NAMES: Renames = (
     (r"^((?:pixel|feature)_decoder\.)(embed|pos_embed|blocks)\b", r"\1decoder_\2"),
     (r"^((?:pixel|feature)_decoder\.)head\b", r"\1decoder_pred"),
@@ -75,7 +78,7 @@ def from_authors(
     """
     if channel_order not in ("rgb", "bgr"):
         raise CmaeError(f"channel_order={channel_order!r}: choose 'rgb' or 'bgr'.")
-    source = _unwrap(state_dict)
+    source = unwrap(state_dict)
     fields = encoder_fields(
         source, "backbone.", "layers", "patch_embed.projection", "ffn.layers.0.0"
     )
@@ -102,7 +105,7 @@ def from_mae(state_dict: Mapping[str, Any], **overrides: Any) -> CMAE:
     Raises:
         CmaeError: A key is missing or unknown, or a shape does not fit; the message names it.
     """
-    source = _unwrap(state_dict)
+    source = unwrap(state_dict)
     fields = encoder_fields(source, "", "blocks", "patch_embed.proj", "mlp.fc1")
     fields |= _decoder_fields(source, "", "mlp.fc1")
     fields |= {
@@ -134,6 +137,7 @@ def to_timm(model: CMAE, *, branch: Literal["online", "target"] = "online") -> S
     if encoder is None:
         raise CmaeError(f"branch={branch!r}: this model has no such branch; choose 'online'.")
     state = {key: value.detach().clone() for key, value in encoder.state_dict().items()}
+    check_finite(state, "the model")
     scale, shift = renormalisation(model.config)
     weight = state["patch_embed.proj.weight"]  # (D, 3, P, P)
     state["patch_embed.proj.bias"] += weight.sum(dim=(2, 3)) @ weight.new_tensor(shift)
@@ -141,11 +145,57 @@ def to_timm(model: CMAE, *, branch: Literal["online", "target"] = "online") -> S
     return state
 
 
-def _unwrap(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    for wrapper in ("state_dict", "model"):
-        if isinstance(state_dict.get(wrapper), Mapping):
-            state_dict = state_dict[wrapper]
-    return {key.removeprefix("module."): value for key, value in state_dict.items()}
+def unwrap(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of a checkpoint under the names of its network.
+
+    Taken away, in whatever order they were put around it: the entries 'state_dict' and 'model', the prefix
+    'module.' of DDP, '_orig_mod.' of torch.compile anywhere in a name, and 'model.' of Lightning where every
+    tensor has it. What is no tensor is left out.
+    """
+    while True:
+        wrapper = next(
+            (one for one in ("state_dict", "model") if isinstance(state_dict.get(one), Mapping)),
+            None,
+        )
+        if wrapper is None:
+            break
+        state_dict = state_dict[wrapper]
+    found = {
+        key.replace("_orig_mod.", ""): value
+        for key, value in state_dict.items()
+        if isinstance(value, Tensor)
+    }
+    for _ in range(_MOST_WRAPPERS):
+        for prefix in ("module.", "model."):
+            if found and all(key.startswith(prefix) for key in found):
+                found = {key.removeprefix(prefix): value for key, value in found.items()}
+    return found
+
+
+def check_finite(
+    state: Mapping[str, Tensor], what: str, *, error: type[CmaeError] = CmaeError
+) -> None:
+    """Refuse weights with NaN or infinity.
+
+    Args:
+        state: Tensors by name.
+        what: Where they come from, for the message.
+        error: Class of the error.
+
+    Raises:
+        CmaeError: A tensor is not finite; the first ones are named.
+    """
+    bad = [
+        f"{name} ({int((~torch.isfinite(value)).sum())} of {value.numel()} values)"
+        for name, value in state.items()
+        if value.is_floating_point() and not torch.isfinite(value).all()
+    ]
+    if bad:
+        more = f" and {len(bad) - 3} more tensors" if len(bad) > 3 else ""
+        raise error(
+            f"{what}: weights are NaN or infinite: {', '.join(bad[:3])}{more}; take an earlier checkpoint, "
+            "from before the loss diverged"
+        )
 
 
 def _load(
@@ -166,6 +216,7 @@ def _load(
                 "pass the config field that decides it."
             )
     state = {key: source[name] for name, key in names.items()}
+    check_finite(state, "the checkpoint")
     if reverse_channels:
         _reverse_channels(state, model.config.patch_size)
     if state["encoder.cls_token"].dtype == torch.float64:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import fields
@@ -43,7 +44,7 @@ def load_model(path: str | Path) -> CMAE:
         CheckpointError: Nothing of the kind lies there, or it cannot be read.
     """
     path = _find_file(Path(path))
-    state = _read_file(path)
+    state = read_file(path)
     if is_checkpoint(state):
         model = build_model(model_config(path, state["config"]["model"]))
         model.load_state_dict(state["model"])
@@ -59,9 +60,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: Missing, unreadable, or not a checkpoint of this project.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such file")
-    state = _read_file(path)
+    state = read_file(path)
     if not is_checkpoint(state):
         raise _not_ours(path)
     return state
@@ -127,7 +126,14 @@ def _find_file(path: Path) -> Path:
     return found[-1]
 
 
-def _read_file(path: Path) -> dict[str, Any]:
+def read_file(path: Path) -> dict[str, Any]:
+    """The content of a file of weights, in host memory; only tensors and plain values are unpickled.
+
+    Raises:
+        CheckpointError: Unreadable, or no dict.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such file")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -135,14 +141,21 @@ def _read_file(path: Path) -> dict[str, Any]:
             return dict(load_file(path))
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the readers raise anything on a file that is something else
-        reason = (str(error).splitlines() or [""])[0]
         raise CheckpointError(
-            f"{path} cannot be read as a checkpoint ({type(error).__name__}: {reason}); if a run wrote "
-            "it, delete it to go on from the checkpoint before it"
+            f"{path} cannot be read as a checkpoint ({_reason(error)}); if a run wrote it, delete it to "
+            "go on from the checkpoint before it"
         ) from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}; expected a checkpoint")
     return state
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, without torch's advice to unpickle whatever a file holds."""
+    first = (str(error).splitlines() or [""])[0]
+    if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
+        return "it holds more than tensors and plain values, or its pickle is damaged"
+    return f"{type(error).__name__}: {first[:200]}"
 
 
 def _not_ours(path: Path) -> CheckpointError:

@@ -215,12 +215,28 @@ def _import(parser: Parser) -> Run:
         help="also unpickle objects that are not tensors (logs and settings of training frameworks); such a "
         "file can run any code, so know where it comes from",
     )
+    for name, default in (
+        ("num_heads", "those of the published model of its sizes"),
+        ("decoder_num_heads", "16"),
+    ):
+        words = "the encoder" if name == "num_heads" else "the decoders"
+        parser.add_argument(
+            f"--{name}",
+            type=int,
+            help=f"attention heads of {words}, which no file says; default: {default}",
+        )
 
     def run(parsed: Namespace) -> int:
         from cmae.train.commands.weights import import_weights
 
         return import_weights(
-            parsed.source, parsed.out, parsed.layout, parsed.channel_order, parsed.trust
+            parsed.source,
+            parsed.out,
+            parsed.layout,
+            parsed.channel_order,
+            num_heads=parsed.num_heads,
+            decoder_num_heads=parsed.decoder_num_heads,
+            trust=parsed.trust,
         )
 
     return run

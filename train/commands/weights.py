@@ -20,6 +20,8 @@ def import_weights(
     out: Path,
     layout: Literal["authors", "mae"] = "authors",
     channel_order: Literal["rgb", "bgr"] = "bgr",
+    num_heads: int | None = None,
+    decoder_num_heads: int | None = None,
     trust: bool = False,
 ) -> int:
     """Turn a checkpoint of the CMAE authors' code or of MAE into one of this project.
@@ -32,21 +34,31 @@ def import_weights(
         layout: Names in the file: 'authors' for ZhichengHuang/CMAE, 'mae' for facebookresearch/mae.
         channel_order: Order of the colour channels that the network was trained on ('authors' only);
             the authors' own weights are 'bgr'.
+        num_heads: Attention heads of the encoder, which no file says; None: those of the published model of
+            its sizes.
+        decoder_num_heads: Attention heads of the decoders; None: 16, as published.
         trust: Whether to unpickle also objects that are not tensors (logs and settings that frameworks store
             beside the weights); such a file can run any code, so know where it comes from.
     """
     check_output(out, key="OUT")
     loaded = _read_foreign(source, trust=trust)
+    heads = {"num_heads": num_heads, "decoder_num_heads": decoder_num_heads}
+    given = {name: value for name, value in heads.items() if value is not None}
     try:
         model = (
-            from_mae(loaded)
+            from_mae(loaded, **given)
             if layout == "mae"
-            else from_authors(loaded, channel_order=channel_order)
+            else from_authors(loaded, channel_order=channel_order, **given)
         )
     except ValueError as error:
         raise CmaeError(f"{source}, read with layout={layout!r}: {error}") from error
     save_model(model, out)
     _report(f"{out}: {_describe(model)} from {source}")
+    for name in heads.keys() - given.keys():
+        guessed = getattr(model.config, name)
+        _report(
+            f"{name}: {guessed}, as in the published models; the file does not say (--{name} sets it)"
+        )
     return 0
 
 
