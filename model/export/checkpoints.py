@@ -179,7 +179,7 @@ def check_finite(
 
     Args:
         state: Tensors by name.
-        what: Where they come from, for the message.
+        what: Origin of the weights, for the message.
         error: Class of the error.
 
     Raises:

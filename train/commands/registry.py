@@ -215,11 +215,11 @@ def _import(parser: Parser) -> Run:
         help="also unpickle objects that are not tensors (logs and settings of training frameworks); such a "
         "file can run any code, so know where it comes from",
     )
-    for name, default in (
-        ("num_heads", "those of the published model of its sizes"),
-        ("decoder_num_heads", "16"),
+    published = "those of the published model of its sizes"
+    for name, words, default in (
+        ("num_heads", "the encoder", published),
+        ("decoder_num_heads", "the decoders", "16"),
     ):
-        words = "the encoder" if name == "num_heads" else "the decoders"
         parser.add_argument(
             f"--{name}",
             type=int,

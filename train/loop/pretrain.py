@@ -15,6 +15,7 @@ import torch
 from cmae.errors import CmaeError
 from cmae.kernels import color_jitter, use_backend
 from cmae.model import build_model, draw_mask
+from cmae.model.export.checkpoints import check_finite
 from cmae.model.export.stored import CheckpointError, list_checkpoints, load_checkpoint
 from cmae.pipeline import FillProgress, Loader, LoaderState, build_loader
 from cmae.pipeline.bad_samples import LEDGER_FILE, BadLimit
@@ -247,7 +248,9 @@ def _load_complete(path: Path, config: Config) -> tuple[dict[str, Any], list[str
             f"{path} holds weights alone, with no optimiser and no place in the data to resume; start a "
             f"run from them with --init_from {path}"
         )
-    return state, check_changes(path, state, config)
+    changes = check_changes(path, state, config)
+    check_finite(state["model"], str(path), error=CheckpointError)
+    return state, changes
 
 
 def open_loader(

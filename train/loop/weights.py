@@ -106,10 +106,8 @@ def _read_encoder(
         raise CheckpointError(f"init_from={path}: {error}") from error
     known = asdict(current) | sizes | {name: getattr(current, name) for name in _GUESSED}
     known |= {"encoder": "vit", "pos_embed_order": _order_of(encoder, current)}
-    known |= {
-        "mask_unit": 1,
-        "contrastive_loss": "none",
-    }  # any will do: the encoder does not see them
+    # Any will do: the encoder does not see them.
+    known |= {"mask_unit": 1, "contrastive_loss": "none"}
     left_out = {name: value for name, value in source.items() if name not in encoder}
     return (
         {f"encoder.{name}": value for name, value in encoder.items()} | left_out,
