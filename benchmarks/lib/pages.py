@@ -17,12 +17,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lib import summary
-from lib.config_keys import render_sections
+from lib.config_keys import render_sections, walk_sections
 from lib.harness import RESULTS, ROOT
 from lib.plots import PLOTS, draw_plots
 from lib.tables import newest, render
 
 from cmae.train.config import Config
+from cmae.train.loop.resume_rules import render_rules
 
 BLOCKS: dict[str, Callable[[str, str], str]] = {
     "table": render,
@@ -32,6 +33,9 @@ BLOCKS: dict[str, Callable[[str, str], str]] = {
     "walls": lambda argument, results: summary.render_walls(),
     "notes": lambda argument, results: list_notes(),
     "configuration": lambda argument, results: render_sections(Config),
+    "resume": lambda argument, results: render_rules(
+        [key.name for section in walk_sections(Config) for key in section.keys]
+    ),
 }
 """What writes a block, from its argument and the path from the page to benchmarks/results."""
 

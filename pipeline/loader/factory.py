@@ -26,6 +26,7 @@ from cmae.pipeline.remote.files import Reading, choose_reading
 from cmae.pipeline.remote.progress import FillProgress
 from cmae.pipeline.remote.schemes import is_local, is_remote
 from cmae.pipeline.sampling.epoch_plan import EpochPlan
+from cmae.pipeline.sources.difference import ShardFacts, describe_difference, file_name
 from cmae.pipeline.sources.expand import expand_shards
 from cmae.pipeline.sources.indexed import IndexedSource
 from cmae.pipeline.sources.left_out import lost_members
@@ -53,6 +54,7 @@ def build_loader(
     wrap: Wrap | None = None,
     color_op: ColorOp | None = None,
     decode: DecodeChoice | None = None,
+    shards_before: Sequence[Sequence[object]] | None = None,
 ) -> Loader:
     """Open shards and start reading.
 
@@ -72,6 +74,7 @@ def build_loader(
         color_op: What colours a batch on a GPU, such as `cmae.kernels.color_jitter`; None = torch operators.
         decode: How JPEGs are decoded for a GPU, where ranks have agreed on it; None = as configured, or by
             trying.
+        shards_before: `Loader.shards` of the run that `state` comes from; other shards are named by it.
 
     Raises:
         CmaeError: A size, the state or the shard list does not fit; the message names the repair.
@@ -88,7 +91,7 @@ def build_loader(
         )
         source = opened.source
         undo.callback(source.close)
-        state = _place_to_begin(state, opened, seed=config.seed)
+        state = _place_to_begin(state, opened, shards_before, seed=config.seed)
         decode = decode or decode_for(config, device)
         view_backend = open_views(config, device, color_op=color_op, decode=decode)
         undo.callback(view_backend.close)
@@ -107,6 +110,7 @@ def build_loader(
             draw_mask=draw_mask,
             downscaled=opened.downscaled,
             decode=decode if device.type == "cuda" else None,
+            shards=opened.shards,
         )
         undo.pop_all()
     return loader
@@ -122,6 +126,8 @@ class OpenSource(NamedTuple):
     """Line that says which images are not the original files; '' if all are."""
     left_out: list[BadSample]
     """Records that the indexes leave out; on rank 0 alone."""
+    shards: list[ShardFacts]
+    """The shards in their order."""
 
 
 def open_source(
@@ -251,7 +257,10 @@ def _open_indexed(
         remote=reading.open_files(order_of_use(index, plan, state)) if reading else None,
     )
     left_out = _left_out(index) if rank == 0 else []
-    return OpenSource(source, "sample", downscaled_line(index.downscaled, len(index)), left_out)
+    rows = zip(index.paths, index.shard_sizes.tolist(), index.tar_digests, strict=True)
+    facts = [ShardFacts(file_name(path), size, digest) for path, size, digest in rows]
+    downscaled = downscaled_line(index.downscaled, len(index))
+    return OpenSource(source, "sample", downscaled, left_out, facts)
 
 
 def _open_stream(
@@ -273,7 +282,8 @@ def _open_stream(
         batch_size=config.batch_size,
     )
     downscaled = stated_downscaled([path for path in paths if is_local(path)])
-    return OpenSource(source, "shard", downscaled, left_out=[])
+    facts = [ShardFacts(file_name(path), -1, "") for path in paths]
+    return OpenSource(source, "shard", downscaled, [], facts)
 
 
 def _left_out(index: DatasetIndex) -> list[BadSample]:
@@ -326,7 +336,13 @@ def _check_grid(state: LoaderState | None, global_batch_size: int, *, stride: in
         )
 
 
-def _place_to_begin(state: LoaderState | None, opened: OpenSource, *, seed: int) -> LoaderState:
+def _place_to_begin(
+    state: LoaderState | None,
+    opened: OpenSource,
+    shards_before: Sequence[Sequence[object]] | None,
+    *,
+    seed: int,
+) -> LoaderState:
     """The state to continue from, checked against the data, or that of the beginning."""
     digest, unit = opened.source.digest, opened.unit
     if state is None:
@@ -337,9 +353,13 @@ def _place_to_begin(state: LoaderState | None, opened: OpenSource, *, seed: int)
             f"masks would change in the middle of the run. Set seed={state.seed}, or start a new run"
         )
     if state.digest != digest:
+        lines = describe_difference(shards_before or (), opened.shards) if shards_before else ""
+        lines = lines or f"digest {state.digest} there, {digest} here"
         raise CmaeError(
-            f"the state to continue from belongs to other data (digest {state.digest}) than the shards "
-            f"given now ({digest}). Give the same shards in the same order, or start a new run"
+            "the state to continue from belongs to other data than the shards given now:\n  "
+            f"{lines}\ngive the same shards in the same order, or start a new run from the weights "
+            "(--init_from)",
+            key="shards",
         )
     if state.unit not in (unit, "unstated"):
         raise CmaeError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Self
@@ -14,6 +14,7 @@ from cmae.pipeline.bad_samples import Health, NoGoodSamplesError
 from cmae.pipeline.batch import Batch, DrawMask, LoaderState
 from cmae.pipeline.loader.config import LoaderConfig
 from cmae.pipeline.loader.prefetcher import Prefetcher
+from cmae.pipeline.sources.difference import ShardFacts
 from cmae.pipeline.sources.records import Source
 from cmae.pipeline.stage_stats import LoaderSnapshot, State
 from cmae.pipeline.views.backend import ViewBackend
@@ -38,6 +39,7 @@ class Loader:
         draw_mask: Drawer of masks, called in the background; None = batches without masks.
         downscaled: Line for the attribute of that name.
         decode: Value of the attribute of that name.
+        shards: Value of the attribute of that name.
     """
 
     num_samples: int | None
@@ -48,6 +50,8 @@ class Loader:
     """Says which of the images are not the original files (`cmae shards write --max-size`); '' if all are."""
     decode: DecodeChoice | None
     """How JPEGs are decoded for a GPU; None on a CPU."""
+    shards: tuple[ShardFacts, ...]
+    """The shards in their order; a checkpoint keeps them, so that a later difference can be named."""
 
     def __init__(
         self,
@@ -61,11 +65,13 @@ class Loader:
         draw_mask: DrawMask | None = None,
         downscaled: str = "",
         decode: DecodeChoice | None = None,
+        shards: Sequence[ShardFacts] = (),
     ) -> None:
         self.num_samples = source.num_samples
         self.steps_per_epoch = source.steps_per_epoch
         self.downscaled = downscaled
         self.decode = decode
+        self.shards = tuple(shards)
         self._source = source
         self._view_backend = view_backend
         self._prefetcher = Prefetcher(

@@ -176,9 +176,8 @@ class TestSuite:
         (row,) = suites.run_sections(sections, ["slow"], budget_s=20, limits_s={"slow": 2})
         assert row["exit_code"] == 124
         assert row["end"].startswith("measured 1\n")
-        assert (
-            "KeyboardInterrupt" in row["end"]
-        )  # asked first: pytest then tells what has failed so far
+        # Asked first: pytest then tells what has failed so far.
+        assert "KeyboardInterrupt" in row["end"]
 
     def test_a_section_sees_the_callers_packages(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PYTHONPATH", "/packages")

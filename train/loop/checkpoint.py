@@ -24,16 +24,10 @@ from torch import Tensor
 from cmae.model.export.stored import (
     FORMAT,
     CheckpointError,
-    current_fields,
     list_checkpoints,
     load_checkpoint,
 )
-from cmae.pipeline import LoaderState
 from cmae.pipeline.formats.atomic import atomic_write
-from cmae.pipeline.loader.config import FOR_THE_MACHINE
-
-_DROPPED_OPTIM = {"target_fp8": False, "warmup_start": 1e-4, "min_lr": 0.0}
-"""Settings that older checkpoints hold, with the values that hold for every run now."""
 
 
 class Checkpointer:
@@ -248,84 +242,6 @@ def hold_folder(folder: Path) -> Iterator[None]:
         except OSError:
             pass
         yield
-
-
-def check_model_fits(path: Path, stored: dict[str, Any], current: dict[str, Any]) -> None:
-    """Refuse a checkpoint of another architecture.
-
-    Args:
-        path: Path of the checkpoint, for the message.
-        stored: Section `model` of the configuration in the checkpoint.
-        current: Section `model` of this run's.
-
-    Raises:
-        CheckpointError: They differ; the message names every key that does.
-    """
-    lines = _differences(current_fields(stored), current, "model")
-    if lines:
-        raise CheckpointError(
-            f"{path} holds another model:\n  "
-            + "\n  ".join(lines)
-            + "\nset these keys as in the checkpoint, or choose another run.out"
-        )
-
-
-def check_same_order(path: Path, stored: dict[str, Any], current: dict[str, Any]) -> None:
-    """Refuse another order of the samples in the middle of an epoch: some would come twice, others never.
-
-    Args:
-        path: Path of the checkpoint, for the message.
-        stored: Whole checkpoint.
-        current: Section `data` of this run's configuration.
-
-    Raises:
-        CheckpointError: A setting of the order differs, and the epoch has begun.
-    """
-    place, data = LoaderState.from_dict(stored["loader"]), stored["config"]["data"]
-    names = [name for name in _names_of_order(data) + _names_of_order(current) if name in data]
-    then, now = ({name: one[name] for name in names} for one in (data, current))
-    lines = _differences(then, now, "data")
-    if lines and place.offset:
-        raise CheckpointError(
-            f"{path} lies inside epoch {place.epoch}, {place.offset} {place.unit}s from its beginning, "
-            "and the order of the samples was changed:\n  "
-            + "\n  ".join(lines)
-            + "\nset these keys as in the checkpoint; they may change between two epochs, or in a new run"
-        )
-
-
-def _names_of_order(data: dict[str, Any]) -> list[str]:
-    """Settings that the order of the samples depends on, given what the others are."""
-    names = ["shuffle", "last_batch"]
-    if data.get("shuffle", True):
-        names.append("shuffle_block")
-        names += ["shuffle_window"] * (data.get("shuffle_block", 1) > 1)
-    return names
-
-
-def changed_settings(stored: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """One line for each setting of `data`, `optim` or `seed` that a resumed run has changed."""
-    optim = {
-        name: value
-        for name, value in stored["optim"].items()
-        if name in current["optim"] or value != _DROPPED_OPTIM.get(name)
-    }
-    stored = {**stored, "optim": optim}
-    names = ("seed", "data", "optim")
-    machine = {f"data.{name}:" for name in FOR_THE_MACHINE}
-    lines = [line for name in names for line in _differences(stored[name], current[name], name)]
-    return [line for line in lines if line.split(" ")[0] not in machine]
-
-
-def _differences(stored: Any, current: Any, key: str) -> list[str]:
-    if isinstance(stored, dict) and isinstance(current, dict):
-        names = sorted(stored.keys() | current.keys())
-        return [
-            line
-            for name in names
-            for line in _differences(stored.get(name), current.get(name), f"{key}.{name}")
-        ]
-    return [] if stored == current else [f"{key}: {stored} in the checkpoint, {current} now"]
 
 
 def _step_of(path: Path) -> int:

@@ -23,15 +23,13 @@ from cmae.train.config import BatchSplit, Config, check_norm_rows
 from cmae.train.distributed import World, from_main, gather_values, join_world, largest
 from cmae.train.loop.checkpoint import (
     Checkpointer,
-    changed_settings,
-    check_model_fits,
-    check_same_order,
     find_checkpoint,
     hold_folder,
     origin_of,
     set_aside_newer,
 )
 from cmae.train.loop.loader_settings import LoaderSettings, agree_on_decode, loader_settings
+from cmae.train.loop.resume_rules import check_changes
 from cmae.train.loop.schedules import build_schedule, ema_momentum
 from cmae.train.loop.step import TrainStep, check_step
 from cmae.train.loop.step_batches import StepBatches
@@ -80,7 +78,7 @@ def pretrain(config: Config) -> Outcome:
         if world.is_main:
             stack.enter_context(hold_folder(config.run.out / "checkpoints"))
         found = _agree_on_checkpoint(config, world)
-        resumed = _load_complete(found, config) if found else None
+        resumed, changes = _load_complete(found, config) if found else (None, [])
         cold_start = ColdStart(prints=world.is_main)
         loader = stack.enter_context(
             open_loader(config, split, world, resumed=resumed, progress=cold_start)
@@ -88,10 +86,11 @@ def pretrain(config: Config) -> Outcome:
         _check_same_data(loader, world)
         total_steps = _total_steps(config, loader)
         step = resumed["step"] if resumed else 0
+        if step > total_steps:
+            raise CheckpointError(_beyond_the_schedule(found, step, total_steps))
         run_log = stack.enter_context(
             RunLog(config, world, start_step=step, total_steps=total_steps, loader=loader)
         )
-        changes = changed_settings(resumed["config"], config.to_dict()) if resumed else []
         run_log.opening(found, changes)
         named = config.run.resume
         if resumed and named not in ("auto", "never") and Path(named) != found:
@@ -206,7 +205,8 @@ def _loop(run: _Run, step: int, *, total_steps: int) -> Outcome:
 def _state_of(run: _Run) -> dict[str, Any]:
     """All that a checkpoint holds."""
     state = {**run.train_step.state_dict(), **run.step_batches.state_dict()}
-    return {**state, "config": run.config.to_dict(), "origin": run.origin}
+    shards = [list(one) for one in run.loader.shards]
+    return {**state, "config": run.config.to_dict(), "origin": run.origin, "shards": shards}
 
 
 def _open_checkpoints(config: Config, run_log: RunLog) -> Checkpointer:
@@ -216,6 +216,14 @@ def _open_checkpoints(config: Config, run_log: RunLog) -> Checkpointer:
         keep=run.keep_checkpoints,
         keep_every=run.keep_every,
         warn=run_log.warn,
+    )
+
+
+def _beyond_the_schedule(path: Path | None, step: int, total_steps: int) -> str:
+    return (
+        f"{path} is at step {step}, and the schedule has only {total_steps} steps now: optim.epochs or "
+        "optim.total_steps was lowered below what has been trained. Set them as they were, or begin from an "
+        "earlier checkpoint (run.resume=PATH), whose learning rate still has to fall"
     )
 
 
@@ -234,7 +242,8 @@ def _agree_on_checkpoint(config: Config, world: World) -> Path | None:
     return found
 
 
-def _load_complete(path: Path, config: Config) -> dict[str, Any]:
+def _load_complete(path: Path, config: Config) -> tuple[dict[str, Any], list[str]]:
+    """The checkpoint, and a line for each setting that this run changes."""
     state = load_checkpoint(path)
     state["config"] = update_keys(state["config"]).settings
     if "optimizer" not in state:
@@ -242,9 +251,7 @@ def _load_complete(path: Path, config: Config) -> dict[str, Any]:
             f"{path} holds weights alone, with no optimiser and no place in the data to resume; start a "
             f"run from them with --init_from {path}"
         )
-    check_model_fits(path, state["config"]["model"], config.to_dict()["model"])
-    check_same_order(path, state, config.to_dict()["data"])
-    return state
+    return state, check_changes(path, state, config)
 
 
 def open_loader(
@@ -296,6 +303,7 @@ def open_loader(
         wrap=wrap,
         color_op=color_jitter,
         decode=agree_on_decode(data, world),
+        shards_before=resumed.get("shards") if resumed else None,
     )
 
 

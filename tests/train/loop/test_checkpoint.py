@@ -16,13 +16,9 @@ import pytest
 import torch
 
 from cmae.model.export.stored import CheckpointError, list_checkpoints, load_checkpoint
-from cmae.pipeline import LoaderState
 from cmae.train.loop import checkpoint as checkpoint_module
 from cmae.train.loop.checkpoint import (
     Checkpointer,
-    changed_settings,
-    check_model_fits,
-    check_same_order,
     find_checkpoint,
     hold_folder,
     set_aside_newer,
@@ -243,47 +239,3 @@ def test_never_refuses_a_folder_with_checkpoints(tmp_path: Path) -> None:
     writer.wait()
     with pytest.raises(CheckpointError, match=r"run\.resume is 'never'"):
         find_checkpoint("never", tmp_path)
-
-
-def test_another_architecture_is_refused_key_by_key(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"model\.depth: 12 in the checkpoint, 6 now"):
-        check_model_fits(tmp_path / "x.pt", {"depth": 12, "width": 4}, {"depth": 6, "width": 4})
-
-
-def test_another_order_is_refused_inside_an_epoch_alone() -> None:
-    data = {"shuffle": True, "shuffle_block": 1, "shuffle_window": 64, "last_batch": "drop"}
-
-    def check(offset: int, **changed: object) -> None:
-        stored = {
-            "loader": LoaderState(0, epoch=2, offset=offset, digest="x").to_dict(),
-            "config": {"data": data},
-        }
-        check_same_order(Path("x.pt"), stored, data | changed)
-
-    with pytest.raises(
-        CheckpointError, match=r"inside epoch 2, 512 samples.*\n  data\.shuffle_block: 1 in the"
-    ):
-        check(512, shuffle_block=8)
-    with pytest.raises(CheckpointError, match=r"last_batch: drop in the checkpoint, pad now"):
-        check(512, last_batch="pad")
-    check(512, shuffle_window=16)  # which blocks of one sample do not care about
-    check(0, shuffle_block=8)
-
-
-def test_changed_settings_are_listed() -> None:
-    stored = {"seed": 0, "data": {"views": {"hue": 0.1}}, "optim": {"lr": 1}}
-    current = {"seed": 1, "data": {"views": {"hue": 0.2}}, "optim": {"lr": 1}}
-    assert changed_settings(stored, current) == [
-        "seed: 0 in the checkpoint, 1 now",
-        "data.views.hue: 0.1 in the checkpoint, 0.2 now",
-    ]
-
-
-def test_settings_that_older_runs_could_change_count_only_where_they_were_changed() -> None:
-    current = {"seed": 0, "data": {}, "optim": {"epochs": 1}}
-    stored = {**current, "optim": {"epochs": 1, "target_fp8": False, "min_lr": 0.0}}
-    assert changed_settings(stored, current) == []
-    stored["optim"] = {**stored["optim"], "target_fp8": True}
-    assert changed_settings(stored, current) == [
-        "optim.target_fp8: True in the checkpoint, None now"
-    ]
