@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+
+from cmae.train.monitor.console import PlainConsole
 
 Result = dict[str, Any]
 _GROWS = ("images_per_s", "samples_per_s", "ratio", "tflops", "psnr", "bandwidth")
@@ -184,10 +185,10 @@ def main() -> int:
         table.add_column(name, overflow="fold")
     for line in _lines(changes, arguments.threshold):
         table.add_row(*line, style="bold red" if line[-1] in ("REGRESSION", "gone") else "")
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console = PlainConsole(width=None if sys.stdout.isatty() else 160)
     console.print(table)
     for note in notes:
-        console.print(f"differs: {note}", markup=False, soft_wrap=True)
+        console.print(f"differs: {note}", soft_wrap=True)
     findings = [change.finding(arguments.threshold) for change in changes]
     return int(bool({"REGRESSION", "gone"} & set(findings)))
 

@@ -75,10 +75,7 @@ def pretrain(config: Config) -> Outcome:
     """
     with ExitStack() as stack:
         world = stack.enter_context(join_run(config))
-        split = BatchSplit.of(
-            config.optim.global_batch_size, config.speed.micro_batch_size, world.world_size
-        )
-        check_norm_rows(config.model, split, world.world_size)
+        split = _split_of(config, world)
         if world.is_main:
             stack.enter_context(hold_folder(config.run.out / "checkpoints"))
         found = _agree_on_checkpoint(config, world)
@@ -131,9 +128,16 @@ def join_run(config: Config) -> Iterator[World]:
     """
     with join_world(config.speed.device) as world, use_backend(config.speed.kernels):
         check_step(config.optim, config.speed, world)
+        check_norm_rows(config.model, _split_of(config, world), world.world_size)
         if config.speed.torch_threads is not None:
             torch.set_num_threads(config.speed.torch_threads)
         yield world
+
+
+def _split_of(config: Config, world: World) -> BatchSplit:
+    return BatchSplit.of(
+        config.optim.global_batch_size, config.speed.micro_batch_size, world.world_size
+    )
 
 
 @dataclass(frozen=True)

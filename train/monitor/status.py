@@ -88,7 +88,7 @@ class RunStatus:
     @property
     def images_per_s(self) -> float | None:
         """Over all ranks."""
-        return None if self.step_ms is None else 1000 * self.global_batch_size / self.step_ms
+        return 1000 * self.global_batch_size / self.step_ms if self.step_ms else None
 
     def save(self, path: Path) -> None:
         """Write atomically: a reader sees the old file or the new one."""

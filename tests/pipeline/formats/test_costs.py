@@ -7,6 +7,7 @@ import tarfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from cmae.pipeline.formats.images.jpeg import (
 from cmae.pipeline.formats.images.jpeg_scan import find_zero_block
 from cmae.pipeline.formats.members.file_names import is_side_file, split_name
 from cmae.pipeline.formats.members.labels import read_label
+from cmae.pipeline.formats.shard_index import build_index
 from cmae.pipeline.formats.tar import _pax_records, iter_records
 from cmae.pipeline.remote.schemes import identity, redact
 from cmae.pipeline.sources.expand import _num_expanded, expand_shards
@@ -140,3 +142,15 @@ def test_an_image_of_too_many_scans_is_refused() -> None:
 def test_braces_that_name_too_much_are_refused_before_anything_is_made(pattern: str) -> None:
     with pytest.raises(CmaeError, match=r"names more than 1000000 files"):
         expand_shards(pattern)
+
+
+def test_a_name_without_end_is_left_out_of_the_index(tmp_path: Path) -> None:
+    """Of one such key the index of 10000 samples would have a gigabyte: numpy makes all as long."""
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for name in ("a.jpg", "b" * 200_000 + ".jpg", "c.jpg"):
+            member = tarfile.TarInfo(name)
+            member.size = len(PHOTO)
+            tar.addfile(member, io.BytesIO(PHOTO))
+    index = build_index(tmp_path / "a.tar")
+    assert index.keys.tolist() == ["a", "c"]
+    assert "file with a name of more than" in "".join(index.members.lost_lines())

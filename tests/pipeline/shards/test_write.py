@@ -17,6 +17,7 @@ from cmae.pipeline.formats.shard_tar import ShardTar
 from cmae.pipeline.formats.tar import iter_records
 from cmae.pipeline.shards import output_folder
 from cmae.pipeline.shards.image_folder import ImageSource, scan_image_folder
+from cmae.pipeline.shards.output_folder import tidy_skipped
 from cmae.pipeline.shards.verify import VerifyReport, verify_shards
 from cmae.pipeline.shards.write import write_shards
 
@@ -279,3 +280,17 @@ def test_a_written_tar_is_the_one_that_webdataset_writes(tmp_path: Path) -> None
             ours.add(f"{key}.jpg", data)
         ours.end()
     assert (tmp_path / "ours.tar").read_bytes() == (tmp_path / "theirs.tar").read_bytes()
+
+
+def test_damaged_lines_of_the_skipped_files_are_left_out_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "skipped.jsonl"
+    good = [{"shard": number, "path": f"{number}.jpg", "reason": "x"} for number in range(3)]
+    damage = [bytes(512), b"[" * 100_000, b'{"shard": "a", "path": "b", "reason": 3}', b'{"shard"']
+    lines = [json.dumps(one).encode() for one in good]
+    path.write_bytes(b"\n".join([lines[2], *damage, *lines[:2]]))
+    assert tidy_skipped(path) == good
+    assert "4 damaged line(s) left out" in caplog.text
+    assert tidy_skipped(path) == good
+    assert len(caplog.messages) == 1

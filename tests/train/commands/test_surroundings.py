@@ -310,6 +310,8 @@ class TestBeforeTheWork:
         one = arguments(small_shards, tmp_path, **{"speed.micro_batch_size": 1})
         assert main(["pretrain", *one]) == 1
         assert "speed.micro_batch_size is 1 and there is one rank" in capsys.readouterr().err
+        assert main(["profile", *one]) == 1
+        assert "speed.micro_batch_size is 1 and there is one rank" in capsys.readouterr().err
         layer = {"speed.micro_batch_size": 1, "model.head_norm": "layer", "optim.total_steps": 1}
         assert run(small_shards, tmp_path, **layer).step == 1
         model = parse_config(one).model

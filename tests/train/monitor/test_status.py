@@ -343,6 +343,12 @@ class TestVerdict:
         stuck = [world[0], replace(world[1], step_age_s=99.0)]
         assert verdict(stuck, NOW) == "Stuck: rank 1 has done no step for 99 s."
 
+    @pytest.mark.parametrize(
+        "changes", [{"step_ms": 0.0}, {"total_steps": 0}, {"step_age_s": -5.0}]
+    )
+    def test_numbers_that_no_run_has_are_drawn_all_the_same(self, changes: dict[str, Any]) -> None:
+        assert "node-a" in drawn([status(**changes)])
+
     def test_a_rank_that_has_not_come_up_is_named(self) -> None:
         assert verdict([status(0, world_size=2)], NOW) == "rank 1 has written nothing yet."
 
