@@ -6,7 +6,7 @@ JOBS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 STAMP := $(VENV)/.installed
 export PYTHONSAFEPATH = 1
 
-.PHONY: help setup check test test-fast demo bench docs clean
+.PHONY: help setup check test test-fast fuzz demo bench docs clean
 
 help:  ## what each target does
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -33,6 +33,11 @@ test: $(STAMP)  ## all tests that this machine can run
 
 test-fast: $(STAMP)  ## the tests that take no more than seconds each
 	$(BIN)/pytest -n $(JOBS) --dist worksteal -m 'not slow'
+
+FUZZ_S ?= 600
+fuzz: export PYTHONPATH = tests:.
+fuzz: $(STAMP)  ## mutated inputs for every parser, FUZZ_S seconds in all -> runs/fuzz
+	$(BIN)/python -m tests.fuzz.run --seconds $(FUZZ_S)
 
 demo: $(STAMP)  ## pretrain a micro CMAE on real photographs and look at what it learnt
 	$(BIN)/cmae demo

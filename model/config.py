@@ -7,6 +7,13 @@ from typing import Literal
 
 from cmae.errors import require
 
+MAX_DEPTH = 1000
+"""Most blocks; a configuration that asks for more is damaged, and building it would have no end."""
+MAX_WIDTH = 1 << 16
+"""Widest layer."""
+MAX_GRID = 1 << 10
+"""Most patches on a side."""
+
 STANDARD_MEAN = (123.675, 116.28, 103.53)
 STANDARD_STD = (58.395, 57.12, 57.375)
 
@@ -186,6 +193,7 @@ def _check_geometry(config: ModelConfig) -> None:
         "mask_unit",
         f"a divisor of the {side} patches per side (img_size / patch_size)",
     )
+    _require(side <= MAX_GRID, config, "img_size", f"at most {MAX_GRID} patches of patch_size")
     _require(0 < config.mask_ratio < 1, config, "mask_ratio", "> 0 and < 1")
     _require(
         0 < config.num_keep < config.num_patches,
@@ -201,6 +209,10 @@ def _check_widths(config: ModelConfig) -> None:
         *("decoder_num_heads", "feature_decoder_depth", "proj_hidden_dim", "proj_dim"),
     ):
         _require(getattr(config, key) >= 1, config, key, "an integer >= 1")
+    for key in ("depth", "decoder_depth", "feature_decoder_depth"):
+        _require(getattr(config, key) <= MAX_DEPTH, config, key, f"<= {MAX_DEPTH}")
+    for key in ("embed_dim", "decoder_embed_dim", "proj_hidden_dim", "proj_dim"):
+        _require(getattr(config, key) <= MAX_WIDTH, config, key, f"<= {MAX_WIDTH}")
     for width, heads in (("embed_dim", "num_heads"), ("decoder_embed_dim", "decoder_num_heads")):
         _require(
             getattr(config, width) % 4 == 0,

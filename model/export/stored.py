@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import re
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from cmae.errors import CmaeError
 from cmae.model.cmae import CMAE, build_model
 from cmae.model.config import ModelConfig
 from cmae.model.export.checkpoints import encoder_fields
+from cmae.printable import printable
 
 FORMAT = 1
 """Format number in every checkpoint of this project."""
@@ -24,6 +26,9 @@ _NAME = re.compile(r"step-\d{8}\.pt")
 _RENAMED = {"mask_cell": "mask_unit"}
 _DROPPED: dict[str, tuple[Any, ...]] = {"conv_depth": (2,), "feature_dim": (None,)}
 """Fields that a config no longer has, with the values that it now stands for."""
+
+
+_OTHER = "take another checkpoint"
 
 
 class CheckpointError(CmaeError):
@@ -46,12 +51,37 @@ def load_model(path: str | Path) -> CMAE:
     path = _find_file(Path(path))
     state = read_file(path)
     if is_checkpoint(state):
-        model = build_model(model_config(path, state["config"]["model"]))
-        model.load_state_dict(state["model"])
-        return model.eval()
+        return _build_stored(path, state).eval()
     if "patch_embed.proj.weight" in state:
         return _load_encoder(path, state).eval()
     raise _not_ours(path)
+
+
+def _build_stored(path: Path, state: Mapping[str, Any]) -> CMAE:
+    """The model of a checkpoint; nothing is allocated before its tensors fit its configuration."""
+    sections, tensors = state.get("config"), state.get("model")
+    stored = sections.get("model") if isinstance(sections, Mapping) else None
+    if not isinstance(stored, Mapping) or not isinstance(tensors, Mapping):
+        raise CheckpointError(f"{path} is damaged: it lacks a configuration or weights; {_OTHER}")
+    config = model_config(path, stored)
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in CMAE(config).state_dict().items()}
+    lines = [f"{name} is missing" for name in shapes.keys() - tensors.keys()]
+    lines += [f"{name} is unknown" for name in tensors.keys() - shapes.keys()]
+    for name in shapes.keys() & tensors.keys():
+        found = getattr(tensors[name], "shape", None)
+        if found != shapes[name]:
+            size = "no tensor" if found is None else f"of shape {tuple(found)}"
+            lines.append(f"{name} is {size}, its configuration makes {tuple(shapes[name])}")
+    if lines:
+        more = f", and {len(lines) - 3} more" if len(lines) > 3 else ""
+        raise CheckpointError(
+            f"{path} is damaged: its weights are not those of its configuration: "
+            f"{'; '.join(printable(line) for line in sorted(lines)[:3])}{more}; {_OTHER}"
+        )
+    model = build_model(config)
+    model.load_state_dict(tensors)
+    return model
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -90,13 +120,34 @@ def model_config(path: Path, stored: Mapping[str, Any]) -> ModelConfig:
         key: tuple(value) if isinstance(value, list) else value
         for key, value in current_fields(stored).items()
     }
-    unknown = sorted(plain.keys() - {field.name for field in fields(ModelConfig)})
+    unknown = sorted(plain.keys() - {field.name for field in fields(ModelConfig)}, key=str)
     if unknown:
         raise CheckpointError(
             f"{path}: its model has {', '.join(f'{key}={plain[key]!r}' for key in unknown)}, which this "
             "version of cmae cannot build; read it with the version that wrote it"
         )
-    return ModelConfig(**plain)
+    default = ModelConfig()
+    for key, value in plain.items():
+        if not _is_like(value, getattr(default, key)):
+            raise CheckpointError(
+                f"{path} is damaged: in its configuration model.{key} is {printable(repr(value), limit=80)}, "
+                f"and not like {getattr(default, key)!r}; {_OTHER}"
+            )
+    try:
+        return ModelConfig(**plain)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}; {_OTHER}") from error
+
+
+def _is_like(value: Any, example: Any) -> bool:
+    """Whether a stored value has the kind of a field's default."""
+    if isinstance(example, bool) or isinstance(value, bool):
+        return isinstance(value, bool) and isinstance(example, bool)
+    if isinstance(example, float):
+        return isinstance(value, int | float) and math.isfinite(value)
+    if isinstance(example, tuple):
+        return isinstance(value, tuple) and all(_is_like(one, 0.5) for one in value)
+    return isinstance(value, type(example))
 
 
 def current_fields(stored: Mapping[str, Any]) -> dict[str, Any]:
