@@ -66,7 +66,13 @@ def expand_shards(
         raise CmaeError("shards is an empty list: name at least one tar file, folder or pattern")
     shards: list[str] = []
     for one in map(str, patterns):
-        shards += _expand_one(one, storage_options or {})
+        try:
+            shards += _expand_one(one, storage_options or {})
+        except OSError as error:  # a name too long for a file system, a folder that may not be read
+            raise CmaeError(
+                f"shards={printable(redact(one))!r} cannot be looked up ({error.strerror or error}): correct "
+                "the name, or the rights of its folder"
+            ) from error
     if compressed := [shard for shard in shards if _is_compressed(shard)]:
         raise CmaeError(
             f"shards names {len(compressed)} compressed tar(s) such as {redact(compressed[0])!r}, which have "

@@ -147,3 +147,8 @@ def test_shards_that_are_listed_twice_are_named_without_secrets() -> None:
         with pytest.raises(CmaeError, match="twice") as caught:
             expand_shards([url, url])
         assert "SECRET" not in str(caught.value)
+
+
+def test_a_name_too_long_for_the_file_system_is_an_error_of_its_pattern(tmp_path):
+    with pytest.raises(CmaeError, match=r"cannot be looked up .File name too long"):
+        expand_shards(str(tmp_path / ("x" * 5000 + ".tar")))
