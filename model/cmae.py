@@ -6,7 +6,7 @@ import copy
 import difflib
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +75,7 @@ class CMAE(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self._pairs: tuple[list[Tensor], list[Tensor]] | None = None
         self.encoder = _build_encoder(config, final_norm=True)
         self.pixel_decoder: Decoder | None = None
         self.feature_decoder: Decoder | nn.Linear | None = None
@@ -292,8 +293,21 @@ class CMAE(nn.Module):
             norm_pix=self.config.norm_pix_loss,
         )
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._pairs = None  # a move to a device or a dtype may put other parameters in place
+        super()._apply(fn, recurse)
+        return self
+
     def _target_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Target parameters and the online ones they follow, in the same order."""
+        """Target parameters and the online ones they follow, in the same order.
+
+        Looked up once: a thousand names a step are a millisecond of the thread that launches the GPU's work.
+        """
+        if self._pairs is None:
+            self._pairs = self._find_target_pairs()
+        return self._pairs
+
+    def _find_target_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
         if self.target_encoder is None or self.target_projector is None:
             raise ValueError("contrastive_loss='none': this model has no target branch.")
         assert self.projector is not None

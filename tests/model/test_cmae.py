@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -124,6 +125,27 @@ def test_target_starts_as_a_copy_and_gets_no_gradient():
     model(*batch(model.config)).total.backward()
     followers = [p for n, p in online.items() if n.startswith("target_")]
     assert all(p.grad is None and not p.requires_grad for p in followers)
+
+
+@pytest.mark.parametrize("change", ["double", "deepcopy", "load"])
+def test_the_target_follows_the_model_that_it_belongs_to(change):
+    """The pairs of parameters are looked up once; a copy or another dtype has pairs of its own."""
+    model = build()
+    model.update_target(0.5)
+    other = copy.deepcopy(model) if change == "deepcopy" else model
+    if change == "double":
+        model.double()
+    if change == "load":
+        model.load_state_dict(build_model(model.config, seed=3).state_dict())
+    weight = other.encoder.blocks[0].mlp.fc1.weight
+    weight.data += 1
+    before = other.target_encoder.blocks[0].mlp.fc1.weight.clone()
+    untouched = model.target_encoder.blocks[0].mlp.fc1.weight.clone()
+    other.update_target(0.25)
+    found = other.target_encoder.blocks[0].mlp.fc1.weight
+    torch.testing.assert_close(found, 0.25 * before + 0.75 * weight)
+    if change == "deepcopy":
+        assert torch.equal(model.target_encoder.blocks[0].mlp.fc1.weight, untouched)
 
 
 def test_target_after_k_updates_is_the_closed_form():
