@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,6 +49,66 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     if config.impl == "apex":
         return _build_fused_adam(groups, config)
     return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, fused=True)
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer,
+    stored: Mapping[str, Any],
+    *,
+    model: nn.Module,
+    config: OptimConfig,
+) -> None:
+    """Load an optimiser's moments; rates, betas and decay stay those of this run, groups too.
+
+    Args:
+        optimizer: Optimiser that `build_optimizer` made from `model` and `config`.
+        stored: Its `state_dict` in a checkpoint, of any `decay_tokens`.
+        model: Model whose parameters it moves.
+        config: Settings of this run.
+
+    Raises:
+        CmaeError: The state belongs to other parameters.
+    """
+    old = _stored_order(stored, model, config)
+    groups = [
+        {**then, **_options(now), "params": now["params"]}
+        for then, now in zip(
+            stored["param_groups"], optimizer.state_dict()["param_groups"], strict=True
+        )
+    ]
+    new = [id(value) for group in optimizer.param_groups for value in group["params"]]
+    numbers = [number for group in groups for number in group["params"]]
+    state = {
+        number: stored["state"][old[parameter]]
+        for number, parameter in zip(numbers, new, strict=True)
+        if old[parameter] in stored["state"]
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _stored_order(
+    stored: Mapping[str, Any], model: nn.Module, config: OptimConfig
+) -> dict[int, int]:
+    """Number of each parameter (by `id`) in a stored state: `decay_tokens` decides it, sizes show which."""
+    sizes = [len(group["params"]) for group in stored["param_groups"]]
+    for decay_tokens in (config.decay_tokens, not config.decay_tokens):
+        groups = parameter_groups(
+            model.named_parameters(), replace(config, decay_tokens=decay_tokens)
+        )
+        members: list[list[nn.Parameter]] = [group["params"] for group in groups]  # type: ignore[misc]
+        if [len(one) for one in members] == sizes:
+            numbers = [number for group in stored["param_groups"] for number in group["params"]]
+            parameters = [id(parameter) for one in members for parameter in one]
+            return dict(zip(parameters, numbers, strict=True))
+    raise CmaeError(
+        f"the checkpoint's optimiser has groups of {sizes} parameters, not this model's; start a new run "
+        "from the weights: --init_from CHECKPOINT with another run.out"
+    )
+
+
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What the configuration says of a group of parameters."""
+    return {name: group[name] for name in ("betas", "eps", "weight_decay", "lr") if name in group}
 
 
 def _build_fused_adam(

@@ -87,9 +87,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(
         ("optim.weight_decay", "optim.betas"), Rule("applied", "all groups of the optimiser")
     ),
-    "optim.decay_tokens": Rule(
-        "refused", f"the optimiser's groups hold other parameters with it: {_FRESH}"
-    ),
+    "optim.decay_tokens": Rule("applied", "the tokens change their group and keep their moments"),
     "optim.impl": Rule("refused", f"the optimisers' states have other forms: {_FRESH}"),
     "optim.clip_grad": Rule("applied", "from the next step on"),
     "optim.precision": Rule("applied", "from the next step on; the loss scale begins anew"),

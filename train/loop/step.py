@@ -23,7 +23,7 @@ from cmae.model.target_copy import TargetCopy, set_residual_dtype
 from cmae.pipeline import Batch
 from cmae.train.config import OptimConfig, SpeedConfig
 from cmae.train.distributed import RowGatherer, World, from_main, sum_over_ranks
-from cmae.train.loop.optim import build_optimizer
+from cmae.train.loop.optim import build_optimizer, load_optimizer
 from cmae.train.loop.sdpa import pin_attention
 from cmae.train.machine import compute_capability
 
@@ -72,6 +72,7 @@ class TrainStep:
         self.model = model
         self.world = world
         self.speed = speed
+        self.optim = optim
         self.clip_grad = optim.clip_grad
         self.dtype = _DTYPES[optim.precision]
         self.optimizer = build_optimizer(model, optim)
@@ -155,11 +156,7 @@ class TrainStep:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`; a loss scale of another precision is left behind."""
         self.model.load_state_dict(state["model"])
-        # The settings of this run hold, not those that the checkpoint was written under.
-        given = [_options(group) for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, options in zip(self.optimizer.param_groups, given, strict=True):
-            group.update(options)
+        load_optimizer(self.optimizer, state["optimizer"], model=self.model, config=self.optim)
         if state["precision"] == self.precision:
             self.scaler.load_state_dict(state["scaler"])
         if self.target_copy is not None:
@@ -385,8 +382,3 @@ def _replicate(model: CMAE, optim: OptimConfig, world: World) -> CMAE | Distribu
     if optim.gradient_compression in hooks:
         network.register_comm_hook(None, hooks[optim.gradient_compression])
     return network
-
-
-def _options(group: dict[str, Any]) -> dict[str, Any]:
-    """What the configuration says of a group of parameters."""
-    return {name: group[name] for name in ("betas", "eps", "weight_decay", "lr") if name in group}

@@ -11,12 +11,14 @@ import torch
 from support.pipeline_data import write_photo_shards
 from support.tiny_runs import arguments, run
 
-from cmae.model.export.stored import CheckpointError, load_checkpoint
+from cmae.model import build_model
+from cmae.model.export.stored import CheckpointError, load_checkpoint, model_config
 from cmae.pipeline import LoaderState
 from cmae.pipeline.formats.dataset_index import build_indices
 from cmae.pipeline.sources.difference import ShardFacts, describe_difference, file_name
 from cmae.train.commands.main import main
 from cmae.train.config import Config
+from cmae.train.loop.optim import parameter_groups
 from cmae.train.loop.resume_rules import RULES, check_changes, render_rules, rule_of
 
 BASE = Config()
@@ -183,6 +185,45 @@ def test_what_is_applied_is_in_force(shards: str, half_way: Path, tmp_path: Path
     assert any(not torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
+def test_tokens_that_change_their_group_keep_their_moments(
+    shards: str, half_way: Path, tmp_path: Path
+) -> None:
+    out = copy_of(half_way, tmp_path / "run")
+    outcome = run(shards, out, **{"optim.decay_tokens": "true", "run.stop_at_step": 5})
+    before = load_checkpoint(sorted((half_way / "checkpoints").glob("*.pt"))[-1])
+    after = load_checkpoint(outcome.checkpoint)
+    sizes = [
+        [len(group["params"]) for group in one["optimizer"]["param_groups"]]
+        for one in (before, after)
+    ]
+    assert sizes[1][0] > sizes[0][0]
+    assert sum(sizes[0]) == sum(sizes[1])
+    for name, one in moments(after).items():
+        # One step further, each moment is mostly what it was: a mix-up would give it another's shape or size.
+        assert one.shape == moments(before)[name].shape
+        if moments(before)[name].norm() > 0:
+            likeness = torch.cosine_similarity(
+                one.flatten(), moments(before)[name].flatten(), dim=0
+            )
+            assert likeness > 0.3, name
+
+
+def moments(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """First moments by parameter: the order of the groups is that of the parameters' names."""
+    config = Config().optim
+    sizes = [len(group["params"]) for group in state["optimizer"]["param_groups"]]
+    model = build_model(model_config(Path("x"), state["config"]["model"]), seed=0)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for decay_tokens in (False, True):
+        groups = parameter_groups(
+            model.named_parameters(), replace(config, decay_tokens=decay_tokens)
+        )
+        if [len(group["params"]) for group in groups] == sizes:
+            ordered = [names[id(one)] for group in groups for one in group["params"]]
+    found = state["optimizer"]["state"]
+    return {name: found[number]["exp_avg"] for number, name in enumerate(ordered)}
+
+
 def test_a_checkpoint_beyond_the_schedule_is_an_error(
     shards: str, half_way: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -195,7 +236,7 @@ def test_a_checkpoint_beyond_the_schedule_is_an_error(
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("optim.global_batch_size", 16), ("optim.decay_tokens", True), ("seed", 3)],
+    [("optim.global_batch_size", 16), ("optim.impl", "apex"), ("seed", 3)],
 )
 def test_what_cannot_be_applied_is_refused_by_name(
     shards: str, half_way: Path, tmp_path: Path, capsys, name: str, value: object
