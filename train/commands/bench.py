@@ -278,7 +278,8 @@ def find_measured(
     """
     gmacs = count_multiply_adds(model)["training_step"] / 1e9
     found: list[dict[str, Any]] = []
-    for path in sorted(results.glob("*_step_*.json"), reverse=True):
+    files = [*results.glob("*_step_*.json"), *results.glob("*_levers_*.json")]
+    for path in sorted(files, reverse=True):
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
             device = str(result["machine"]["device"]).lower()

@@ -63,6 +63,40 @@ def _tune(parser: Parser) -> Run:
     return run
 
 
+def _plan(parser: Parser) -> Run:
+    from cmae.train.commands.plan import IMAGENET, OPTIONS, Cluster
+
+    parser.add_argument("--gpus", default="8xa100", help="number and kind, such as 32xa100")
+    parser.add_argument(
+        "--recipe",
+        nargs="+",
+        default=["cmae_vit_s", "cmae_vit_b", "cmae_vit_l", "cmae_vit_h"],
+        help="recipes that ship with the package, or YAML files",
+    )
+    parser.add_argument("--epochs", type=int, help="default: the recipe's")
+    parser.add_argument("--images", type=int, default=IMAGENET, help="of an epoch")
+    for name, help_text in OPTIONS.items():
+        default = getattr(Cluster, name)
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=help_text)
+    parser.add_argument(
+        "--calibrate", action="store_true", help="correct the model by the nearest measured step"
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=Path("benchmarks/results"),
+        help="folder with files of benchmarks/bench_step.py",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+    def run(parsed: Namespace) -> int:
+        from cmae.train.commands.plan import plan_recipes
+
+        return plan_recipes(parsed)
+
+    return run
+
+
 def _profile(parser: Parser) -> Run:
     from cmae.train.config_parser import add_config, instantiate, to_config
     from cmae.train.profiling.config import ProfileConfig
@@ -327,6 +361,13 @@ COMMANDS: dict[str, Command] = {
                 "print what shards hold; draw a contact sheet", _shards("inspect"), only_shows=True
             ),
         },
+    ),
+    "plan": Command(
+        "predict hours, memory and what binds on GPUs that are not there",
+        _plan,
+        "Predict a run before anybody rents GPUs: step, network, data rate, memory, hours, and what binds. "
+        "Example: cmae plan --gpus 32xa100 --recipe cmae_vit_b cmae_vit_l --epochs 1600",
+        only_shows=True,
     ),
     "pretrain": Command(
         "pretrain from shards; continues by itself",

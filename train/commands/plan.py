@@ -1,0 +1,355 @@
+"""`cmae plan`: hours, memory and what binds of a run on GPUs that nobody has rented yet."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from cmae.errors import CmaeError, require
+from cmae.model import count_parameters
+from cmae.train.commands.bench import GPUS, Estimate, Gpu, estimate_step, find_measured
+from cmae.train.config import Config
+from cmae.train.config_parser import load_recipe
+from cmae.train.monitor.console import PlainConsole
+
+IMAGENET = 1_281_167
+"""Training images of ImageNet-1k."""
+
+_UPDATE = ("optimiser", "EMA")
+"""Parts of a step that come once, however many micro-batches it has."""
+
+_FORWARD_OF_TRAINED = 1 / 3
+"""Share of the trained parts' time that is their forward pass; the rest is the backward."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """GPUs, and what connects and feeds them."""
+
+    gpu: Gpu
+    num_gpus: int
+    gpus_per_node: int = 8
+    link_gb_per_s: float = 200.0
+    network_gb_per_s: float = 25.0
+    overlap: float = 0.8
+    cores_per_gpu: float = 16.0
+    images_per_core_s: float = 450.0
+    storage_gb_per_s: float = 2.0
+    image_kb: float = 110.0
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes, the last one perhaps not full."""
+        return math.ceil(self.num_gpus / self.gpus_per_node)
+
+
+OPTIONS = {
+    "gpus_per_node": "GPUs in a node",
+    "link_gb_per_s": "all-reduce inside a node, for each GPU; NVLink of an A100: 300 each way by data sheet",
+    "network_gb_per_s": "of each node to the others; InfiniBand HDR: 200 Gbit/s",
+    "overlap": "share of the backward pass beside which gradients travel",
+    "cores_per_gpu": "CPU cores for each GPU",
+    "images_per_core_s": "images that a core reads, Huffman-decodes and hands to the GPU in a second",
+    "storage_gb_per_s": "what a node reads from its disk or store",
+    "image_kb": "mean size of an image; ImageNet: 110",
+}
+"""Fields of `Cluster` that are options, and what they mean."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run on a cluster."""
+
+    name: str
+    global_batch_size: int
+    micro_batch_size: int
+    accumulation: int
+    compute_ms: float
+    """Kernels of a step by the cost model, times the correction."""
+    communication_ms: float
+    """All-reduce and key gather."""
+    exposed_ms: float
+    """What of it does not hide behind the backward pass."""
+    loader_ms: float
+    """What the loader needs for the images of a step, beside the training."""
+    storage_ms: float
+    steps: int
+    memory_gb: float
+    largest_micro_batch: int
+    correction: float
+    """Measured time over the model's; 1 without a measurement, or without --calibrate."""
+    measured: str
+    """Result file of the nearest measurement, and its ratio; '' without one."""
+
+    @property
+    def step_ms(self) -> float:
+        """The longest of what runs side by side."""
+        return max(self.compute_ms + self.exposed_ms, self.loader_ms, self.storage_ms)
+
+    @property
+    def binds(self) -> str:
+        """What the step waits for."""
+        times = {
+            "GPU": self.compute_ms,
+            "network": self.exposed_ms,
+            "loader": self.loader_ms,
+            "storage": self.storage_ms,
+        }
+        if self.compute_ms + self.exposed_ms >= max(self.loader_ms, self.storage_ms):
+            return "GPU" if times["GPU"] >= times["network"] else "network"
+        return "loader" if self.loader_ms >= self.storage_ms else "storage"
+
+    @property
+    def margin(self) -> float:
+        """How many times faster what comes next could go."""
+        sides = sorted((self.compute_ms + self.exposed_ms, self.loader_ms, self.storage_ms))
+        return sides[-1] / sides[-2]
+
+    @property
+    def images_per_s(self) -> float:
+        """Of all GPUs."""
+        return 1e3 * self.global_batch_size / self.step_ms
+
+    @property
+    def hours(self) -> float:
+        """Whole schedule, without start-up, checkpoints and repeats."""
+        return self.steps * self.step_ms / 3.6e6
+
+
+def parse_gpus(text: str) -> tuple[int, Gpu]:
+    """Number and kind of '32xa100'.
+
+    Raises:
+        CmaeError: It is neither a number and a GPU's name nor a name alone.
+    """
+    match = re.fullmatch(r"(?:(\d{1,6})x)?([\w-]+)", text.strip().lower())
+    if match is None or match[2] not in GPUS or match[1] == "0":
+        raise CmaeError(
+            f"--gpus is {text!r}; it must be a number and a GPU such as 32xa100: one of {', '.join(GPUS)}",
+            key="--gpus",
+        )
+    return int(match[1] or 1), GPUS[match[2]]
+
+
+def plan_run(
+    name: str,
+    config: Config,
+    cluster: Cluster,
+    *,
+    images: int = IMAGENET,
+    results: Path = Path("benchmarks/results"),
+    calibrate: bool = False,
+) -> Plan:
+    """Predict one run.
+
+    Args:
+        name: Name of the recipe.
+        config: Configuration of the run.
+        cluster: GPUs and what is around them.
+        images: Images of an epoch.
+        results: Folder of measured steps.
+        calibrate: Whether to correct the model by the nearest measurement.
+
+    Raises:
+        CmaeError: The global batch does not divide, or does not fit.
+    """
+    total = config.optim.global_batch_size
+    share, rest = divmod(total, cluster.num_gpus)
+    if rest or not share:
+        raise CmaeError(
+            f"optim.global_batch_size is {total}, which {cluster.num_gpus} GPUs cannot share equally; name a "
+            "number of GPUs that divides it",
+            key="--gpus",
+        )
+    largest = estimate_step(config, cluster.gpu, batch_size=1).largest_batch
+    wanted = min(config.speed.micro_batch_size or share, share)
+    micro = max(
+        (one for one in range(1, wanted + 1) if share % one == 0 and one <= largest), default=0
+    )
+    if not micro:
+        raise CmaeError(
+            f"{name}: not one image fits into the {cluster.gpu.memory_gb:g} GB of {cluster.gpu.name}; take "
+            "GPUs with more memory",
+            key="--gpus",
+        )
+    estimate = estimate_step(config, cluster.gpu, batch_size=micro)
+    correction, measured = _correction(config, cluster.gpu, results)
+    factor = correction if calibrate else 1.0
+    compute = factor * _compute_ms(estimate, share // micro)
+    communication = _communication_ms(config, cluster, share)
+    room = cluster.overlap * factor * _backward_ms(estimate)
+    per_node = share * min(cluster.gpus_per_node, cluster.num_gpus)
+    cores = cluster.cores_per_gpu * cluster.images_per_core_s
+    steps = config.optim.total_steps or config.optim.epochs * (images // total)
+    return Plan(
+        name=name,
+        global_batch_size=total,
+        micro_batch_size=micro,
+        accumulation=share // micro,
+        compute_ms=compute,
+        communication_ms=communication,
+        exposed_ms=max(0.0, communication - room),
+        loader_ms=1e3 * share / cores,
+        storage_ms=per_node * cluster.image_kb / cluster.storage_gb_per_s / 1e3,
+        steps=steps,
+        memory_gb=estimate.memory_gb,
+        largest_micro_batch=largest,
+        correction=factor,
+        measured=measured,
+    )
+
+
+def _compute_ms(estimate: Estimate, accumulation: int) -> float:
+    passes = sum(part.ms for part in estimate.parts if part.part not in _UPDATE)
+    return accumulation * passes + (estimate.step_ms - passes)
+
+
+def _backward_ms(estimate: Estimate) -> float:
+    """Of the last micro-batch, beside which gradients travel."""
+    trained = [part for part in estimate.parts if part.part not in (*_UPDATE, "target")]
+    return (1 - _FORWARD_OF_TRAINED) * sum(part.ms for part in trained)
+
+
+def _communication_ms(config: Config, cluster: Cluster, share: int) -> float:
+    """Ring all-reduce of the gradients in each node and among nodes, and the gather of the keys."""
+    number, nodes = cluster.num_gpus, cluster.num_nodes
+    if number == 1:
+        return 0.0
+    width = 4 if config.optim.gradient_compression == "none" else 2
+    gradients = width * count_parameters(config.model)["online"]
+    inside = min(number, cluster.gpus_per_node)
+    seconds = 2 * (inside - 1) / inside * gradients / (1e9 * cluster.link_gb_per_s)
+    seconds += 2 * (nodes - 1) / nodes * gradients / (1e9 * cluster.network_gb_per_s)
+    if config.model.has_contrast:
+        keys = 4 * share * number * config.model.proj_dim
+        speed = cluster.network_gb_per_s if nodes > 1 else cluster.link_gb_per_s
+        seconds += (number - 1) / number * keys / (1e9 * speed)
+    return 1e3 * seconds
+
+
+def _correction(config: Config, gpu: Gpu, results: Path) -> tuple[float, str]:
+    """Measured time over the model's, of the largest batch that was measured on this or a like GPU."""
+    kinds = [gpu, *(one for one in GPUS.values() if one.name != gpu.name)]
+    for kind in kinds:
+        rows = [
+            (size, row)
+            for size in (512, 256, 128)
+            for row in find_measured(results, config.model, kind.name, size)
+            if row.get("method", "cmae") == ("cmae" if config.model.has_contrast else "mae")
+        ]
+        if rows:
+            size, row = rows[0]
+            plain = replace(config, speed=replace(config.speed, compile=row.get("compile", "none")))
+            model = estimate_step(plain, kind, batch_size=size).images_per_s
+            ratio = model / row["images_per_s"]["median"]
+            return ratio, f"{row['file']}: {ratio:.2f} times the model's time"
+    return 1.0, ""
+
+
+def show_plans(
+    plans: Sequence[Plan], cluster: Cluster, *, as_json: bool, calibrate: bool = False
+) -> int:
+    """Print plans as a table, or as JSON."""
+    if as_json:
+        print(json.dumps([_as_dict(plan) for plan in plans], indent=1))
+        return 0
+    title = f"{cluster.num_gpus} x {cluster.gpu.name}, {cluster.num_nodes} node(s)"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("recipe", "batch", "ms", "network", "images/s", "GB", "binds", "hours", "GPU-h"):
+        is_text = column in ("recipe", "binds")
+        table.add_column(column, justify="left" if is_text else "right", no_wrap=True)
+    for plan in plans:
+        passes = "" if plan.accumulation == 1 else f"{plan.accumulation}x"
+        table.add_row(
+            plan.name,
+            f"{passes}{plan.micro_batch_size}",
+            f"{plan.step_ms:.0f}",
+            f"{plan.exposed_ms:.0f}",
+            f"{plan.images_per_s:.0f}",
+            f"{plan.memory_gb:.0f}",
+            f"{plan.binds} {plan.margin:.1f}x",
+            f"{plan.hours:.1f}",
+            f"{plan.hours * cluster.num_gpus:.0f}",
+        )
+    console = PlainConsole()
+    console.print(table)
+    for line in _assumptions(plans, cluster, calibrate=calibrate):
+        console.print(line, soft_wrap=True)
+    return 0
+
+
+def _assumptions(plans: Sequence[Plan], cluster: Cluster, *, calibrate: bool) -> list[str]:
+    lines = [
+        "Everything is a model but what names a result file: kernels by `cmae bench` (a roofline), links of "
+        f"{cluster.link_gb_per_s:g} GB/s in a node and {cluster.network_gb_per_s:g} GB/s between nodes, "
+        f"{100 * cluster.overlap:.0f} % of the backward pass beside the gradients, "
+        f"{cluster.images_per_core_s:g} images/s a core on {cluster.cores_per_gpu:g} cores a GPU, "
+        f"{cluster.storage_gb_per_s:g} GB/s of storage a node, {cluster.image_kb:g} kB an image.",
+        "batch: passes of a step x images in one. ms: a step. network: what of it is waited for, beside the "
+        f"backward pass. GB: of {cluster.gpu.memory_gb:g}. binds: what a step waits for, and how much faster "
+        "what comes next could go.",
+        "Not in it: start-up, checkpoints, the host's launches, repeated steps.",
+    ]
+    for measured in dict.fromkeys(plan.measured for plan in plans if plan.measured):
+        used = "taken into account" if calibrate else "--calibrate multiplies by it"
+        lines.append(f"measured: {measured} ({used}).")
+    if not any(plan.measured for plan in plans):
+        lines.append("measured: nothing of these models; benchmarks/bench_step.py does.")
+    return lines
+
+
+def _as_dict(plan: Plan) -> dict[str, Any]:
+    made = {
+        name: getattr(plan, name)
+        for name in ("step_ms", "images_per_s", "binds", "margin", "hours")
+    }
+    return asdict(plan) | made
+
+
+def plan_recipes(parsed: Any) -> int:
+    """Run the command.
+
+    Args:
+        parsed: Its options by name.
+
+    Raises:
+        CmaeError: An option is out of range, or a recipe does not fit the GPUs.
+    """
+    number, gpu = parse_gpus(parsed.gpus)
+    cluster = Cluster(gpu, number, **{name: getattr(parsed, name) for name in OPTIONS})
+    check_cluster(cluster)
+    require(parsed.images >= 1, "--images", parsed.images, ">= 1")
+    require(parsed.epochs is None or parsed.epochs >= 1, "--epochs", parsed.epochs, ">= 1")
+    overrides = {} if parsed.epochs is None else {"optim.epochs": parsed.epochs}
+    plans = [
+        plan_run(
+            Path(name).stem,
+            load_recipe(name, overrides=overrides),
+            cluster,
+            images=parsed.images,
+            results=parsed.results,
+            calibrate=parsed.calibrate,
+        )
+        for name in parsed.recipe
+    ]
+    return show_plans(plans, cluster, as_json=parsed.json, calibrate=parsed.calibrate)
+
+
+def check_cluster(cluster: Cluster) -> None:
+    """Refuse numbers that are not positive.
+
+    Raises:
+        CmaeError: Names the option.
+    """
+    for name, value in asdict(cluster).items():
+        if isinstance(value, int | float):
+            require(value > 0, f"--{name}", value, "> 0")
+    require(cluster.overlap <= 1, "--overlap", cluster.overlap, "between 0 and 1")
