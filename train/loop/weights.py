@@ -83,8 +83,9 @@ def load_initial_weights(model: CMAE, path: Path) -> str:
     stored = {name: value for name, value in stored.items() if not name.endswith("pos_embed")}
     _check_tensors(path, stored, own)
     model.load_state_dict({name: stored[name] for name in own.keys() & stored.keys()}, strict=False)
-    if not any(name.startswith("target_") for name in stored):
+    if model.config.has_contrast and not any(name.startswith("target_") for name in stored):
         model.reset_target()
+        notes.append("the target starts as a copy of the online branch")
     return _describe(path, stored, own, notes)
 
 
@@ -194,7 +195,8 @@ def _describe(
     path: Path, stored: Mapping[str, Tensor], own: Mapping[str, Tensor], notes: list[str]
 ) -> str:
     is_table = {name for name in own if name.endswith("pos_embed")}
-    fresh = sorted({name.split(".")[0] for name in own.keys() - stored.keys() - is_table})
+    parts = {name.split(".")[0] for name in own.keys() - stored.keys() - is_table}
+    fresh = sorted(part for part in parts if not part.startswith("target_"))
     unused = sorted(stored.keys() - own.keys())
     lines = [f"weights from {path}", *notes]
     lines += [f"freshly initialised: {', '.join(fresh)}"] if fresh else []
