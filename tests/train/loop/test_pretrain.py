@@ -111,13 +111,7 @@ def start(shards: str, out: Path, *launcher: str, **overrides: object) -> subpro
     command = [*(launcher or (sys.executable, "-m", "cmae.train"))]
     command += ["pretrain", *arguments(shards, out, **overrides)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-    # A child inherits ignored signals, as under nohup: these tests send them.
-    before = {one: signal.signal(one, signal.SIG_DFL) for one in (signal.SIGHUP, signal.SIGUSR1)}
-    try:
-        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for_checkpoint(process: subprocess.Popen[str], out: Path) -> None:
@@ -158,7 +152,10 @@ def test_signals_write_a_checkpoint_and_exit_for_requeue(
     process = start(small_shards, tmp_path, **{"optim.total_steps": 100000})
     wait_for_checkpoint(process, tmp_path)
     process.send_signal(number)
-    _, error = process.communicate(timeout=60)
+    try:
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()  # one that goes on would take the time of all other tests
     assert process.returncode == code, error
     assert "run the same command again" in error
     last = load_checkpoint(list_checkpoints(tmp_path / "checkpoints")[-1])
