@@ -19,6 +19,7 @@ WHAT = {
     "e2e": "step fed by the loader",
     "kernels": "Triton kernels, timed",
     "levers": "switches of the step",
+    "color": "colour of a batch, fused and not",
     "decode": "decoders against Pillow",
     "memory": "memory over thousands of batches",
     "planted": "`cmae profile` on planted bottlenecks",

@@ -92,7 +92,10 @@ def levers_table(result: Result) -> list[list[str]]:
     parts = ["target", "encoder", "pixel decoder", "feature decoder", "heads and losses"]
     parts += ["backward", "optimiser", "EMA"]
     rows = [
-        ["switch", "batch", "images/s", "over the base", "n", *(f"{name}, ms" for name in parts)]
+        [
+            *("switch", "batch", "images/s", "over the base", "n", "kernels together, ms"),
+            *(f"{name}, ms" for name in parts),
+        ]
     ]
     for row in result["rows"]:
         head = [row["name"], str(row["batch_size"])]
@@ -101,7 +104,20 @@ def levers_table(result: Result) -> list[list[str]]:
             continue
         rate, spans = row["images_per_s"], row["parts_ms"]
         times = [f"{spans[name]:.2f}" if name in spans else "-" for name in parts]
-        rows.append([*head, _spread(rate, 1), _spread(row["gain"], 3), str(rate["n"]), *times])
+        kernels = f"{row['device_ms']:.1f}" if "device_ms" in row else "-"
+        rows.append(
+            [*head, _spread(rate, 1), _spread(row["gain"], 3), str(rate["n"]), kernels, *times]
+        )
+    return rows
+
+
+def color_table(result: Result) -> list[list[str]]:
+    """The colour chain of a batch on a GPU."""
+    rows = [["colour", "images", "launches", "device, ms", "host, ms", "n"]]
+    for row in result["rows"]:
+        device, host = row["device_ms"], row["host_ms"]
+        head = [row["contender"], str(row["batch_size"]), str(row.get("launches", "-"))]
+        rows.append([*head, _spread(device, 3), _spread(host, 2), str(device["n"])])
     return rows
 
 
@@ -202,6 +218,7 @@ TABLES: dict[str, Callable[[Result], list[list[str]]]] = {
     "presized": presized_table,
     "levers": levers_table,
     "kernels": kernels_table,
+    "color": color_table,
     "e2e": e2e_table,
     "growth": growth_table,
     "sweep": sweep_table,
