@@ -15,7 +15,6 @@ Predictions, written before the first run: 2 CPU cores: the step takes 10 images
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import tempfile
 import time
@@ -32,7 +31,7 @@ from cmae.kernels import color_jitter
 from cmae.model import ModelConfig, build_model, draw_mask
 from cmae.pipeline import Batch, LoaderConfig, ViewConfig, build_loader, synthetic_batches
 from cmae.train.config import OptimConfig, SpeedConfig
-from cmae.train.distributed import World
+from cmae.train.distributed import World, threads_per_rank
 from cmae.train.loop.step import TrainStep
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -115,7 +114,7 @@ def main() -> None:
     parser.add_argument("--precision", default="fp16" if on_gpu else "fp32")
     parser.add_argument("--compile", default="blocks" if on_gpu else "none")
     parser.add_argument("--color", default="exact")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=threads_per_rank(DEVICE.type))
     parser.add_argument("--steps", type=int, default=40 if on_gpu else 3, help="timed, a window")
     parser.add_argument("--warmup", type=int, default=8 if on_gpu else 3, help="untimed, a window")
     parser.add_argument("--rounds", type=int, default=7 if on_gpu else 5)
