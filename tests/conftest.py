@@ -11,12 +11,18 @@ import numpy as np
 import pytest
 import torch
 import webdataset as wds
+from hypothesis import settings
 from PIL import Image
 from support.shard_data import NUM_IMAGES, jpeg, tars, write
 
 from cmae.pipeline.formats.shard_index import build_index, index_path, save_index
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
+
+
+# The same examples in every run; others each time with CMAE_EXAMPLES=2000, say, which also asks for more.
+settings.register_profile("tests", derandomize="CMAE_EXAMPLES" not in os.environ, deadline=None)
+settings.load_profile("tests")
 
 
 def pytest_configure(config: pytest.Config) -> None:

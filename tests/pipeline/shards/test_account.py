@@ -29,7 +29,6 @@ generated = settings(
     max_examples=EXAMPLES,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
-    derandomize="CMAE_EXAMPLES" not in os.environ,
 )
 
 GOOD = [noise(i, 40, 40) for i in range(3)] + [jpeg(photo(30, 40))]

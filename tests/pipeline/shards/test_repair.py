@@ -279,6 +279,21 @@ def test_whatever_happens_to_a_tar_members_outside_the_harm_survive(tmp_path_fac
             assert found.get(member.name) == member.data, member.name
 
 
+@pytest.mark.parametrize("place", range(8, 100, 13))
+def test_a_nought_lost_from_a_header_does_not_cost_the_member_before_it(tmp_path, place):
+    """Its checksum holds one byte earlier, in the padding of that member, whose bytes are all there."""
+    path = shard(tmp_path / "a.tar")
+    whole = path.read_bytes()
+    members = list(iter_tar(io.BytesIO(whole), name="x"))
+    before, broken, *after = members[2:]
+    start = broken.byte_offset - 512 + len(broken.name) + place
+    assert whole[start] == 0
+    path.write_bytes(whole[:start] + whole[start + 1 :])
+    found = {item.name: item.data for item in salvage_tar(path) if not isinstance(item, Damage)}
+    for member in (*members[:2], before, *after):
+        assert found.get(member.name) == member.data, member.name
+
+
 def test_a_whole_tar_is_read_as_usual(tmp_path):
     path = shard(tmp_path / "a.tar")
     assert list(salvage_tar(path)) == list(iter_tar(io.BytesIO(path.read_bytes()), name="x"))
