@@ -64,9 +64,10 @@ class SpeedConfig:
 
     device: str = "auto"
     """'auto' takes a GPU when there is one; or 'cpu', 'cuda'."""
-    micro_batch_size: int | None = None
-    """Images per rank in one forward pass. null: the whole share of the global batch at once.
-    BatchNorm in the heads sees one micro-batch of every rank."""
+    micro_batch_size: int | Literal["auto"] | None = None
+    """Images per rank in one forward pass. null: the whole share of the global batch at once. 'auto': the
+    largest number that divides the share and fits into the device's memory by the cost model's count; a run
+    that is continued keeps its own. BatchNorm in the heads sees one micro-batch of every rank."""
     torch_threads: int | None = None
     """CPU threads inside one torch operator. null: torch's own choice. Small models are faster with 1, and
     threads that share their cores with other work wait for each other."""
@@ -87,9 +88,10 @@ class SpeedConfig:
 
     def __post_init__(self) -> None:
         """Refuse sizes that are not positive."""
-        for name in ("micro_batch_size", "torch_threads"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"speed.{name}", value, ">= 1, or null")
+        micro, threads = self.micro_batch_size, self.torch_threads
+        is_size = micro in (None, "auto") or (isinstance(micro, int) and micro >= 1)
+        require(is_size, "speed.micro_batch_size", micro, ">= 1, 'auto', or null")
+        require(threads is None or threads >= 1, "speed.torch_threads", threads, ">= 1, or null")
 
     def resolved(self, capability: tuple[int, int] | None) -> "SpeedConfig":
         """The same settings, with `compile` as it is on a GPU of this compute capability; None = a CPU.
@@ -226,60 +228,6 @@ class Config:
         for name in FROM_THE_RUN:
             del plain["data"][name]
         return plain
-
-
-@dataclass(frozen=True)
-class BatchSplit:
-    """How one optimiser step's images are shared out."""
-
-    micro_batch_size: int
-    accumulation: int
-
-    @classmethod
-    def of(
-        cls, global_batch_size: int, micro_batch_size: int | None, world_size: int
-    ) -> "BatchSplit":
-        """Split a global batch evenly over ranks and micro-batches.
-
-        Raises:
-            CmaeError: the global batch does not divide.
-        """
-        share, rest = divmod(global_batch_size, world_size)
-        if rest or not share:
-            fit = max(world_size, round(global_batch_size / world_size) * world_size)
-            raise CmaeError(
-                f"optim.global_batch_size is {global_batch_size}, which {world_size} ranks cannot "
-                f"share equally; use a multiple of {world_size}, for instance {fit}"
-            )
-        micro = min(micro_batch_size or share, share)
-        if share % micro:
-            divisor = max(size for size in range(1, micro + 1) if share % size == 0)
-            raise CmaeError(
-                f"speed.micro_batch_size is {micro}, which does not divide the {share} images of "
-                f"each rank ({global_batch_size} / {world_size}); use for instance {divisor}"
-            )
-        return cls(micro, share // micro)
-
-
-def check_norm_rows(model: ModelConfig, split: BatchSplit, world_size: int) -> None:
-    """Refuse batches of one image where a batch norm needs two.
-
-    Args:
-        model: The model, whose heads may have one.
-        split: Shares of the global batch.
-        world_size: Number of ranks, whose rows the norm sees together.
-
-    Raises:
-        CmaeError: One image is all that the norm would see.
-    """
-    has_norm = model.has_contrast and model.head_norm == "batch"
-    if has_norm and split.micro_batch_size * world_size < 2:
-        name = "optim.global_batch_size" if split.accumulation == 1 else "speed.micro_batch_size"
-        raise CmaeError(
-            f"{name} is 1 and there is one rank, but the heads' batch norm needs 2 images or more in a pass: "
-            f"raise {name}, or set model.head_norm=layer",
-            key=name,
-        )
 
 
 def _plain(value: Any) -> Any:

@@ -115,8 +115,9 @@ def join_world(device: str = "auto", *, timeout_s: float = COLLECTIVE_TIMEOUT_S)
     chosen = _choose_device(device, _number_from_environment("LOCAL_RANK", 0))
     on_gpu = chosen.type == "cuda"
     with _meeting(world_size):
+        # Control numbers and objects travel over gloo: NCCL would make the host wait for the device's queue.
         dist.init_process_group(
-            "nccl" if on_gpu else "gloo",
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
             timeout=timedelta(seconds=timeout_s),
             device_id=chosen if on_gpu else None,
         )
@@ -239,22 +240,32 @@ def mean_over_ranks(value: Tensor, world: World) -> Tensor:
 
 def largest(number: int, world: World) -> int:
     """The largest of all ranks' numbers, on every rank."""
-    if world.world_size == 1:
-        return number
-    agreed = torch.tensor(number, device=world.device)
-    dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
-    return int(agreed.item())
+    return max(number for (number,) in Gathering([number], world).wait())
 
 
-def gather_numbers(numbers: Sequence[int], world: World) -> list[list[int]]:
-    """A few numbers of every rank, in rank order, on every rank."""
-    if world.world_size == 1:
-        return [list(numbers)]
-    own = torch.tensor(numbers, dtype=torch.int64, device=world.device)
-    rows = [torch.empty_like(own) for _ in range(world.world_size)]
-    dist.all_gather(rows, own)
-    gathered: list[list[int]] = torch.stack(rows).tolist()
-    return gathered
+class Gathering:
+    """A few numbers of every rank, on their way to every rank while the caller goes on.
+
+    They travel from host to host: nothing waits for a device, nor for what is queued on it.
+
+    Args:
+        numbers: This rank's; equally many on every rank.
+        world: Ranks that take part.
+    """
+
+    def __init__(self, numbers: Sequence[int], world: World) -> None:
+        own = torch.tensor(numbers, dtype=torch.int64)
+        self._rows = [own]
+        self._work: dist.Work | None = None
+        if world.world_size > 1:
+            self._rows = [torch.empty_like(own) for _ in range(world.world_size)]
+            self._work = dist.all_gather(self._rows, own, async_op=True)
+
+    def wait(self) -> list[list[int]]:
+        """All numbers, in rank order."""
+        if self._work is not None:
+            self._work.wait()
+        return [row.tolist() for row in self._rows]
 
 
 def gather_values(value: Any, world: World) -> list[Any]:
@@ -271,5 +282,5 @@ def from_main(value: Any, world: World) -> Any:
     if world.world_size == 1:
         return value
     values = [value]
-    dist.broadcast_object_list(values, src=0, device=world.device)
+    dist.broadcast_object_list(values, src=0)
     return values[0]

@@ -13,7 +13,7 @@ import yaml
 from cmae.errors import CmaeError
 from cmae.model import ModelConfig
 from cmae.train.commands.main import main
-from cmae.train.config import BatchSplit, Config
+from cmae.train.config import Config
 from cmae.train.config_parser import (
     RECIPES,
     Parser,
@@ -164,15 +164,6 @@ def test_fp16_on_a_cpu_is_refused_with_the_repair(
     error = failure(capsys, *arguments, "--run.out", str(tmp_path))
     assert "optim.precision" in error
     assert "bf16" in error
-
-
-def test_a_batch_that_ranks_cannot_share_is_refused_with_one_that_they_can() -> None:
-    with pytest.raises(ValueError, match=r"global_batch_size is 100.*3 ranks.*99"):
-        BatchSplit.of(100, None, 3)
-    with pytest.raises(ValueError, match=r"micro_batch_size is 5.*use for instance 4"):
-        BatchSplit.of(64, 5, 4)
-    assert BatchSplit.of(4096, 128, 8) == BatchSplit(128, 4)
-    assert BatchSplit.of(4096, None, 32) == BatchSplit(128, 1)
 
 
 @pytest.mark.parametrize(

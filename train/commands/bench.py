@@ -18,13 +18,12 @@ from cmae.model import ModelConfig, count_multiply_adds
 from cmae.model.analysis.operations import PARTS, Operation, Precision, operations
 from cmae.model.analysis.roofline import count_memory, ema_bytes, optimizer_bytes
 from cmae.printable import printable
+from cmae.train.batch_split import RESERVE
 from cmae.train.config import Config
 from cmae.train.machine import compute_capability
 from cmae.train.monitor.console import PlainConsole
 
 GB = 1e9
-_RESERVE = 0.08
-"""Share of the memory for the CUDA context, cuBLAS and the allocator's fragments."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,8 @@ def bench_model(
     if gpu != "measured" and gpu not in GPUS:
         raise CmaeError(f"--gpu is {gpu!r}; it must be 'measured' or one of {', '.join(GPUS)}")
     require(batch_size is None or batch_size >= 1, "--batch_size", batch_size, ">= 1")
-    size = batch_size or config.speed.micro_batch_size or 128
+    chosen_size = config.speed.micro_batch_size
+    size = batch_size or (chosen_size if isinstance(chosen_size, int) else 128)
     chosen = measure_device(config.optim.precision) if gpu == "measured" else GPUS[gpu]
     estimate = estimate_step(config, chosen, batch_size=size)
     measured = find_measured(results, config.model, chosen.name, size)
@@ -149,7 +149,7 @@ def estimate_step(config: Config, gpu: Gpu, *, batch_size: int) -> Estimate:
     for name, count in moved.items():
         parts.append(PartCost(name, 0.0, count / GB, count / gpu.gb_per_s / 1e6, "memory"))
     memory = count_memory(model, precision, num_keys=num_keys)
-    usable = gpu.memory_gb * GB * (1 - _RESERVE) - memory.fixed
+    usable = gpu.memory_gb * GB * (1 - RESERVE) - memory.fixed
     gflop = 2 * count_multiply_adds(model)["training_step"] / 1e9
     return Estimate(
         gpu=gpu,

@@ -170,7 +170,8 @@ def plan_run(
             key="--gpus",
         )
     largest = estimate_step(config, cluster.gpu, batch_size=1).largest_batch
-    wanted = min(config.speed.micro_batch_size or share, share)
+    chosen = config.speed.micro_batch_size
+    wanted = min(chosen, share) if isinstance(chosen, int) else share
     micro = max(
         (one for one in range(1, wanted + 1) if share % one == 0 and one <= largest), default=0
     )

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -20,7 +21,8 @@ from cmae.model.export.stored import CheckpointError, list_checkpoints, load_che
 from cmae.pipeline import FillProgress, Loader, LoaderState, build_loader
 from cmae.pipeline.bad_samples import LEDGER_FILE, BadLimit
 from cmae.pipeline.loader.loader import Wrap
-from cmae.train.config import BatchSplit, Config, check_norm_rows
+from cmae.train.batch_split import BatchSplit, split_batch
+from cmae.train.config import Config
 from cmae.train.distributed import World, from_main, gather_values, join_world, largest
 from cmae.train.loop.checkpoint import (
     Checkpointer,
@@ -75,11 +77,13 @@ def pretrain(config: Config) -> Outcome:
     """
     with ExitStack() as stack:
         world = stack.enter_context(join_run(config))
-        split = _split_of(config, world)
         if world.is_main:
             stack.enter_context(hold_folder(config.run.out / "checkpoints"))
         found = _agree_on_checkpoint(config, world)
         resumed, changes = _load_complete(found, config) if found else (None, [])
+        notes: list[str] = []
+        before = resumed.get("micro_batch_size") if resumed else None
+        split = split_batch(config, world, before=before, log=notes.append)
         cold_start = ColdStart(prints=world.is_main)
         loader = stack.enter_context(
             open_loader(config, split, world, resumed=resumed, progress=cold_start)
@@ -93,6 +97,8 @@ def pretrain(config: Config) -> Outcome:
             RunLog(config, world, start_step=step, total_steps=total_steps, loader=loader)
         )
         run_log.opening(found, changes)
+        for line in notes:
+            run_log.log(line)
         named = config.run.resume
         if resumed and named not in ("auto", "never") and Path(named) != found:
             run_log.log(f"it comes from {named}; to begin there again, choose another run.out")
@@ -128,16 +134,11 @@ def join_run(config: Config) -> Iterator[World]:
     """
     with join_world(config.speed.device) as world, use_backend(config.speed.kernels):
         check_step(config.optim, config.speed, world)
-        check_norm_rows(config.model, _split_of(config, world), world.world_size)
+        if config.speed.micro_batch_size != "auto":
+            split_batch(config, world)  # refuses what does not divide before anything is made
         if config.speed.torch_threads is not None:
             torch.set_num_threads(config.speed.torch_threads)
         yield world
-
-
-def _split_of(config: Config, world: World) -> BatchSplit:
-    return BatchSplit.of(
-        config.optim.global_batch_size, config.speed.micro_batch_size, world.world_size
-    )
 
 
 @dataclass(frozen=True)
@@ -161,13 +162,18 @@ def _loop(run: _Run, step: int, *, total_steps: int) -> Outcome:
         config.optim, total_steps=total_steps, steps_per_epoch=loader.steps_per_epoch
     )
     checkpoints = _open_checkpoints(config, run_log) if run.world.is_main else None
+    fetch_ahead = partial(step_batches.fetch_ahead, run.split.accumulation)
     skipped, saved, path = 0, step, None
     while step < last_step:
         batches = step_batches.next_batches(run.split.accumulation)
         if batches is None:  # on every rank alike
             break
-        momentum = ema_momentum(config.model, step, total_steps)
-        losses, taken = run.train_step(batches, lr=schedule(step), momentum=momentum)
+        losses, taken = run.train_step(
+            batches,
+            lr=schedule(step),
+            momentum=ema_momentum(config.model, step, total_steps),
+            meanwhile=fetch_ahead if step + 1 < last_step else None,
+        )
         if not taken:  # nothing has moved: not the weights, not the schedule, not the counter
             skipped += 1
             run_log.skipped(step, skipped, batches, losses)
@@ -207,7 +213,13 @@ def _state_of(run: _Run) -> dict[str, Any]:
     """All that a checkpoint holds."""
     state = {**run.train_step.state_dict(), **run.step_batches.state_dict()}
     shards = [list(one) for one in run.loader.shards]
-    return {**state, "config": run.config.to_dict(), "origin": run.origin, "shards": shards}
+    return {
+        **state,
+        "config": run.config.to_dict(),
+        "origin": run.origin,
+        "shards": shards,
+        "micro_batch_size": run.split.micro_batch_size,
+    }
 
 
 def _open_checkpoints(config: Config, run_log: RunLog) -> Checkpointer:

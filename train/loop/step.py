@@ -86,7 +86,12 @@ class TrainStep:
         self._is_pinned = False
 
     def __call__(
-        self, batches: Sequence[Batch], *, lr: float, momentum: float
+        self,
+        batches: Sequence[Batch],
+        *,
+        lr: float,
+        momentum: float,
+        meanwhile: Callable[[], None] | None = None,
     ) -> tuple[Tensor, bool]:
         """Take one step on the micro-batches of one global batch.
 
@@ -94,20 +99,21 @@ class TrainStep:
             batches: Micro-batches of this rank, in order.
             lr: Learning rate of this step.
             momentum: Share of the old target that its moving average keeps.
+            meanwhile: Called when the optimiser's work is queued, before this process waits for it.
 
         Returns:
             The losses as a vector in the order of `Losses`, means over the micro-batches, on the device; and
             whether the step was taken. A skipped step leaves the weights, both branches, as they were.
         """
         losses = self.backward(batches)
-        taken = self.update(lr)
+        taken = self.update(lr, meanwhile=meanwhile)
         if not taken:
             self._recover()
         elif self.model.config.has_contrast:
             self.move_target(momentum)
         return losses, taken
 
-    def update(self, lr: float) -> bool:
+    def update(self, lr: float, *, meanwhile: Callable[[], None] | None = None) -> bool:
         """Let the optimiser take the gradients, unless one is not finite; says whether it did."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -120,6 +126,8 @@ class TrainStep:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        if meanwhile is not None:
+            meanwhile()
         return not skipped.wait()  # the step's one host synchronisation
 
     @contextmanager

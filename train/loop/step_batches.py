@@ -6,14 +6,25 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cmae.pipeline import Batch, DataError, Loader, LoaderState
 from cmae.pipeline.bad_samples import BadLimit
-from cmae.train.distributed import World, gather_numbers, gather_values
+from cmae.train.distributed import Gathering, World, gather_values
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Fetched:
+    """Batches of a step that nobody has been given yet, and what the other ranks say about theirs."""
+
+    batches: list[Batch]
+    error: str
+    state: LoaderState
+    others: Gathering
 
 
 class StepBatches:
@@ -21,6 +32,7 @@ class StepBatches:
 
     One collective a step carries three numbers of every rank: the signal it got, its bad samples, and
     whether it could fetch its batches. A rank that decided alone would leave the others waiting for it.
+    `fetch_ahead` starts it while the device works on the step before.
 
     Args:
         loader: Loader of this rank; it must leave the limit on bad samples to others (`limit_bad=False`).
@@ -55,6 +67,7 @@ class StepBatches:
         self._deadline_s = deadline_s if world.world_size > 1 else math.inf
         self._bad_before = counts["bad"] if counts else 0
         self._state: LoaderState = loader.state
+        self._ahead: _Fetched | None = None
         self.samples = counts["samples"] if counts else 0
         """Handed out since step 0, on all ranks."""
         self.bad_samples = self._bad_before
@@ -64,25 +77,34 @@ class StepBatches:
         self.failure: str | None = None
         """Why the data cannot be used any more; the same text on every rank."""
 
+    def fetch_ahead(self, count: int) -> None:
+        """Fetch the batches of the next step and ask the other ranks about theirs; nothing is given out."""
+        if self._ahead is None:
+            batches, error = self._fetch(count)
+            own = (self._stop_signal(), self._loader.bad_samples, int(error != ""))
+            self._ahead = _Fetched(batches, error, self._loader.state, Gathering(own, self._world))
+
     def next_batches(self, count: int) -> list[Batch] | None:
         """This rank's batches of one step, or None when all ranks have to stop here. A collective."""
-        batches, error = self._fetch(count)
-        own = (self._stop_signal(), self._loader.bad_samples, int(error != ""))
-        signals, bad, failed = zip(*gather_numbers(own, self._world), strict=True)
-        self.signal = max(signals)
+        self.fetch_ahead(count)
+        assert self._ahead is not None
+        fetched, self._ahead = self._ahead, None
+        signals, bad, failed = zip(*fetched.others.wait(), strict=True)
+        # Where there is nobody to agree with, a signal is heard that came after the asking.
+        self.signal = max(signals) if self._world.world_size > 1 else self._stop_signal()
         counts = {
             "bad": self._bad_before + sum(bad),
             "samples": self.samples + self._global_batch_size,
         }
         if any(failed):
-            self.failure = self._explain(error)
+            self.failure = self._explain(fetched.error)
         elif self._limit.is_exceeded(**counts):
             self.failure = self._limit.explain(**counts, ledger=self._ledger)
         if self.signal or self.failure:
             return None  # as if nothing had been fetched: the checkpoint is that of the step before
         self.bad_samples, self.samples = counts["bad"], counts["samples"]
-        self._state = self._loader.state
-        return batches
+        self._state = fetched.state
+        return fetched.batches
 
     def state_dict(self) -> dict[str, Any]:
         """Place in the data and counts after the last batches given out: two entries of a checkpoint."""

@@ -17,7 +17,8 @@ from rich.text import Text
 from cmae.errors import CmaeError
 from cmae.pipeline import Loader, LoaderConfig
 from cmae.pipeline.remote.schemes import redact_shards
-from cmae.train.config import BatchSplit, Config
+from cmae.train.batch_split import BatchSplit, split_batch
+from cmae.train.config import Config
 from cmae.train.distributed import World, join_world
 from cmae.train.loop.loader_settings import (
     LoaderSettings,
@@ -155,9 +156,7 @@ def _loader_measure(
     config: Config, options: TuneConfig, world: World, *, window_s: float
 ) -> tuple[Measure, bool]:
     """The measure of the real loader, and whether that reads by index."""
-    split = BatchSplit.of(
-        config.optim.global_batch_size, config.speed.micro_batch_size, options.local_ranks
-    )
+    split = split_batch(config, world, num_ranks=options.local_ranks)
     # A batch of the run's size, but windows of a few seconds have to hold several.
     size = min(split.micro_batch_size, 128 if world.device.type == "cuda" else 32)
     config = replace(config, optim=replace(config.optim, global_batch_size=size))

@@ -25,8 +25,9 @@ from cmae.pipeline import LoaderConfig
 from cmae.pipeline.remote.client import RemoteConfig
 from cmae.pipeline.remote.index import open_cache
 from cmae.train import distributed
+from cmae.train.batch_split import BatchSplit, check_norm_rows
 from cmae.train.commands.main import main
-from cmae.train.config import BatchSplit, RunConfig, check_norm_rows
+from cmae.train.config import RunConfig
 from cmae.train.config_parser import parse_config, read_recipe
 from cmae.train.distributed import join_world, threads_per_rank
 from cmae.train.loop.pretrain import TrainingError

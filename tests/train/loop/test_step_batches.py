@@ -8,8 +8,10 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from support.tiny_runs import arguments, run
 from cmae.model.export.stored import list_checkpoints, load_checkpoint
 from cmae.pipeline.bad_samples import BadLimit, read_ledger
 from cmae.pipeline.formats.dataset_index import build_indices
+from cmae.pipeline.loader.loader import Loader
 from cmae.train.distributed import World
 from cmae.train.loop import pretrain
 from cmae.train.loop.step_batches import StepBatches
@@ -159,3 +162,47 @@ def test_a_rank_that_cannot_fetch_stops_the_others_too(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert done.stderr.count("cmae pretrain: error:") == 1
     assert "rank 1: rank 1's shards hold fewer than batch_size=4" in done.stderr
+
+
+class Numbered:
+    """A loader whose batches and states are numbers."""
+
+    def __init__(self) -> None:
+        self.state, self.bad_samples = 0, 0
+
+    def __next__(self) -> int:
+        self.state += 1
+        self.bad_samples += 1
+        return self.state
+
+
+def numbered(tmp_path: Path, stop_signal: Callable[[], int] = lambda: 0) -> StepBatches:
+    return StepBatches(
+        cast(Loader, Numbered()),
+        World(0, 1, torch.device("cpu")),
+        limit=BadLimit(1.0),
+        ledger=tmp_path / "x",
+        global_batch_size=2,
+        stop_signal=stop_signal,
+    )
+
+
+def test_what_is_fetched_ahead_counts_when_it_is_given_out(tmp_path: Path) -> None:
+    step_batches = numbered(tmp_path)
+    assert step_batches.next_batches(2) == [1, 2]
+    step_batches.fetch_ahead(2)
+    step_batches.fetch_ahead(2)  # once is enough
+    assert step_batches._loader.state == 4
+    assert (step_batches._state, step_batches.bad_samples, step_batches.samples) == (2, 2, 2)
+    assert step_batches.next_batches(2) == [3, 4]
+    assert (step_batches._state, step_batches.bad_samples, step_batches.samples) == (4, 4, 4)
+
+
+def test_a_signal_after_the_fetch_stops_before_the_step(tmp_path: Path) -> None:
+    signals = [0]
+    step_batches = numbered(tmp_path, lambda: signals[-1])
+    step_batches.fetch_ahead(2)
+    signals.append(15)
+    assert step_batches.next_batches(2) is None
+    assert step_batches.signal == 15
+    assert step_batches._state == 0

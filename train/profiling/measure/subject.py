@@ -11,7 +11,8 @@ from cmae.pipeline import Batch, Loader, LoaderState, synthetic_batches
 from cmae.pipeline.loader.loader import Wrap
 from cmae.pipeline.sources.records import RawBatch, Source
 from cmae.pipeline.views.backend import ViewBackend
-from cmae.train.config import BatchSplit, Config
+from cmae.train.batch_split import BatchSplit, split_batch
+from cmae.train.config import Config
 from cmae.train.distributed import World
 from cmae.train.loop.loader_settings import LoaderSettings, loader_settings
 from cmae.train.loop.pretrain import open_loader
@@ -74,7 +75,7 @@ def open_subject(
         local: Context of steps that talk to no other rank, see `Subject.local`.
         wrap: Layer around the real source and view backend, inside the switches.
     """
-    split = _split(config, world)
+    split = split_batch(config, world)
     switches: list[tuple[SwitchedSource, SwitchedBackend]] = []
 
     def switched(source: Source, view_backend: ViewBackend) -> tuple[Source, ViewBackend]:
@@ -112,13 +113,7 @@ def open_recorded(config: Config, world: World, recorded: list[RawBatch]) -> Loa
     def from_memory(source: Source, view_backend: ViewBackend) -> tuple[Source, ViewBackend]:
         return SwitchedSource.holding(source, recorded), view_backend
 
-    return open_loader(config, _split(config, world), world, wrap=from_memory)
-
-
-def _split(config: Config, world: World) -> BatchSplit:
-    return BatchSplit.of(
-        config.optim.global_batch_size, config.speed.micro_batch_size, world.world_size
-    )
+    return open_loader(config, split_batch(config, world), world, wrap=from_memory)
 
 
 def _synthetic(config: Config, split: BatchSplit, world: World) -> list[Batch]:
