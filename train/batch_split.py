@@ -42,7 +42,7 @@ class BatchSplit:
         share = _share(global_batch_size, world_size)
         micro = min(micro_batch_size or share, share)
         if share % micro:
-            divisor = max(size for size in range(1, micro + 1) if share % size == 0)
+            divisor = divisors(share, micro)[-1]
             raise CmaeError(
                 f"speed.micro_batch_size is {micro}, which does not divide the {share} images of "
                 f"each rank ({global_batch_size} / {world_size}); use for instance {divisor}"
@@ -82,9 +82,9 @@ def split_batch(
     memory = step_memory(config, world.device)
     free = _free_bytes(world.device) if free_bytes is None else free_bytes
     # Ranks on unlike cards take what fits on the smallest.
-    fits = -largest(-_images_in(memory, free), world)
+    fits = -largest(-memory.largest_batch(free), world)
     least = 2 if _has_batch_norm(config.model) and num_ranks == 1 else 1
-    sizes = [one for one in range(least, min(fits, share) + 1) if share % one == 0]
+    sizes = [one for one in divisors(share, fits) if one >= least]
     if not sizes:
         raise CmaeError(
             f"speed.micro_batch_size is 'auto', and the memory model finds no pass that fits: weights, "
@@ -107,17 +107,21 @@ def split_batch(
 
 def step_memory(config: Config, device: torch.device) -> Memory:
     """Memory of a step by the cost model: what autocast keeps on a GPU, twice that in fp32."""
-    speed = config.speed.resolved(compute_capability(device))
-    precision = Precision(
-        residual_bytes=HALF if config.optim.residual == "16bit" else FULL,
-        fused=speed.compile != "none",
-        target_copy=speed.target_copy,
-    )
+    precision = step_precision(config, compute_capability(device))
     memory = count_memory(config.model, precision, num_keys=config.optim.global_batch_size)
     if config.optim.precision == "fp32":
         wide = memory.activations_per_image * FULL / HALF
         return replace(memory, activations_per_image=wide, cast_weights=0)
     return memory
+
+
+def step_precision(config: Config, capability: tuple[int, int] | None) -> Precision:
+    """The number formats of a run on a GPU of this compute capability, as the cost model knows them."""
+    return Precision(
+        residual_bytes=HALF if config.optim.residual == "16bit" else FULL,
+        fused=config.speed.resolved(capability).compile != "none",
+        target_copy=config.speed.target_copy,
+    )
 
 
 def check_norm_rows(model: ModelConfig, split: BatchSplit, world_size: int) -> None:
@@ -140,6 +144,11 @@ def check_norm_rows(model: ModelConfig, split: BatchSplit, world_size: int) -> N
         )
 
 
+def divisors(share: int, limit: int) -> list[int]:
+    """Sizes of equal micro-batches of a share, up to a limit, the smallest first."""
+    return [size for size in range(1, min(limit, share) + 1) if share % size == 0]
+
+
 def _has_batch_norm(model: ModelConfig) -> bool:
     return model.has_contrast and model.head_norm == "batch"
 
@@ -158,10 +167,6 @@ def _share(global_batch_size: int, world_size: int) -> int:
             f"share equally; use a multiple of {world_size}, for instance {fit}"
         )
     return share
-
-
-def _images_in(memory: Memory, free_bytes: float) -> int:
-    return max(0, int((free_bytes - memory.fixed) / memory.activations_per_image))
 
 
 def _free_bytes(device: torch.device) -> float:

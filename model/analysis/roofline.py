@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from cmae.model.analysis.flops import count_parameters
@@ -29,6 +30,10 @@ class Memory:
     def total(self, batch_size: int) -> float:
         """For one micro-batch."""
         return self.fixed + batch_size * self.activations_per_image
+
+    def largest_batch(self, usable_bytes: float) -> int:
+        """Images of the largest micro-batch that fits into that much memory; 0 where none does."""
+        return max(0, math.floor((usable_bytes - self.fixed) / self.activations_per_image))
 
 
 def count_memory(config: ModelConfig, precision: Precision, *, num_keys: int) -> Memory:

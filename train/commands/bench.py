@@ -18,7 +18,7 @@ from cmae.model import ModelConfig, count_multiply_adds
 from cmae.model.analysis.operations import PARTS, Operation, Precision, operations
 from cmae.model.analysis.roofline import count_memory, ema_bytes, optimizer_bytes
 from cmae.printable import printable
-from cmae.train.batch_split import RESERVE
+from cmae.train.batch_split import RESERVE, step_precision
 from cmae.train.config import Config
 from cmae.train.machine import compute_capability
 from cmae.train.monitor.console import PlainConsole
@@ -140,7 +140,7 @@ def bench_model(
 def estimate_step(config: Config, gpu: Gpu, *, batch_size: int) -> Estimate:
     """Operations, traffic, time and memory of one pass of `batch_size` images and one optimiser step."""
     model = config.model
-    precision = step_precision(config, gpu)
+    precision = step_precision(config, gpu.capability)
     num_keys = max(config.optim.global_batch_size, batch_size)
     parts = _part_costs(model, precision, gpu, batch_size=batch_size, num_keys=num_keys)
     moved = {"optimiser": optimizer_bytes(model)}
@@ -149,7 +149,6 @@ def estimate_step(config: Config, gpu: Gpu, *, batch_size: int) -> Estimate:
     for name, count in moved.items():
         parts.append(PartCost(name, 0.0, count / GB, count / gpu.gb_per_s / 1e6, "memory"))
     memory = count_memory(model, precision, num_keys=num_keys)
-    usable = gpu.memory_gb * GB * (1 - RESERVE) - memory.fixed
     gflop = 2 * count_multiply_adds(model)["training_step"] / 1e9
     return Estimate(
         gpu=gpu,
@@ -161,16 +160,7 @@ def estimate_step(config: Config, gpu: Gpu, *, batch_size: int) -> Estimate:
         memory_gb=memory.total(batch_size) / GB,
         memory_fixed_gb=memory.fixed / GB,
         memory_per_image_gb=memory.activations_per_image / GB,
-        largest_batch=max(0, math.floor(usable / memory.activations_per_image)),
-    )
-
-
-def step_precision(config: Config, gpu: Gpu) -> Precision:
-    """The number formats of a run on a GPU, as the cost model knows them."""
-    return Precision(
-        residual_bytes=2 if config.optim.residual == "16bit" else 4,
-        fused=config.speed.resolved(gpu.capability).compile != "none",
-        target_copy=config.speed.target_copy,
+        largest_batch=memory.largest_batch(gpu.memory_gb * GB * (1 - RESERVE)),
     )
 
 

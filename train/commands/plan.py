@@ -15,6 +15,7 @@ from rich.table import Table
 
 from cmae.errors import CmaeError, require
 from cmae.model import count_parameters
+from cmae.train.batch_split import divisors
 from cmae.train.commands.bench import GPUS, Estimate, Gpu, estimate_step, find_measured
 from cmae.train.config import Config
 from cmae.train.config_parser import load_recipe
@@ -172,15 +173,14 @@ def plan_run(
     largest = estimate_step(config, cluster.gpu, batch_size=1).largest_batch
     chosen = config.speed.micro_batch_size
     wanted = min(chosen, share) if isinstance(chosen, int) else share
-    micro = max(
-        (one for one in range(1, wanted + 1) if share % one == 0 and one <= largest), default=0
-    )
-    if not micro:
+    sizes = divisors(share, min(wanted, largest))
+    if not sizes:
         raise CmaeError(
             f"{name}: not one image fits into the {cluster.gpu.memory_gb:g} GB of {cluster.gpu.name}; take "
             "GPUs with more memory",
             key="--gpus",
         )
+    micro = sizes[-1]
     estimate = estimate_step(config, cluster.gpu, batch_size=micro)
     correction, measured = _correction(config, cluster.gpu, results)
     factor = correction if calibrate else 1.0

@@ -6,6 +6,7 @@ With fake tensors the whole training step runs on 'cuda:0' as on a GPU, but for 
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import re
@@ -31,11 +32,12 @@ def build_stub() -> Path:
         pytest.skip("no C compiler")
     include, runtime = _cuda_packages()
     folder = Path(mkdtemp(prefix="cuda-stub-"))
+    atexit.register(shutil.rmtree, folder)
     headers = folder / "crt"
     headers.mkdir()
     shutil.copy(HERE / "host_defines.h", headers)
-    source = (HERE / "runtime.c").read_text()
-    own = re.findall(r"^(?:const char \*|cudaError_t |unsigned )(\w+)\(", source, re.M)
+    text = (HERE / "runtime.c").read_text()
+    own = re.findall(r"^(?:const char \*|cudaError_t |unsigned )(\w+)\(", text, re.M)
     others = [name for name in _functions(runtime) if name not in own]
     lines = [f"long {name}(void) {{ return 0; }}\n" for name in others]
     (folder / "others.inc").write_text("".join(lines))

@@ -1,5 +1,6 @@
 /* A CUDA runtime without a GPU: device memory is host memory, copies are made at once, kernels do nothing.
-   With CUDA_STUB_TRACE=file each call that orders work is a line of it. Every other function of the runtime says success (others.inc is written from the library's symbols). */
+   With CUDA_STUB_TRACE=file each call that orders work is a line of it. Every other function of the runtime
+   says success (others.inc is written from the library's symbols). */
 #include <driver_types.h>
 #include <stdint.h>
 #include <stdio.h>
