@@ -38,6 +38,9 @@ _LIST_DEADLINE_S = 60.0
 _MAX_BRACES = 64
 """Pairs of braces in one pattern."""
 
+_MAX_LOOKED_UP = 10_000
+"""Folders and globs that one pattern may list; names looked up in vain before the others are left."""
+
 _MAX_DIGITS = 18
 """Of a number in braces."""
 
@@ -94,18 +97,28 @@ def _expand_one(pattern: str, storage_options: Mapping[str, Any]) -> list[str]:
         raise CmaeError(
             f"shards={redact(pattern)!r} names more than {MAX_SHARDS} files: correct the range in braces"
         )
+    num_listed = 0
     for url in _expand_braces(pattern):
         is_file = url.startswith("file:")
         if is_file:
             # What is left is a path, whatever it begins with: `file:pipe:...` is no command.
             url = re.sub("^file:(//)?", "", url)
         if not is_file and not is_local(url):
-            shards += _expand_url(url, storage_options)
-            continue
-        found = [_as_path(one) for one in _expand_path(str(expand_home(url)))]
-        shards += found
+            name, found = url, _expand_url(url, storage_options)
+        else:
+            path = str(expand_home(url))
+            name, found = _as_path(path), [_as_path(one) for one in _expand_path(path)]
         if not found:
             missing.append(url)
+        shards += found
+        num_listed += found != [name]
+        if len(missing) >= _MAX_LOOKED_UP:
+            break
+        if num_listed > _MAX_LOOKED_UP:
+            raise CmaeError(
+                f"shards={printable(redact(pattern))!r}: its braces stand for more than {_MAX_LOOKED_UP} "
+                "folders or globs, each to be listed: name the files by braces alone, or by one glob"
+            )
     if missing:
         raise CmaeError(_nothing_found(pattern, missing, num_found=len(shards)))
     return shards
@@ -221,9 +234,10 @@ def _nothing_found(pattern: str, missing: list[str], *, num_found: int) -> str:
             "the tar files, or make them from a folder of images with `cmae shards write`"
         )
     if num_found or len(missing) > 1:
+        rest = " (others were not looked for)" if len(missing) >= _MAX_LOOKED_UP else ""
         return (
-            f"shards={pattern!r}: {len(missing)} of {num_found + len(missing)} files are missing, such as "
-            f"{path}. Correct the range in braces, or finish writing the shards"
+            f"shards={pattern!r}: {len(missing)} of {num_found + len(missing)} files are missing{rest}, "
+            f"such as {path}. Correct the range in braces, or finish writing the shards"
         )
     parent = path.parent
     while not parent.exists():

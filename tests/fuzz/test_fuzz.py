@@ -62,7 +62,9 @@ def test_seeds_are_good_inputs(harnesses: dict[str, Harness], name: str, tmp_pat
 
 @pytest.mark.slow
 def test_a_minute_of_other_inputs(harnesses: dict[str, Harness]) -> None:
+    """The same inputs each time, as far as the minute goes: `make fuzz` tries new ones."""
     seconds = float(os.environ.get("CMAE_FUZZ_S", "60"))
+    seed = int(os.environ.get("CMAE_FUZZ_SEED", "1"))
     for name, harness in harnesses.items():
         until = time.perf_counter() + seconds / len(harnesses)
-        check(name, fuzz(name, harness, seed=int(time.time()), inputs=2**31, until=until))
+        check(name, fuzz(name, harness, seed=seed, inputs=2**31, until=until))

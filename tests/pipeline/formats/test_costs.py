@@ -144,6 +144,26 @@ def test_braces_that_name_too_much_are_refused_before_anything_is_made(pattern: 
         expand_shards(pattern)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("{a,b}" * 19 + ".tar", "10000 of 10000 files are missing"),
+        ("{a,b}" * 19 + "?.tar", "10000 of 10000 files are missing"),
+        ("{.,.}{/,/}" * 9 + "*.tar", "more than 10000 folders or globs"),
+    ],
+    ids=["names", "globs that find nothing", "globs that find the same"],
+)
+def test_braces_that_are_looked_up_in_vain_end_soon(
+    pattern: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.tar").touch()
+    started = time.thread_time()
+    with pytest.raises(CmaeError, match=message):
+        expand_shards(pattern)
+    assert time.thread_time() - started < 5
+
+
 def test_a_name_without_end_is_left_out_of_the_index(tmp_path: Path) -> None:
     """Of one such key the index of 10000 samples would have a gigabyte: numpy makes all as long."""
     with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
