@@ -1,4 +1,7 @@
-"""Every kernel in machine code for sm_80 and sm_90, without a GPU: no spills, tensor cores, wide accesses."""
+"""Every kernel in machine code of five GPU generations, without a GPU.
+
+No spills, shared memory that fits, enough warps side by side, tensor cores, wide accesses.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +25,33 @@ block_mask, color_jitter, info_nce, masked_mse, patch_gather = (
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 leaves nothing to compile")
 
-CAPABILITIES = [80, 90]
+SLOW = [pytest.param(capability, marks=pytest.mark.slow) for capability in (86, 89, 100)]
+CAPABILITIES = [80, 90, *SLOW]
+RESIDENT_WARPS = {
+    "_gather_kernel": 16,
+    "_mse_kernel": 14,
+    "_normalise_kernel": 16,
+    "_split_kernel": 8,
+    "_combine_kernel": 32,
+    "_grad_keys_kernel": 8,
+    "_mask_kernel": 16,
+    "_gray_kernel": 32,
+    "_pixel_kernel": 28,
+    "_blur_kernel": 8,
+}
+"""Fewest warps that a multiprocessor runs of a kernel at a time, which hide each other's waits for memory."""
+TENSOR_CORES = r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b"
 CONSTANTS = ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375])
 
 
-def builds(monkeypatch, module, run, capability: int) -> list[Build]:
+def builds(monkeypatch, module, run, capability: int, *, spilled: int = 0) -> list[Build]:
     found = [build(launch, capability) for launch in record_launches(monkeypatch, module, run)]
     assert found
     for one in found:
-        assert one.spilled_bytes == 0, one.name
-        assert one.count(r"\b(?:LDL|STL)\b") == 0, one.name
+        assert one.spilled_bytes <= spilled, one.name
+        assert one.count(r"\b(?:LDL|STL)\b") == 0 or spilled, one.name
         assert one.shared_bytes <= SHARED_LIMIT[capability], one.name
+        assert one.resident_warps >= RESIDENT_WARPS[one.name], one.name
     return found
 
 
@@ -120,9 +139,12 @@ def test_info_nce(monkeypatch, capability, with_keys, dim, dtype):
         else:
             info_nce._forward(query, keys, 0.07, 0, True)
 
-    found = {one.name: one for one in builds(monkeypatch, info_nce, run, capability)}
+    # A projection of 512, gradients for keys too, on Blackwell: six registers more than there are.
+    spilled = 24 if (capability, dim, with_keys) == (100, 512, True) else 0
+    made = builds(monkeypatch, info_nce, run, capability, spilled=spilled)
+    found = {one.name: one for one in made}
     main = found["_grad_keys_kernel" if with_keys else "_split_kernel"]
-    assert main.count(r"\bH(?:G)?MMA\b") > 0
+    assert main.count(TENSOR_CORES) > 0
     if capability == 90 and dtype != torch.float32 and dim <= (128 if with_keys else 256):
         assert main.count(r"\bHGMMA\b") > 0
     assert main.count(r"\bLDGSTS\.E\.BYPASS\.128\b") > 0  # keys arrive while others are multiplied
@@ -147,14 +169,15 @@ def test_block_mask(monkeypatch, capability, arguments):
     ("size", "exact"), [(224, True), (224, False), (222, True), (97, True), (32, True)]
 )
 def test_color_jitter(monkeypatch, capability, size, exact):
-    if capability == 100 and size == 222:
-        pytest.skip("spills 8 bytes; lines of whole words (a width that is a multiple of 4) do not")
+    # On Blackwell, where lines are not whole words (a width that is no multiple of 4).
+    spilled = 8 if capability == 100 and size == 222 else 0
     images, params = torch.zeros(2, size, size, 3, dtype=torch.uint8), torch.zeros(2, 22)[:, -8:]
     *before, pixel, blur = builds(
         monkeypatch,
         color_jitter,
         lambda: color_jitter._launch(images, params, exact),
         capability,
+        spilled=spilled,
     )
     for kernel in (*before, pixel):
         assert kernel.registers <= (64 if size % 2 == 0 else 72)  # half of the threads there can be
@@ -164,12 +187,47 @@ def test_color_jitter(monkeypatch, capability, size, exact):
             assert 8 not in widths(kernel, "STG")
     assert blur.registers <= (168 if size == 224 else 255)
     assert blur.count(r"\bI2F\b") <= 40
-    assert blur.count(r"\b(?:H(?:G)?MMA|UTCHMMA)\b") > 0
+    assert blur.count(TENSOR_CORES) > 0
     assert blur.count(r"\bFFMA\b") < 200  # the products are not on the ordinary cores
     if size % 4 == 0:
         assert 8 not in widths(blur, "STG")
     if size % 16 == 0:
         assert widths(blur, "LDG") >= {128}  # 16 levels a load
+
+
+GRAD = torch.ones(())
+QUERY, KEYS, ROW = torch.zeros(128, 256), torch.zeros(4096, 256), torch.ones(128)
+IMAGES, IDS = images_and_ids(16, torch.uint8)
+PRED = torch.zeros(2, 68, 768, dtype=torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("module", "run", "most"),
+    [
+        (patch_gather, lambda: patch_gather._launch(IMAGES, IDS, 16, *CONSTANTS, torch.half), 1),
+        (
+            masked_mse,
+            lambda: masked_mse._launch(
+                PRED, IMAGES, IDS, 16, *CONSTANTS, True, 1e-6, grad_loss=None
+            ),
+            1,
+        ),
+        (
+            masked_mse,
+            lambda: masked_mse._launch(
+                PRED, IMAGES, IDS, 16, *CONSTANTS, True, 1e-6, grad_loss=GRAD
+            ),
+            1,
+        ),
+        (info_nce, lambda: info_nce._forward(QUERY, KEYS, 0.07, 0, True), 4),
+        (info_nce, lambda: info_nce._grad_keys(GRAD, QUERY, KEYS, ROW, ROW, 0.07, 0), 3),
+        (block_mask, lambda: block_mask._launch(torch.arange(4), 14, 14, 2, 17, 1, -5, 16), 1),
+    ],
+    ids=["gather", "mse", "mse backward", "info_nce", "info_nce of keys", "mask"],
+)
+def test_each_op_is_few_launches(monkeypatch, module, run, most):
+    """One pass over its data each: more launches are more passes. For colour see test_color_jitter.py."""
+    assert 0 < len(record_launches(monkeypatch, module, run)) <= most
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 16, 2**31])

@@ -37,6 +37,17 @@ SHARED_LIMIT = {
 }
 
 
+# What a streaming multiprocessor holds: warps, blocks, bytes of shared memory (CUDA programming guide,
+# table of compute capabilities). Registers are 65536 on all, handed to a warp 256 at a time.
+MULTIPROCESSOR = {
+    80: (64, 32, 164 * 1024),
+    86: (48, 16, 100 * 1024),
+    89: (48, 24, 100 * 1024),
+    90: (64, 32, 228 * 1024),
+    100: (64, 32, 228 * 1024),
+}
+
+
 @dataclass(frozen=True)
 class Launch:
     """What a launcher asked of one kernel."""
@@ -55,6 +66,18 @@ class Build:
     registers: int
     spilled_bytes: int
     shared_bytes: int
+    num_warps: int
+    capability: int
+
+    @property
+    def resident_warps(self) -> int:
+        """Warps of this kernel that one multiprocessor runs at the same time."""
+        most_warps, most_blocks, shared = MULTIPROCESSOR[self.capability]
+        per_warp = -(-32 * self.registers // 256) * 256
+        by_registers = 65536 // per_warp // self.num_warps
+        by_shared = shared // (self.shared_bytes + 1024)  # one kilobyte a block is the driver's
+        blocks = min(by_registers, by_shared, most_blocks, most_warps // self.num_warps)
+        return int(blocks * self.num_warps)
 
     def count(self, pattern: str) -> int:
         """How many machine instructions match."""
@@ -100,7 +123,7 @@ def check_binding(launch: Launch, capability: int) -> None:
 
 
 def build(launch: Launch, capability: int) -> Build:
-    """Compile a launch for a compute capability (80, 90), with the specialisation Triton would choose."""
+    """Compile a launch for a compute capability such as 90, with the specialisation Triton would choose."""
     check_binding(launch, capability)
     names = [parameter.name for parameter in launch.kernel.params]
     options = {key: value for key, value in launch.options.items() if key not in names}
@@ -123,6 +146,8 @@ def build(launch: Launch, capability: int) -> Build:
         registers=int(re.findall(r"REG:(\d+)", usage)[0]),
         spilled_bytes=sum(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", usage)),
         shared_bytes=compiled.metadata.shared,
+        num_warps=compiled.metadata.num_warps,
+        capability=capability,
     )
 
 

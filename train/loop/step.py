@@ -356,12 +356,12 @@ def _compile(
     model: CMAE, target_copy: TargetCopy | None, choice: str
 ) -> Callable[..., Float[Tensor, "B P"]]:
     """Compile the online branch in place; returns what computes the target's keys."""
+    # DDP would have dynamo cut each block at its buckets. Blocks are units of backward already.
+    dynamo.config.optimize_ddp = choice != "blocks"
     if choice == "blocks":
         # All blocks share one Python frame. Each kind of block, shape and grad mode is one entry in its
         # cache: CMAE needs seven, torch allows eight.
         dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
-        # DDP would have dynamo cut each block at its buckets. Blocks are units of backward already.
-        dynamo.config.optimize_ddp = False
         for branch in (model, None if target_copy is None else target_copy.encoder):
             for module in () if branch is None else branch.modules():
                 if isinstance(module, Block):

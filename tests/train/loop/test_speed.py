@@ -5,9 +5,12 @@ from __future__ import annotations
 import functools
 import os
 import socket
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from support.tiny_runs import ALONE, OPTIM, SMALL, make_batch
 from torch import Tensor
+from torch._dynamo.backends.distributed import DDPOptimizer
 from torch._dynamo.utils import counters
 
 from cmae.model import ModelConfig, build_model
@@ -220,24 +224,77 @@ def run_modes(rank: int, port: int, out: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    losses = {}
+    found: dict[str, Any] = {}
     with join_world("cpu") as world:
         torch.compile = functools.partial(torch.compile, backend="aot_eager")  # of this process
         for mode in ("none", "blocks", "model"):
-            losses[mode] = run(build(SpeedConfig(compile=mode), world=world), 2)
-    torch.save(losses, out / f"rank{rank}.pt")
+            with counted_calls(DDPOptimizer, ["compile_fn"]) as splits:
+                step = build(SpeedConfig(compile=mode), world=world)
+                losses = run(step, 2)
+                with counted_calls(Tensor, READS_BY_THE_HOST) as reads:
+                    run(step, 2, num_steps=1)
+            found[mode] = {"losses": losses, "splits": splits, "reads": reads}
+    torch.save(found, out / f"rank{rank}.pt")
 
 
-@pytest.mark.slow
-def test_two_ranks_get_the_same_losses_however_the_step_is_compiled(tmp_path: Path) -> None:
+READS_BY_THE_HOST = ["item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__"]
+
+
+@contextmanager
+def counted_calls(kind: type, names: list[str]) -> Iterator[Counter[str]]:
+    """Count calls of methods."""
+    calls: Counter[str] = Counter()
+
+    def counted(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return method(*args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            patch.setattr(kind, name, counted(name, getattr(kind, name)))
+        yield calls
+
+
+@pytest.fixture(scope="module")
+def of_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    out = tmp_path_factory.mktemp("ranks")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(run_modes, args=(port, tmp_path), nprocs=2)
-    for rank in range(2):
-        losses = torch.load(tmp_path / f"rank{rank}.pt")
+    mp.spawn(run_modes, args=(port, out), nprocs=2)
+    return [torch.load(out / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.mark.slow
+def test_two_ranks_get_the_same_losses_however_the_step_is_compiled(
+    of_two_ranks: list[dict[str, Any]],
+) -> None:
+    for found in of_two_ranks:
         for mode in ("blocks", "model"):
-            torch.testing.assert_close(losses[mode], losses["none"], rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(
+                found[mode]["losses"], found["none"]["losses"], rtol=1e-3, atol=1e-4
+            )
+
+
+@pytest.mark.slow
+def test_blocks_are_not_cut_at_the_buckets_of_ddp(of_two_ranks: list[dict[str, Any]]) -> None:
+    """Their gradients come block by block as it is; the whole model is cut, to overlap at all."""
+    for found in of_two_ranks:
+        assert found["blocks"]["splits"].total() == 0
+        assert found["model"]["splits"].total() > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["none", "blocks", "model"])
+def test_a_step_of_two_ranks_is_read_by_the_host_once(
+    mode: str, of_two_ranks: list[dict[str, Any]]
+) -> None:
+    """Each read waits for all that the device has been given; the one is of the losses' flag."""
+    for found in of_two_ranks:
+        assert found[mode]["reads"] == {"item": 1}
 
 
 # ---- on a GPU -------------------------------------------------------------------------------------
