@@ -88,8 +88,8 @@ def split_batch(
     if not sizes:
         raise CmaeError(
             f"speed.micro_batch_size is 'auto', and the memory model finds no pass that fits: weights, "
-            f"gradients and AdamW take {memory.fixed / 1e9:.1f} GB, an image "
-            f"{memory.activations_per_image / 1e9:.2f} GB, and {free / 1e9:.1f} GB are free on "
+            f"gradients and AdamW take {memory.fixed / 1e9:.1f} GB, a checkpoint's copy "
+            f"{memory.snapshot / 1e9:.1f} GB, an image {memory.activations_per_image / 1e9:.2f} GB, and {free / 1e9:.1f} GB are free on "
             f"{world.device}; choose a smaller model, free the device, or try a number",
             key="speed.micro_batch_size",
         )
@@ -100,7 +100,8 @@ def split_batch(
         limit = "the whole share" if micro == share else f"the model of memory allows {fits}"
         log(
             f"speed.micro_batch_size: auto takes {micro} images a pass{kept}, {split.accumulation} pass(es) "
-            f"a step ({limit}; about {memory.total(micro) / 1e9:.1f} of {free / 1e9:.1f} GB free)"
+            f"a step ({limit}; about {memory.total(micro) / 1e9:.1f} of {free / 1e9:.1f} GB "
+            f"free, {memory.snapshot / 1e9:.1f} of which a checkpoint takes)"
         )
     return split
 

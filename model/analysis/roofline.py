@@ -21,6 +21,8 @@ class Memory:
     cast_weights: int
     """16-bit weights of the online branch, which autocast keeps until the backward pass is over."""
     activations_per_image: float
+    snapshot: int
+    """Copy of weights and AdamW that a checkpoint is written from, beside the steps that follow."""
 
     @property
     def fixed(self) -> int:
@@ -32,8 +34,9 @@ class Memory:
         return self.fixed + batch_size * self.activations_per_image
 
     def largest_batch(self, usable_bytes: float) -> int:
-        """Images of the largest micro-batch that fits into that much memory; 0 where none does."""
-        return max(0, math.floor((usable_bytes - self.fixed) / self.activations_per_image))
+        """Images of the largest micro-batch that fits beside a checkpoint's copy; 0 where none does."""
+        left = usable_bytes - self.fixed - self.snapshot
+        return max(0, math.floor(left / self.activations_per_image))
 
 
 def count_memory(config: ModelConfig, precision: Precision, *, num_keys: int) -> Memory:
@@ -51,6 +54,7 @@ def count_memory(config: ModelConfig, precision: Precision, *, num_keys: int) ->
         optimizer=2 * FULL * online,
         cast_weights=HALF * online,
         activations_per_image=saved + images,
+        snapshot=FULL * (3 * online + target),
     )
 
 

@@ -31,7 +31,7 @@ def test_a_batch_that_ranks_cannot_share_is_refused_with_one_that_they_can() -> 
 
 
 @pytest.mark.parametrize(
-    ("gigabytes", "expected"), [(500, 4096), (72, 1024), (34.5, 512), (9, 64), (2.9, 4)]
+    ("gigabytes", "expected"), [(500, 4096), (72, 1024), (36.3, 512), (9, 64), (4.7, 4)]
 )
 def test_auto_takes_the_largest_divisor_that_fits_and_says_so(
     gigabytes: float, expected: int
@@ -42,14 +42,14 @@ def test_auto_takes_the_largest_divisor_that_fits_and_says_so(
     assert split == BatchSplit(expected, 4096 // expected)
     assert f"auto takes {expected} images a pass" in lines[0]
     memory = step_memory(config, CPU.device)
-    assert memory.total(expected) <= gigabytes * 1e9
+    assert memory.total(expected) + memory.snapshot <= gigabytes * 1e9
     if expected < 4096:
-        assert memory.total(2 * expected) > gigabytes * 1e9
+        assert memory.total(2 * expected) + memory.snapshot > gigabytes * 1e9
 
 
 def test_auto_divides_a_share_that_is_no_power_of_two() -> None:
     config = recipe(**{"optim.global_batch_size": 3 * 35})
-    assert split_batch(config, CPU, free_bytes=4.2e9) == BatchSplit(21, 5)
+    assert split_batch(config, CPU, free_bytes=6.0e9) == BatchSplit(21, 5)
     assert split_batch(config, CPU, num_ranks=3, free_bytes=500e9) == BatchSplit(35, 1)
 
 
@@ -58,7 +58,7 @@ def test_auto_keeps_the_micro_batch_of_the_run_that_is_continued_while_it_fits()
     kept = split_batch(recipe(), CPU, before=128, log=lines.append, free_bytes=72e9)
     assert kept == BatchSplit(128, 32)
     assert "128 images a pass, as before" in lines[0]
-    assert split_batch(recipe(), CPU, before=1024, free_bytes=34.5e9) == BatchSplit(512, 8)
+    assert split_batch(recipe(), CPU, before=1024, free_bytes=36.3e9) == BatchSplit(512, 8)
 
 
 def test_where_nothing_fits_the_message_has_the_numbers() -> None:

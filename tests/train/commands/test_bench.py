@@ -52,7 +52,8 @@ def test_the_optimiser_is_bound_by_memory_and_takes_bytes_over_bandwidth() -> No
 
 def test_the_largest_batch_fills_the_memory() -> None:
     estimate = estimate_step(VIT_B, GPUS["a100"], batch_size=128)
-    usable = 0.92 * 80
+    snapshot = 4 * (3 * 121_269_504 + 87_374_592) / 1e9  # a checkpoint's copy stands beside it
+    usable = 0.92 * 80 - snapshot
     at_largest = estimate.memory_fixed_gb + estimate.largest_batch * estimate.memory_per_image_gb
     assert usable - estimate.memory_per_image_gb < at_largest <= usable
     huge = Config(model=ModelConfig(embed_dim=1280, depth=32, num_heads=16, patch_size=14))
