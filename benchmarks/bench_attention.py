@@ -18,12 +18,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from bench_kernels import time_us
-from lib.harness import summarise, write_result
+from lib.results import write_result
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import sdpa_kernel
 
+from cmae.train.bench.harness import summarise
+from cmae.train.bench.kernels import time_us
 from cmae.train.loop.sdpa import BACKENDS
 
 ON_GPU = torch.cuda.is_available()

@@ -20,8 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from bench_kernels import time_us
-from lib.harness import summarise, write_result
+from lib.results import write_result
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -29,6 +28,8 @@ from cmae.kernels import color_jitter
 from cmae.pipeline import ViewConfig, draw_view_params
 from cmae.pipeline.views.color_batch import apply_color, color_chain
 from cmae.pipeline.views.params import ViewParams
+from cmae.train.bench.harness import summarise
+from cmae.train.bench.kernels import time_us
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lib.harness import ROOT, write_result
+from lib.results import ROOT, write_result
 
 WORKERS = str(min(8, len(os.sched_getaffinity(0))))
 COMMANDS = {

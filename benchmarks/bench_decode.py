@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from lib.harness import summarise, write_result
+from lib.results import write_result
 from PIL import Image
 
 from cmae.pipeline.views.decode_check import (
@@ -48,6 +48,7 @@ from cmae.pipeline.views.decode_check import (
     encode,
     reference,
 )
+from cmae.train.bench.harness import summarise
 
 START_S = 40.0
 """Longest wait for a process's first row: packages, a context, the decoder's first use."""

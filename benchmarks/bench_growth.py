@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from lib.harness import summarise, write_result
+from lib.results import write_result
 
 from cmae.pipeline import EpochPlan, LoaderState
 from cmae.pipeline.formats.dataset_index import DatasetIndex
 from cmae.pipeline.formats.shard_index import ShardIndex, index_path, save_index, tar_digest
+from cmae.train.bench.harness import summarise
 
 SAMPLES_PER_SHARD = 10_000
 BATCH_SIZE = 256

@@ -20,7 +20,7 @@ import numpy as np
 import psutil
 import torch
 import webdataset as wds
-from lib.harness import ROOT, write_result
+from lib.results import ROOT, write_result
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image

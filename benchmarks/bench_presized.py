@@ -5,7 +5,7 @@
 Writes shards of the same images with `cmae shards write --max-size` and compares, for every image that was
 touched, the 256 px masters of the same relative windows: mean absolute error in levels and PSNR against the
 masters of the original file. Windows are drawn as a run draws them and cut at fractions of a pixel, so that
-rounding them to another grid is not counted. The loader's rates are in bench_loader.py (rows 'pre-resized').
+rounding them to another grid is not counted. The loader's rates: `cmae bench loader --presized '[512]'`.
 
 Predictions, written before the first run: at 512 px one image in ten is touched and the error is below 1
 level; at 400 px, one in four and 1.5 levels.
@@ -21,13 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lib.data import image_places, prepare_shards, read_image, unpack_images, write_presized
-from lib.harness import summarise, write_result
+from lib.data import prepare_shards
+from lib.results import write_result
 from PIL import Image
 
 from cmae.pipeline import ViewConfig, draw_view_params
 from cmae.pipeline.formats.presized import downscale_mark
 from cmae.pipeline.formats.shard_index import load_index
+from cmae.train.bench.harness import summarise
+from cmae.train.bench.images import image_places, read_image, unpack_images, write_presized
 
 WINDOWS = 4
 """Windows compared for each image."""

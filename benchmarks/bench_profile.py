@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from lib.data import prepare_shards
-from lib.harness import write_result
+from lib.results import write_result
 
 from cmae.pipeline import LoaderConfig
 from cmae.train.config import Config, OptimConfig, SpeedConfig

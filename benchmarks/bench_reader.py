@@ -24,12 +24,13 @@ from typing import Any
 
 import numpy as np
 from lib.data import prepare_shards
-from lib.harness import Measurement, interleave, summarise, time_batches, write_result
+from lib.results import write_result
 
 from cmae.pipeline import EpochPlan, LoaderState
 from cmae.pipeline.formats.dataset_index import DatasetIndex
 from cmae.pipeline.formats.images.jpeg import inspect_jpeg
 from cmae.pipeline.sources.indexed import IndexedSource
+from cmae.train.bench.harness import Measurement, interleave, summarise, time_batches
 
 
 def source_run(

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.data import prepare_shards
-from lib.harness import ROOT, Measurement, interleave, summarise, write_result
+from lib.results import ROOT, write_result
 
 from cmae.pipeline import EpochPlan, LoaderState, RemoteConfig
 from cmae.pipeline.formats.dataset_index import DatasetIndex
@@ -37,6 +37,7 @@ from cmae.pipeline.remote.files import Reading, choose_reading
 from cmae.pipeline.remote.index import copy_shard, open_cache
 from cmae.pipeline.sources.indexed import IndexedSource
 from cmae.pipeline.sources.stream import StreamSource
+from cmae.train.bench.harness import Measurement, interleave, summarise
 
 BATCH = 64
 

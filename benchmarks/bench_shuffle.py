@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lib.harness import ROOT, Measurement, interleave, summarise, write_result
+from lib.results import ROOT, write_result
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from cmae.pipeline import EpochPlan
+from cmae.train.bench.harness import Measurement, interleave, summarise
 
 NUM_SAMPLES, NUM_CLASSES, SHARD = 1_281_167, 1000, 1000
 IMAGE_BYTES = 110_000

@@ -25,13 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_step import SIZES, Case, build
+from bench_step import SIZES, build_case
 from lib.data import prepare_shards
-from lib.harness import Measurement, interleave, summarise, time_batches, write_result
+from lib.results import write_result
 
 from cmae.kernels import color_jitter
 from cmae.model import ModelConfig, draw_mask
 from cmae.pipeline import LoaderConfig, ViewConfig, build_loader
+from cmae.train.bench.harness import Measurement, interleave, summarise, time_batches
+from cmae.train.bench.step import build
 
 ON_GPU = torch.cuda.is_available()
 CORES = sorted(os.sched_getaffinity(0))
@@ -46,14 +48,13 @@ def sweep_step(
     """
     rows: list[dict[str, Any]] = []
     for value in values:
-        case = Case(
+        case = build_case(
             "cmae",
             arguments.size,
             "fp16" if ON_GPU else "fp32",
             value if name == "batch_size" else arguments.batch_size,
-            speed={"compile": "blocks" if ON_GPU else "none"},
             img_size=value if name == "img_size" else 224,
-        )
+        ).switched(speed={"compile": "blocks" if ON_GPU else "none"})
         contender = build(case, steps=arguments.steps)
         if isinstance(contender, str):
             rows.append({name: value, "error": contender})

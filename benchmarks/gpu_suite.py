@@ -15,13 +15,14 @@ import os
 import sys
 
 import torch
-from lib.suites import ROOT, build_parser, run_suite
+from lib.suites import BENCH, ROOT, SHARDS, TO_RESULTS, build_parser, run_suite, with_shards
 
 PYTHON = sys.executable
 TESTS = (PYTHON, "-m", "pytest", "-vv", "--tb=short", "-p", "no:cacheprovider")
 GPU_ONLY = ("-m", "gpu and not slow")
 STEP = (PYTHON, "benchmarks/bench_step.py", "--rounds", "3", "--steps", "6")
 LEVERS = (*STEP, "--methods", "cmae", "--precisions", "fp16", "--levers")
+E2E = (*BENCH, "e2e", *TO_RESULTS, "--data.shards", SHARDS, "--speed.compile", "none")
 DOCTOR = [PYTHON, "-m", "cmae.train", "doctor"]
 NO_DALI: dict[str, list[str]] = {
     "levers": [
@@ -36,10 +37,7 @@ NO_DALI: dict[str, list[str]] = {
         *(*LEVERS, "base", "best, model_graphs", "--batch-sizes", "128", "--budget-s", "180"),
     ],
     "attention": [PYTHON, "benchmarks/bench_attention.py", "--rounds", "20"],
-    "kernels": [
-        *(PYTHON, "benchmarks/bench_kernels.py", "--rounds", "10"),
-        *("--batch-sizes", "128", "--keys", "4096"),
-    ],
+    "kernels": [*BENCH, "kernels", *TO_RESULTS, "--rounds", "10", "--batch_size", "128"],
     "step-mae": [
         *(*STEP, "--methods", "mae", "--precisions", "bf16", "--levers", "base", "best"),
         *("--batch-sizes", "256", "--budget-s", "40"),
@@ -58,24 +56,25 @@ DALI: dict[str, list[str]] = {
     "test-pipeline": [*TESTS, *GPU_ONLY, "tests/pipeline/views/test_gpu.py"],
     "test-step": [*TESTS, *GPU_ONLY, "tests/train/loop/test_step.py"],
     "test-speed": [*TESTS, *GPU_ONLY, "tests/train/loop/test_speed.py"],
-    "e2e": [PYTHON, "benchmarks/bench_e2e.py", "--rounds", "4", "--compile", "none"],
+    "e2e": [*E2E, "--rounds", "4"],
     "loader": [
-        *(PYTHON, "benchmarks/bench_loader.py", "--rounds", "2", "--colors", "exact", "none"),
-        "--presized",
+        *(*BENCH, "loader", *TO_RESULTS, "--rounds", "2", "--colors", "[exact, none]"),
+        *("--data.shards", SHARDS),
     ],
-    "decode": [PYTHON, "benchmarks/bench_decode.py"],
+    "decode": [PYTHON, "benchmarks/bench_decode.py", "--shards", SHARDS],
     "sweep-decode": [
         *(PYTHON, "benchmarks/bench_sweep.py", "--sweeps", "hw_decoder_load", "--rounds", "2"),
+        *("--shards", SHARDS),
     ],
-    "e2e-fast": [
-        *(PYTHON, "benchmarks/bench_e2e.py", "--rounds", "3", "--compile", "none"),
-        *("--color", "fast"),
-    ],
+    "e2e-fast": [*E2E, "--rounds", "3", "--data.views.color", "fast"],
     "sizes": [
         *(*LEVERS, "base", "best", "--sizes", "l", "h", "s", "--batch-sizes", "128"),
         *("--budget-s", "80"),
     ],
-    "profile": [PYTHON, "benchmarks/bench_profile.py", "--budget-s", "45", "--verify", "2"],
+    "profile": [
+        *(PYTHON, "benchmarks/bench_profile.py", "--budget-s", "45", "--verify", "2"),
+        *("--shards", SHARDS),
+    ],
     "test-profiling": [*TESTS, *GPU_ONLY, "tests/train/profiling/test_any_loader.py"],
 }
 SECTIONS = NO_DALI | DALI
@@ -104,21 +103,11 @@ LIMITS_S: dict[str, float] = {
     "test-profiling": 30,
 }
 """A section that hangs must not take the others' time."""
-TAKES_SHARDS = ("decode", "sweep-decode", "e2e", "e2e-fast", "loader", "profile")
 
 
 def choose(words: list[str]) -> list[str]:
     """Names of sections, from names of sections and groups."""
     return [name for word in words for name in GROUPS.get(word, [word])]
-
-
-def with_shards(sections: dict[str, list[str]], shards: str | None) -> dict[str, list[str]]:
-    """The commands, reading real images where they can."""
-    extra = [] if shards is None else ["--shards", shards]
-    return {
-        name: command + (extra if name in TAKES_SHARDS else [])
-        for name, command in sections.items()
-    }
 
 
 def main() -> int:
@@ -133,7 +122,8 @@ def main() -> int:
         return 1
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         os.environ.setdefault(name, str(ROOT / "runs" / "compiled" / name.split("_")[0].lower()))
-    sections = with_shards(SECTIONS, arguments.shards)
+    chosen = {name: SECTIONS[name] for name in arguments.sections}
+    sections = with_shards(chosen, arguments.shards)
     return run_suite("gpu-suite", sections, arguments, limits_s=LIMITS_S)
 
 

@@ -35,7 +35,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import webdataset as wds
-from lib.harness import describe_machine, write_result
+from lib.results import write_result
 from PIL import Image
 
 from cmae.model import ModelConfig, draw_mask
@@ -46,6 +46,7 @@ from cmae.pipeline.sources.indexed import IndexedSource
 from cmae.pipeline.sources.records import Extent, Source
 from cmae.pipeline.sources.shard_reader import LostShard
 from cmae.pipeline.views.backend import ViewBackend
+from cmae.train.bench.harness import describe_machine
 from cmae.train.commands.demo.data import PHOTOGRAPHS, load_photograph
 from cmae.train.config import Config, OptimConfig, RunConfig, SpeedConfig
 from cmae.train.distributed import World, from_main, join_world

@@ -89,7 +89,8 @@ def split_batch(
         raise CmaeError(
             f"speed.micro_batch_size is 'auto', and the memory model finds no pass that fits: weights, "
             f"gradients and AdamW take {memory.fixed / 1e9:.1f} GB, a checkpoint's copy "
-            f"{memory.snapshot / 1e9:.1f} GB, an image {memory.activations_per_image / 1e9:.2f} GB, and {free / 1e9:.1f} GB are free on "
+            f"{memory.snapshot / 1e9:.1f} GB, an image {memory.activations_per_image / 1e9:.2f} GB, and "
+            f"{free / 1e9:.1f} GB are free on "
             f"{world.device}; choose a smaller model, free the device, or try a number",
             key="speed.micro_batch_size",
         )

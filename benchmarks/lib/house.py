@@ -251,7 +251,7 @@ def walk_sizes(walks: Mapping[str, Mapping[str, list[str]]]) -> dict[str, int]:
 
 def record(label: str, numbers: Mapping[str, Any], revision: str) -> Path:
     """Write a result file; docs/design/0018-walls.md shows those labelled 'before' and 'after'."""
-    from lib.harness import write_result
+    from lib.results import write_result
 
     rows = [{"measure": name, "value": value} for name, value in numbers.items()]
     return write_result("house", label=label, config={"revision": revision}, rows=rows)
@@ -259,8 +259,9 @@ def record(label: str, numbers: Mapping[str, Any], revision: str) -> Path:
 
 def record_this_tree(label: str) -> Path:
     """All numbers of this tree, as a result file."""
-    from lib.harness import describe_machine
     from lib.walk import trace_this_tree
+
+    from cmae.train.bench.harness import describe_machine
 
     numbers = measure(ROOT) | {"tests collected": count_tests(ROOT)}
     numbers |= measure_start(ROOT / ".package", "cmae.pipeline.formats.tar")

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from lib import summary
 from lib.config_keys import render_sections, walk_sections
-from lib.harness import RESULTS, ROOT
 from lib.plots import PLOTS, draw_plots
+from lib.results import RESULTS, ROOT
 from lib.tables import newest, render
 
 from cmae.train.config import Config

@@ -6,7 +6,7 @@
 
 They need PYTHONPATH=benchmarks. Sections run in order, each in a process of its own and within its own
 limit: one that fails or runs out of time leaves the others alone. The benchmarks write result files of their
-own; the summary names them. Afterwards `python -m lib.compare OLD NEW` tells whether something became slower,
+own; the summary names them. Afterwards `cmae bench compare OLD NEW` tells whether something became slower,
 and `make docs` draws the tables. The GPU's suite is gpu_suite.py, on the same machinery.
 """
 
@@ -28,17 +28,26 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from lib.harness import ROOT, write_result
+from lib.data import default_shards
+from lib.results import ROOT, write_result
 
 PYTHON = sys.executable
+BENCH = (PYTHON, "-m", "cmae.train", "bench")
+TO_RESULTS = ("--out", "benchmarks/results")
+VIT_TI = ("--model.embed_dim", "192", "--model.num_heads", "3", "--optim.precision", "fp32")
+SHARDS = "{shards}"
+"""Stands for the tars in a command."""
 SECTIONS: dict[str, list[str]] = {
     "loader": [
-        *(PYTHON, "benchmarks/bench_loader.py", "--rounds", "5", "--batches", "3"),
-        *("--colors", "exact", "none"),
+        *(*BENCH, "loader", *TO_RESULTS, "--rounds", "5", "--steps", "3"),
+        *("--colors", "[exact, none]", "--presized", "[512, 400]", "--data.shards", SHARDS),
     ],
     "reader": [PYTHON, "benchmarks/bench_reader.py"],
     "step": [PYTHON, "benchmarks/bench_step.py", "--rounds", "3"],
-    "e2e": [PYTHON, "benchmarks/bench_e2e.py", "--rounds", "3", "--batch-size", "4"],
+    "e2e": [
+        *(*BENCH, "e2e", *TO_RESULTS, "--rounds", "3", "--batch_size", "4", *VIT_TI),
+        *("--data.shards", SHARDS),
+    ],
     "growth": [PYTHON, "benchmarks/bench_growth.py", "--rounds", "2"],
     "sweep": [PYTHON, "benchmarks/bench_sweep.py", "--rounds", "2"],
     "profile": [PYTHON, "benchmarks/bench_profile.py", "--budget-s", "60", "--verify", "2"],
@@ -137,7 +146,7 @@ def run_section(name: str, command: Sequence[str], *, limit_s: float) -> dict[st
         "section": name,
         "exit_code": code,
         "seconds": round(time.perf_counter() - started, 1),
-        "results": re.findall(r"^wrote (\S+\.json)$", output, flags=re.MULTILINE),
+        "results": re.findall(r"^wrote (\S+\.json)\b", output, flags=re.MULTILINE),
         "end": output[-3000:],
     }
 
@@ -234,10 +243,26 @@ def copy_results(summary: Path, files: Sequence[Path], folder: Path, *, pack: bo
                 archive.add(path, arcname=path.name)
 
 
+def with_shards(sections: Mapping[str, Sequence[str]], shards: str | None) -> dict[str, list[str]]:
+    """The commands, with the images that they read.
+
+    Args:
+        sections: Commands by name.
+        shards: Tars; None = the research sample, or photographs where there is none.
+    """
+    needed = any(SHARDS in command for command in sections.values())
+    found = shards or (default_shards() if needed else "")
+    return {
+        name: [found if word == SHARDS else word for word in command]
+        for name, command in sections.items()
+    }
+
+
 def main() -> int:
     """Run the CPU sections."""
     arguments = build_parser(__doc__, SECTIONS, budget_s=870).parse_args()
-    return run_suite("suite", SECTIONS, arguments, limits_s=LIMITS_S)
+    chosen = {name: SECTIONS[name] for name in arguments.sections}
+    return run_suite("suite", with_shards(chosen, None), arguments, limits_s=LIMITS_S)
 
 
 if __name__ == "__main__":

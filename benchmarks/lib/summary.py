@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-from lib.harness import RESULTS
+from lib.results import RESULTS
 from lib.tables import newest
 
 Result = dict[str, Any]

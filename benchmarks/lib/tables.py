@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from lib.harness import RESULTS
+from lib.results import RESULTS
 
-Result = dict[str, Any]
+from cmae.train.bench import tables
+from cmae.train.bench.tables import Result, spread
 
 
 def newest(benchmark: str) -> list[tuple[Path, Result]]:
@@ -23,91 +23,14 @@ def newest(benchmark: str) -> list[tuple[Path, Result]]:
     return [latest[key] for key in sorted(latest)]
 
 
-def loader_table(result: Result) -> list[list[str]]:
-    """Loader rates per core and CPU cost, by colour mode."""
-    rows = [["colour", "loader", "images/s per core", "CPU-s per 1000 images", "n"]]
-    for row in result["rows"]:
-        if "absent" in row:
-            continue
-        rate, cost = row["images_per_s_per_core"], row["cpu_s_per_1000_images"]
-        rows.append([row["color"], _peer(row), _spread(rate, 0), _spread(cost, 1), str(rate["n"])])
-    return rows
-
-
-def loader_notes(result: Result) -> list[str]:
-    """What the other loaders make, and which are absent, each once."""
-    notes = []
-    for row in result["rows"]:
-        if "absent" in row:
-            notes.append(f"{_peer(row)}: absent, {row['absent']}")
-        elif "version" in row and not row["version"].startswith("cmae"):
-            notes.append(f"{_peer(row)}, {row['color']} ({row['version']}): {row['views']}")
-    return list(dict.fromkeys(notes))
-
-
-def _peer(row: Result) -> str:
-    # Results of 2026-11-23 have 'loader'; older ones say "host" and "pre-resized".
-    return (
-        str(row.get("peer", row.get("loader")))
-        .replace(", host", ", cpu")
-        .replace("pre-resized", "downscaled")
-    )
-
-
-def step_table(result: Result) -> list[list[str]]:
-    """Step rates on synthetic data; utilisation and memory where the file has them."""
-    rows = [["model", "method", "batch", "precision", "compile", "images/s", "TFLOP/s", "n"]]
-    has_use = any("mfu_measured" in row for row in result["rows"])
-    if has_use:
-        rows[0] += ["of a matrix product's rate", "of the vendor's rate", "peak memory, GB"]
-    for row in result["rows"]:
-        head = [row["model"], row["method"], str(row["batch_size"]), row["precision"]]
-        head.append(row["compile"])
-        if "error" in row:
-            rows.append([*head, row["error"], *["-"] * (len(rows[0]) - 6)])
-            continue
-        rate = row["images_per_s"]
-        head += [_spread(rate, 1), f"{row['tflops']:.3g}", str(rate["n"])]
-        if has_use:
-            memory = row["peak_memory_gb"]
-            head += [_percent(row["mfu_measured"]), _percent(row["mfu_vendor"])]
-            head.append(f"{memory:.1f}" if memory else "-")
-        rows.append(head)
-    return rows
-
-
 def presized_table(result: Result) -> list[list[str]]:
     """What downscaled shards save and cost."""
     rows = [["shorter side", "images touched", "bytes", "pixels", "error, levels", "PSNR, dB"]]
     for row in result["rows"]:
         touched = f"{row['touched']} of {row['images']}"
         shares = [f"{row[name]:.0%}" for name in ("bytes_of_original", "pixels_of_original")]
-        errors = [_spread(row["mean_error_levels"], 2), _spread(row["psnr_db"], 1)]
+        errors = [spread(row["mean_error_levels"], 2), spread(row["psnr_db"], 1)]
         rows.append([f"{row['max_size']} px", touched, *shares, *errors])
-    return rows
-
-
-def levers_table(result: Result) -> list[list[str]]:
-    """Each switch of the step against the base, and where the time of a step goes."""
-    parts = ["target", "encoder", "pixel decoder", "feature decoder", "heads and losses"]
-    parts += ["backward", "optimiser", "EMA"]
-    rows = [
-        [
-            *("switch", "batch", "images/s", "over the base", "n", "kernels together, ms"),
-            *(f"{name}, ms" for name in parts),
-        ]
-    ]
-    for row in result["rows"]:
-        head = [row["name"], str(row["batch_size"])]
-        if "error" in row:
-            rows.append([*head, row["error"], *["-"] * (len(rows[0]) - 3)])
-            continue
-        rate, spans = row["images_per_s"], row["parts_ms"]
-        times = [f"{spans[name]:.2f}" if name in spans else "-" for name in parts]
-        kernels = f"{row['device_ms']:.1f}" if "device_ms" in row else "-"
-        rows.append(
-            [*head, _spread(rate, 1), _spread(row["gain"], 3), str(rate["n"]), kernels, *times]
-        )
     return rows
 
 
@@ -117,43 +40,7 @@ def color_table(result: Result) -> list[list[str]]:
     for row in result["rows"]:
         device, host = row["device_ms"], row["host_ms"]
         head = [row["contender"], str(row["batch_size"]), str(row.get("launches", "-"))]
-        rows.append([*head, _spread(device, 3), _spread(host, 2), str(device["n"])])
-    return rows
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.0%}"
-
-
-def kernels_table(result: Result) -> list[list[str]]:
-    """Times of each op by contender, and how near the hardware's floor they come."""
-    rows = [
-        ["op", "shape", "by", "forward, us", "of floor", "backward, us", "of floor", "launches"]
-    ]
-    rows[0] += ["peak MiB", "n"]
-    for row in result["rows"]:
-        cells = [row["op"], row["shape"], row["contender"]]
-        for part in ("forward", "backward"):
-            spread = row.get(f"{part}_us")
-            if spread is None:
-                cells += ["-", "-"]
-                continue
-            share = row[f"{part}_floor_us"] / spread["median"]
-            cells += [_spread(spread, 1), f"{100 * share:.0f} %"]
-        tail = (row["launches"], row["peak_mib"], row["forward_us"]["n"])
-        rows.append([*cells, *(str(value) for value in tail)])
-    return rows
-
-
-def e2e_table(result: Result) -> list[list[str]]:
-    """The step fed by the real loader, beside the same step on synthetic data."""
-    rows = [["model", "batch", "real images/s", "synthetic images/s", "ratio", "waiting", "n"]]
-    for row in result["rows"]:
-        rates = [_spread(row[name], 1) for name in ("images_per_s", "synthetic_images_per_s")]
-        waiting = f"{row['wait_share']['median']:.1%}"
-        ratio = row["ratio"]
-        batch = str(result["config"]["batch_size"])
-        rows.append([row["model"], batch, *rates, _spread(ratio, 3), waiting, str(ratio["n"])])
+        rows.append([*head, spread(device, 3), spread(host, 2), str(device["n"])])
     return rows
 
 
@@ -162,7 +49,7 @@ def growth_table(result: Result) -> list[list[str]]:
     head = ["samples", "start-up, CPU-s", "epoch plan, CPU-s", "a batch's rows, us"]
     rows = [[*head, "peak of loading, MiB", "peak with the plan, MiB", "state, bytes"]]
     for row in result["rows"]:
-        seconds = [_spread(row[name], 3) for name in ("startup_s", "plan_s")]
+        seconds = [spread(row[name], 3) for name in ("startup_s", "plan_s")]
         small = [f"{row[name]['median']:.0f}" for name in ("positions_us_per_batch", "index_mib")]
         sizes = [f"{row[name]['median']:.0f}" for name in ("peak_mib", "state_bytes")]
         rows.append([f"{row['samples']:,}", *seconds, *small, *sizes])
@@ -183,7 +70,7 @@ def sweep_table(result: Result) -> list[list[str]]:
         rate = row["images_per_s"]
         gain = rate["median"] / measured[0]["images_per_s"]["median"]
         peak = [f"{row['peak_gib']:.1f}"] if has_peak else []
-        rows.append([f"{row[name]:g}", _spread(rate, 1), f"{gain:.2f}x", str(rate["n"]), *peak])
+        rows.append([f"{row[name]:g}", spread(rate, 1), f"{gain:.2f}x", str(rate["n"]), *peak])
     return rows
 
 
@@ -207,26 +94,20 @@ def profile_table(result: Result) -> list[list[str]]:
     for row in result["rows"]:
         before, predicted = row["images_per_s_before"], row["predicted_images_per_s"]
         measured = row["measured_images_per_s"]
-        cells = [f"{before:.0f}", f"{predicted:.0f}", _spread(measured, 0)]
+        cells = [f"{before:.0f}", f"{predicted:.0f}", spread(measured, 0)]
         rows.append([row["action"], *cells, f"{row['error']:+.1%}", str(measured["n"])])
     return rows
 
 
 TABLES: dict[str, Callable[[Result], list[list[str]]]] = {
-    "loader": loader_table,
-    "step": step_table,
+    **tables.TABLES,
     "presized": presized_table,
-    "levers": levers_table,
-    "kernels": kernels_table,
     "color": color_table,
-    "e2e": e2e_table,
     "growth": growth_table,
     "sweep": sweep_table,
     "planted": planted_table,
     "profile": profile_table,
 }
-NOTES: dict[str, Callable[[Result], list[str]]] = {"loader": loader_notes}
-"""Lines under a table."""
 
 
 def render(name: str, results: str) -> str:
@@ -245,17 +126,14 @@ def render(name: str, results: str) -> str:
 
 
 def _render_one(name: str, link: str, result: Result) -> str:
-    head, *body = TABLES[name](result)
-    lines = [head, ["---"] * len(head), *body]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    table = tables.markdown(TABLES[name](result))
     data = f"; {result['config']['data']}" if "data" in result["config"] else ""
-    notes = "\n".join(f"- {note}" for note in NOTES[name](result)) if name in NOTES else ""
+    notes = (
+        "\n".join(f"- {note}" for note in tables.NOTES[name](result))
+        if name in tables.NOTES
+        else ""
+    )
     return (
         f"{table}\n\n{notes}{notes and chr(10) * 2}Median (smallest to largest) of n interleaved rounds on "
         f"{result['machine']['device']}{data}; [result file]({link})."
     )
-
-
-def _spread(summary: dict[str, float], digits: int) -> str:
-    median, low, high = (f"{summary[key]:.{digits}f}" for key in ("median", "min", "max"))
-    return f"{median} ({low} to {high})"

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
-from lib.harness import ROOT
+from lib.results import ROOT
 
 ROOMS = ("pipeline", "model", "kernels", "train")
 STEPS_BEFORE, STEPS = 6, 6

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,22 +15,17 @@ from support.pipeline_data import jpeg, photo, write_tar
 from cmae.pipeline import ViewConfig
 from cmae.pipeline.formats.shard_index import build_index, index_path, save_index
 
-ROOT = Path(__file__).resolve().parents[2]
 VIEWS = {"img_size": 32, "source_crop_size": 40, "target_shift": 8}
 
 
 @pytest.fixture(scope="module")
 def bench() -> Iterator[Any]:
-    """The benchmark's modules, as if run from their folder."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import bench_loader
-    import peers
-    from lib import data, tables
-    from peers import check, contract
+    """The benchmark's modules."""
+    from cmae.train.bench import images, loader, peers, tables
+    from cmae.train.bench.peers import check, contract
 
-    modules = {"data": data, "loader": bench_loader, "peers": peers, "tables": tables}
-    yield type("Bench", (), modules | {"check": check, "contract": contract})
-    sys.path.remove(str(ROOT / "benchmarks"))
+    modules = {"data": images, "loader": loader, "peers": peers, "tables": tables}
+    return type("Bench", (), modules | {"check": check, "contract": contract})
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,10 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import bench_growth
 import gpu_suite
-from lib import compare, harness, plots, suites, tables
+from lib import plots, results, suites, tables
+
+from cmae.errors import CmaeError
+from cmae.train.bench import compare
 
 
 def summary(median: float, spread: float = 0.01, n: int = 3) -> dict[str, float]:
@@ -77,7 +80,7 @@ class TestCompare:
     def test_two_devices_are_not_compared_unless_told(self) -> None:
         machine = {"device": "another", "git": "abc", "versions": {"torch": "2.15"}}
         other = result(machine=machine)
-        with pytest.raises(compare.NotComparableError, match="--any-device"):
+        with pytest.raises(compare.NotComparableError, match="--any_device"):
             compare.check_comparable(result(), other, any_device=False)
         notes = compare.check_comparable(result(), other, any_device=True)
         assert notes == ["torch 2.14, then 2.15"]
@@ -101,15 +104,17 @@ class TestCompare:
         device: str,
         code: int,
         tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         new = result(rate=rate)
         new["machine"]["device"] = device
         paths = [tmp_path / "old.json", tmp_path / "new.json"]
         for path, content in zip(paths, (result(), new), strict=True):
             path.write_text(json.dumps(content))
-        monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, paths)])
-        assert compare.main() == code
+        if code == 2:
+            with pytest.raises(CmaeError, match="do not compare: measured on card and on other"):
+                compare.compare_files(*paths, threshold=0.05, any_device=False)
+        else:
+            assert compare.compare_files(*paths, threshold=0.05, any_device=False) == code
 
 
 class TestSuite:
@@ -205,6 +210,43 @@ class TestSuite:
             files = [word for word in command if word.endswith(".py")]
             assert all((ROOT / word).is_file() for word in files)
 
+    def test_if_every_section_took_its_limit_four_calls_would_hold_them_all(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """On a simulated clock: nine minutes a call, each going on where the one before it stopped."""
+        now, begun = [0.0], []
+
+        def run_section(name: str, command: object, *, limit_s: float) -> dict[str, Any]:
+            begun.append(name)
+            wanted = gpu_suite.LIMITS_S[name]
+            now[0] += min(wanted, limit_s)
+            code = 0 if limit_s >= wanted else 124
+            return {"section": name, "exit_code": code, "seconds": wanted, "results": []}
+
+        monkeypatch.setattr(suites, "run_section", run_section)
+        monkeypatch.setattr(suites.time, "perf_counter", lambda: now[0])
+        rows: list[dict[str, Any]] = []
+        for _ in range(4):
+            started = now[0]
+            names = list(gpu_suite.SECTIONS)
+            rows = suites.run_sections(
+                gpu_suite.SECTIONS, names, budget_s=540, limits_s=gpu_suite.LIMITS_S, known=rows
+            )
+            assert now[0] - started <= 540
+        assert begun == names  # the order of the questions, none twice
+        assert all(row["exit_code"] is not None for row in rows)
+
+    @pytest.mark.parametrize("name", gpu_suite.SECTIONS)
+    def test_commands_of_the_gpu_suite_are_understood(self, name: str) -> None:
+        command = suites.with_shards({name: gpu_suite.SECTIONS[name]}, "x.tar")[name]
+        if command[1:4] != [*suites.BENCH[1:]]:
+            return
+        from cmae.train.commands.main import main
+
+        with pytest.raises(SystemExit) as stopped:
+            main([*command[3:], "--print_config"])
+        assert stopped.value.code in (0, None)
+
     def test_limits_of_the_cpu_suite_fit_under_fifteen_minutes(self) -> None:
         assert suites.LIMITS_S.keys() <= suites.SECTIONS.keys()
         parser = suites.build_parser("", suites.SECTIONS, budget_s=870)
@@ -219,9 +261,9 @@ class TestSuite:
     def test_the_suite_writes_a_summary_and_copies_results(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        for module in (harness, suites):
+        for module in (results, suites):
             monkeypatch.setattr(module, "ROOT", tmp_path)
-        monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
+        monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
         code = "open('x.json', 'w').write('{}'); print('wrote x.json')"
         sections = {"one": [sys.executable, "-c", code]}
         parser = suites.build_parser("", sections, budget_s=60)

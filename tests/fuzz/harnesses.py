@@ -37,7 +37,7 @@ from cmae.pipeline.shards.image_folder import read_image_list
 from cmae.pipeline.shards.repair import repair_shards
 from cmae.pipeline.shards.verify import verify_shards
 from cmae.pipeline.sources.expand import expand_shards
-from cmae.train.commands.bench import find_measured
+from cmae.train.bench.estimate import find_measured
 from cmae.train.config_parser import load_recipe, read_recipe
 from cmae.train.loop.weights import load_initial_weights, save_model
 from cmae.train.monitor.metrics import read_metrics

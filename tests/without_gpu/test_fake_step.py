@@ -11,8 +11,9 @@ from support.stub_step import BATCH, CASES, FULL
 from cmae.model import ModelConfig
 from cmae.model.analysis.operations import Precision
 from cmae.model.analysis.roofline import ema_bytes, optimizer_bytes
-from cmae.train.commands.bench import GPUS, estimate_step
+from cmae.train.bench.estimate import estimate_step
 from cmae.train.config import Config, OptimConfig, SpeedConfig
+from cmae.train.gpus import GPUS
 
 Facts = dict[str, Any]
 

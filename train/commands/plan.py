@@ -16,9 +16,10 @@ from rich.table import Table
 from cmae.errors import CmaeError, require
 from cmae.model import count_parameters
 from cmae.train.batch_split import divisors
-from cmae.train.commands.bench import GPUS, Estimate, Gpu, estimate_step, find_measured
+from cmae.train.bench.estimate import Estimate, estimate_step, find_measured
 from cmae.train.config import Config
 from cmae.train.config_parser import load_recipe
+from cmae.train.gpus import GPUS, Gpu
 from cmae.train.monitor.console import PlainConsole
 
 IMAGENET = 1_281_167

@@ -85,7 +85,7 @@ def _plan(parser: Parser) -> Run:
         "--results",
         type=Path,
         default=Path("benchmarks/results"),
-        help="folder with files of benchmarks/bench_step.py",
+        help="folder with files of `cmae bench step`",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -149,7 +149,7 @@ def _bench(parser: Parser) -> Run:
         "--results",
         type=Path,
         default=Path("benchmarks/results"),
-        help="folder with files of benchmarks/bench_step.py",
+        help="folder with files of `cmae bench step`",
     )
 
     def run(parsed: Namespace) -> int:
@@ -163,6 +163,45 @@ def _bench(parser: Parser) -> Run:
             results=parsed.results,
             as_json=parsed.json,
         )
+
+    return run
+
+
+def _measure(*names: str) -> Callable[[Parser], Run]:
+    def build(parser: Parser) -> Run:
+        from cmae.train.bench.config import BenchConfig
+        from cmae.train.config_parser import add_config, instantiate, to_config
+
+        add_config(parser)
+        parser.add_class_arguments(BenchConfig)
+
+        def run(parsed: Namespace) -> int:
+            sections = instantiate(parser, parsed)
+            chosen = BenchConfig(**{one.name: sections[one.name] for one in fields(BenchConfig)})
+            from cmae.train.commands.bench import run_benchmarks
+
+            return run_benchmarks(names, to_config(sections), chosen)
+
+        return run
+
+    return build
+
+
+def _compare(parser: Parser) -> Run:
+    parser.add_argument("old", type=Path, help="result file to compare with")
+    parser.add_argument("new", type=Path, help="result file to judge")
+    parser.add_argument(
+        "--threshold", type=float, default=0.05, help="0.05: 5 percent worse is tolerated"
+    )
+    parser.add_argument(
+        "--any_device", action="store_true", help="compare other devices and settings too"
+    )
+
+    def run(parsed: Namespace) -> int:
+        from cmae.train.bench.compare import compare_files
+
+        options = {"threshold": parsed.threshold, "any_device": parsed.any_device}
+        return compare_files(parsed.old, parsed.new, **options)
 
     return run
 
@@ -377,11 +416,53 @@ COMMANDS: dict[str, Command] = {
         "The same command continues the run after any interruption.",
     ),
     "bench": Command(
-        "what a recipe's step costs on a GPU, at best",
+        "measure loader, step, kernels and both together; or count what a step costs at best",
         _bench,
         "Count what a recipe's training step computes, moves and keeps, and what a GPU makes of it at best. "
-        "Example: cmae bench --recipe cmae_vit_b --gpu h200 --batch_size 256",
+        "Example: cmae bench --recipe cmae_vit_b --gpu h200 --batch_size 256. To measure on this machine: "
+        "`cmae bench all --help`, or loader, step, kernels, e2e; `cmae bench compare --help`.",
         only_shows=True,
+        commands={
+            "loader": Command(
+                "images/s of the loader beside other people's",
+                _measure("loader"),
+                "Measure the loader on a recipe's shards beside other people's loaders, in interleaved "
+                "rounds, with the synthetic ceiling. Example: cmae bench loader --recipe cmae_vit_b "
+                "--data.shards '/data/imagenet/train-*.tar' --colors exact none",
+            ),
+            "step": Command(
+                "images/s, TFLOP/s and MFU of the training step",
+                _measure("step"),
+                "Measure a recipe's training step on synthetic batches, beside MAE's step as its public "
+                "code does it; --levers true measures each switch instead. Example: cmae bench step --recipe "
+                "cmae_vit_b --batch_size 256",
+            ),
+            "kernels": Command(
+                "each kernel beside eager and compiled torch",
+                _measure("kernels"),
+                "Measure every kernel, forward and backward, beside eager and compiled torch and the floor "
+                "of what must be moved. Example: cmae bench kernels",
+            ),
+            "e2e": Command(
+                "the step fed by the loader, over the step on synthetic batches",
+                _measure("e2e"),
+                "Measure how much of the step's rate is left when real images feed it. Example: cmae bench "
+                "e2e --recipe cmae_vit_b --data.shards '/data/imagenet/train-*.tar'",
+            ),
+            "all": Command(
+                "kernels, step, loader and e2e",
+                _measure("kernels", "step", "loader", "e2e"),
+                "Measure kernels, step, loader and both together. Example: cmae bench all --recipe "
+                "cmae_vit_b --data.shards '/data/imagenet/train-*.tar'",
+            ),
+            "compare": Command(
+                "what changed between two result files",
+                _compare,
+                "Has something become slower? Row by row; exit code 1 on a regression. "
+                "Example: cmae bench compare old.json new.json",
+                only_shows=True,
+            ),
+        },
     ),
     "tune": Command(
         "find the loader's fastest settings for this machine and shards",

@@ -168,11 +168,13 @@ def _loop(run: _Run, step: int, *, total_steps: int) -> Outcome:
         batches = step_batches.next_batches(run.split.accumulation)
         if batches is None:  # on every rank alike
             break
+        is_told = (step + 1) % config.run.log_every == 0 or step + 1 == last_step
         losses, taken = run.train_step(
             batches,
             lr=schedule(step),
             momentum=ema_momentum(config.model, step, total_steps),
             meanwhile=fetch_ahead if step + 1 < last_step else None,
+            with_norm=is_told,
         )
         if not taken:  # nothing has moved: not the weights, not the schedule, not the counter
             skipped += 1
@@ -186,12 +188,13 @@ def _loop(run: _Run, step: int, *, total_steps: int) -> Outcome:
         skipped = 0
         step += 1
         run_log.step(step, batches, losses)
-        if step % config.run.log_every == 0 or step == last_step:
+        if is_told:
             run_log.record(
                 step,
                 lr=schedule(step - 1),
                 epoch=batches[-1].epoch,
                 bad_samples=step_batches.bad_samples,
+                vitals=run.train_step.vitals,
             )
         if config.run.image_every and step % config.run.image_every == 0:
             run_log.draw_images(step, run.train_step.model, batches[0])

@@ -82,6 +82,8 @@ class TrainStep:
         _set_residual(model, self.target_copy, self.dtype if optim.residual == "16bit" else None)
         self._target_pass = _compile(model, self.target_copy, speed.compile)
         self.network = _replicate(model, optim, world)
+        self.grad_norm: Tensor | None = None
+        """Norm of all gradients before clipping, of the last step that was asked for it; on the device."""
         self._log = log
         self._is_pinned = False
 
@@ -92,6 +94,7 @@ class TrainStep:
         lr: float,
         momentum: float,
         meanwhile: Callable[[], None] | None = None,
+        with_norm: bool = False,
     ) -> tuple[Tensor, bool]:
         """Take one step on the micro-batches of one global batch.
 
@@ -100,20 +103,27 @@ class TrainStep:
             lr: Learning rate of this step.
             momentum: Share of the old target that its moving average keeps.
             meanwhile: Called when the optimiser's work is queued, before this process waits for it.
+            with_norm: Whether to take the norm of the gradients for `grad_norm`, one more pass over them.
 
         Returns:
             The losses as a vector in the order of `Losses`, means over the micro-batches, on the device; and
             whether the step was taken. A skipped step leaves the weights, both branches, as they were.
         """
         losses = self.backward(batches)
-        taken = self.update(lr, meanwhile=meanwhile)
+        taken = self.update(lr, meanwhile=meanwhile, with_norm=with_norm)
         if not taken:
             self._recover()
         elif self.model.config.has_contrast:
             self.move_target(momentum)
         return losses, taken
 
-    def update(self, lr: float, *, meanwhile: Callable[[], None] | None = None) -> bool:
+    def update(
+        self,
+        lr: float,
+        *,
+        meanwhile: Callable[[], None] | None = None,
+        with_norm: bool = False,
+    ) -> bool:
         """Let the optimiser take the gradients, unless one is not finite; says whether it did."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -122,7 +132,11 @@ class TrainStep:
         # by a copy that is asked for now and awaited when the optimiser's work is queued behind it.
         skipped = HostFlag(self.scaler._found_inf_per_device(self.optimizer).values())
         if self.clip_grad is not None:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
+            self.grad_norm = norm.detach()
+        elif with_norm:
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            self.grad_norm = torch.nn.utils.get_total_norm(gradients)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -151,6 +165,13 @@ class TrainStep:
         self.model.update_target(momentum)
         if self.target_copy is not None:
             self.target_copy.refresh()
+
+    def vitals(self) -> dict[str, float]:
+        """`grad_norm` of the last step that took it, and in fp16 `loss_scale`. Waits for the device."""
+        found = {} if self.grad_norm is None else {"grad_norm": self.grad_norm.item()}
+        if self.precision == "fp16":
+            found["loss_scale"] = self.scaler.get_scale()
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on, but the data."""

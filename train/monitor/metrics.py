@@ -393,6 +393,8 @@ def describe_fill(progress: FillProgress) -> str:
 def describe(record: dict[str, float]) -> str:
     """One line for one record; terms that the model does not have are left out."""
     parts = [f"{record['images_per_s']:.4g} images/s", f"wait {record['data_wait_pct']:.1f}%"]
+    if "mfu_pct" in record:
+        parts.append(f"MFU {record['mfu_pct']:.0f}%")
     parts += [f"loss {record['total']:.4f}"]
     names = {
         "reconstruction": "pixel",

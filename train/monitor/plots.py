@@ -30,6 +30,8 @@ _PANELS = (
         {"positive_similarity": "same image", "negative_similarity": "other images"},
     ),
     _Panel("learning rate", {"lr": "lr"}, from_zero=True),
+    _Panel("norm of the gradients", {"grad_norm": "norm"}, from_zero=True),
+    _Panel("loss scale", {"loss_scale": "scale"}, from_zero=True),
     _Panel("images / s", {"images_per_s": "images / s"}, from_zero=True),
 )
 _OLDER_NAMES = {"info_nce": "contrastive_raw"}

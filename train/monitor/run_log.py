@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import psutil
 import torch
 import yaml
 from rich.text import Text
 from torch import Tensor
 
-from cmae.model import CMAE
+from cmae.model import CMAE, count_multiply_adds
 from cmae.model.blocks import unpinned
 from cmae.pipeline import Batch, FillProgress, Loader
 from cmae.pipeline.bad_samples import LEDGER_FILE
 from cmae.pipeline.formats.atomic import atomic_write
 from cmae.train.config import Config
 from cmae.train.distributed import World
+from cmae.train.gpus import vendor_tflops
 from cmae.train.monitor.console import labelled
 from cmae.train.monitor.gpu import gpu_reader
 from cmae.train.monitor.images import first_batch_grid, reconstruction_grid
@@ -50,6 +52,8 @@ class RunLog:
         self._start_step = start_step
         self._total_steps = total_steps
         self._window = MetricWindow(world.device)
+        self._multiply_adds = count_multiply_adds(config.model)["training_step"]
+        self._vendor_tflops = vendor_tflops(world.device)
         self._publisher = StatusPublisher(
             config.run.out,
             world,
@@ -158,8 +162,24 @@ class RunLog:
                 lambda: first_batch_grid(batches[0], self._config.run.out / "first_batch.png")
             )
 
-    def record(self, step: int, *, lr: float, epoch: int, bad_samples: int) -> None:
-        """Average over the ranks since the last record, write and show. A collective."""
+    def record(
+        self,
+        step: int,
+        *,
+        lr: float,
+        epoch: int,
+        bad_samples: int,
+        vitals: Callable[[], dict[str, float]] = dict,
+    ) -> None:
+        """Average over the ranks since the last record, write and show. A collective.
+
+        Args:
+            step: Number of steps taken.
+            lr: Learning rate of the last one.
+            epoch: Epoch of its samples.
+            bad_samples: Samples replaced so far, over all ranks.
+            vitals: Gives more about the step, such as its gradients' norm; asked on the first rank.
+        """
         record = self._window.read(
             images_per_step=self._config.optim.global_batch_size,
             waited_s=self._loader.wait_s,
@@ -168,7 +188,8 @@ class RunLog:
         self._publisher.loss = record["total"]
         if not self._world.is_main:
             return
-        record |= {"lr": lr, "epoch": epoch, "bad_samples": bad_samples}
+        record |= {"lr": lr, "epoch": epoch, "bad_samples": bad_samples, **vitals()}
+        record |= self._throughput(record["images_per_s"])
         self._log.write(step, record)
         self._display.show(step, record)
         if bad_samples > self._seen_bad:
@@ -186,6 +207,18 @@ class RunLog:
                 f"`cmae top` has no news of this run: its status cannot be written ({error}); it is tried "
                 "again every few seconds"
             )
+
+    def _throughput(self, images_per_s: float) -> dict[str, float]:
+        """Per rank: images and published operations a second, their share of the vendor's rate, memory."""
+        device, own = self._world.device, images_per_s / self._world.world_size
+        tflops = 2e-12 * self._multiply_adds * own
+        found = {"images_per_s_per_rank": own, "tflops_per_rank": tflops}
+        if self._vendor_tflops is not None:
+            found["mfu_pct"] = 100 * tflops / self._vendor_tflops
+        if device.type == "cuda":
+            found["device_peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        found["host_gib"] = psutil.Process().memory_info().rss / 2**30
+        return found
 
     def skipped(self, step: int, count: int, batches: Sequence[Batch], losses: Tensor) -> None:
         """Note a step that was not taken, with its samples, on every rank."""

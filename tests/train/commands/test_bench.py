@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from cmae.model import ModelConfig, count_multiply_adds
-from cmae.train.commands.bench import GPUS, Gpu, estimate_step, find_measured, measure_device
+from cmae.train.bench.estimate import estimate_step, find_measured, measure_device
 from cmae.train.commands.main import main
 from cmae.train.config import Config, OptimConfig, SpeedConfig
+from cmae.train.gpus import GPUS, Gpu
 
 VIT_B = Config()
 

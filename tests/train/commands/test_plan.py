@@ -10,10 +10,11 @@ import pytest
 
 from cmae.errors import CmaeError
 from cmae.model import count_parameters
-from cmae.train.commands.bench import GPUS, estimate_step
+from cmae.train.bench.estimate import estimate_step
 from cmae.train.commands.main import main
 from cmae.train.commands.plan import Cluster, Plan, parse_gpus, plan_run
 from cmae.train.config_parser import load_recipe
+from cmae.train.gpus import GPUS
 
 VIT_B = load_recipe("cmae_vit_b")
 A100 = GPUS["a100"]

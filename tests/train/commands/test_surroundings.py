@@ -362,7 +362,7 @@ class TestBeforeTheWork:
         path.write_text(content)
         assert main(["bench", "--recipe", "demo", "--results", str(tmp_path)]) == 1
         error = capsys.readouterr().err
-        assert f"{path} is no result of benchmarks/bench_step.py" in error
+        assert f"{path} is no result of `cmae bench step`" in error
         assert error.count("\n") == 1
 
 

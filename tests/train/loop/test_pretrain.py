@@ -105,6 +105,13 @@ def test_mae_trains_on_one_view(small_shards: str, tmp_path: Path) -> None:
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert records[-1]["contrastive_raw"] == 0
     assert records[-1]["total"] == pytest.approx(records[-1]["reconstruction"])
+    record = records[-1]
+    assert record["grad_norm"] > 0
+    assert record["host_gib"] > 0
+    assert record["images_per_s_per_rank"] == record["images_per_s"]
+    assert record["tflops_per_rank"] > 0
+    assert "mfu_pct" not in record  # nobody states a CPU's rate
+    assert "loss_scale" not in record
 
 
 def start(shards: str, out: Path, *launcher: str, **overrides: object) -> subprocess.Popen[str]:

@@ -148,6 +148,26 @@ def test_another_precision_resumes_with_a_loss_scale_of_its_own() -> None:
     assert step([make_batch(SMALL, 0, 8)], lr=1e-3, momentum=0.9)[1]
 
 
+def test_the_norm_of_the_gradients_is_told_where_asked_and_changes_nothing() -> None:
+    steps = [TrainStep(build_model(SMALL, seed=0), OPTIM, SpeedConfig(), ALONE) for _ in range(3)]
+    clipped = replace(OPTIM, clip_grad=1e9)
+    steps[2] = TrainStep(build_model(SMALL, seed=0), clipped, SpeedConfig(), ALONE)
+    norms = []
+    for step, with_norm in zip(steps, (False, True, False), strict=True):
+        step([make_batch(SMALL, 0, 8)], lr=1e-3, momentum=0.9, with_norm=with_norm)
+        norms.append(step.vitals().get("grad_norm"))
+    assert norms[0] is None
+    twin = TrainStep(build_model(SMALL, seed=0), OPTIM, SpeedConfig(), ALONE)
+    twin.backward([make_batch(SMALL, 0, 8)])
+    expected = sum(
+        p.grad.double().square().sum() for p in twin.model.parameters() if p.grad is not None
+    )
+    assert norms[1] == pytest.approx(float(expected) ** 0.5, rel=1e-5)
+    assert norms[2] == norms[1]
+    for name, value in steps[0].model.state_dict().items():
+        assert torch.equal(value, steps[1].model.state_dict()[name]), name
+
+
 def test_steps_lower_the_loss() -> None:
     step = TrainStep(build_model(SMALL, seed=0), OPTIM, SpeedConfig(), ALONE)
     batch = make_batch(SMALL, 0, 8)

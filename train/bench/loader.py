@@ -1,10 +1,6 @@
 """How fast do two views of real JPEGs come, beside other loaders on the same images and cores?
 
-    python benchmarks/bench_loader.py --shards '/data/imagenet/train-*.tar'
-    python benchmarks/bench_loader.py --check      look at what the peers make, measure nothing
-
-Without --shards it takes the research sample, or photographs of scikit-image where there is none: the result
-file says which. benchmarks/peers/ holds the other loaders; one that is not installed is named with the
+peers/ holds the other loaders; one that is not installed is named with the
 reason, and what it makes stands in its row. Rows 'downscaled' read shards of `cmae shards write --max-size`,
 which do not hold the original images.
 
@@ -18,25 +14,28 @@ own readers within 10 % of our DALI graph; the re-created authors' loader 30 % s
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from lib.data import MAX_UNPACKED, Data, prepare_shards, unpack_images, write_presized
-from lib.harness import Measurement, interleave, summarise, time_batches, write_result
-from peers import find_peers
-from peers.check import check_peer
-from peers.contract import Absent, Job, Peer
 
+from cmae.errors import require
 from cmae.kernels import color_jitter
 from cmae.model import ModelConfig, draw_mask
-from cmae.pipeline import LoaderConfig, ViewConfig, build_loader, synthetic_batches
+from cmae.pipeline import LoaderConfig, build_loader, expand_shards, synthetic_batches
+from cmae.train.bench.config import BenchConfig
+from cmae.train.bench.harness import Measurement, Report, interleave, summarise, time_batches
+from cmae.train.bench.images import MAX_UNPACKED, Data, unpack_images, with_indices, write_presized
+from cmae.train.bench.peers import find_peers
+from cmae.train.bench.peers.check import check_peer
+from cmae.train.bench.peers.contract import Absent, Job, Peer
+from cmae.train.config import Config
 
 CORES = len(os.sched_getaffinity(0))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -49,7 +48,7 @@ class Contender(NamedTuple):
     run: Callable[[], Measurement] | None
 
 
-def cmae_run(job: Job, *, source: str, backend: str, shards: list[str], count: int) -> Measurement:
+def cmae_run(job: Job, *, source: Any, backend: Any, shards: list[str], count: int) -> Measurement:
     """One measurement window of our loader."""
     config = LoaderConfig(
         shards,
@@ -136,15 +135,70 @@ def check(jobs: list[Job]) -> None:
             print(f"{job.views.color:<6} {peer.name}: {peer.views}: as stated", flush=True)
 
 
-def measure(jobs: list[Job], presized: dict[int, list[str]], arguments: argparse.Namespace) -> list:
-    """Rows of the result file, from interleaved rounds."""
-    count = arguments.batches
-    contenders = [one for job in jobs for one in build_contenders(job, presized, count=count)]
+def bench_loader(config: Config, bench: BenchConfig) -> Report:
+    """Rates of our loader and of other people's on the shards of a recipe.
+
+    Args:
+        config: The recipe; `data.shards` may name any tars, `data.num_threads` the threads of all.
+        bench: What to compare and how often.
+
+    Raises:
+        CmaeError: There are no shards.
+    """
+    require(bool(config.data.shards), "data.shards", config.data.shards, "tars to read")
+    count, rounds = bench.steps or 10, bench.rounds or 5
+    with tempfile.TemporaryDirectory() as folder:
+        data = with_indices(expand_shards(config.data.shards), Path(folder))
+        images = None
+        if data.num_images <= MAX_UNPACKED and (bench.peers or bench.presized):
+            images = unpack_images(data.shards, Path(folder))
+        presized = {}
+        if images is not None:
+            for size in bench.presized:
+                presized[size] = write_presized(images, Path(folder), max_size=size)
+        jobs = build_jobs(config, bench, data, images)
+        rows = measure(jobs, presized, count=count, rounds=rounds, peers=bench.peers)
+    settings: dict[str, Any] = {"batch_size": jobs[0].batch_size, "batches": count}
+    settings["rounds"] = rounds
+    settings |= {"colors": [job.views.color for job in jobs], "presized": bench.presized}
+    settings |= {"data": data.description, "shards": len(data.shards), "device": DEVICE}
+    return Report("loader", "", settings | {"threads": jobs[0].threads}, rows)
+
+
+def build_jobs(config: Config, bench: BenchConfig, data: Data, images: Path | None) -> list[Job]:
+    """What is asked for in each colour mode."""
+    views = config.data.views
+    size = bench.batch_size or (64 if DEVICE == "cpu" else 128)
+    threads = config.data.num_threads or CORES
+    return [
+        Job(data.shards, images, replace(views, color=color), size, threads, DEVICE)
+        for color in bench.colors or [views.color]
+    ]
+
+
+def measure(
+    jobs: list[Job], presized: dict[int, list[str]], *, count: int, rounds: int, peers: bool
+) -> list[dict[str, Any]]:
+    """Rows of the result file, from interleaved rounds.
+
+    Args:
+        jobs: What is asked for, by colour mode.
+        presized: Shards of the same images, by the shorter side to which they are downscaled.
+        count: Timed batches of a round.
+        rounds: Number of rounds.
+        peers: Whether other people's loaders run too.
+    """
+    contenders = [
+        one
+        for job in jobs
+        for one in build_contenders(job, presized, count=count)
+        if peers or one.row["peer"].startswith("cmae")
+    ]
     ceiling = {"peer": "synthetic ceiling", "views": "drawn once, given again", "color": "-"}
     contenders.append(Contender(ceiling, partial(synthetic_run, jobs[-1], count=count)))
     measured = interleave(
         {f"{one.row['color']}: {one.row['peer']}": one.run for one in contenders if one.run},
-        rounds=arguments.rounds,
+        rounds=rounds,
     )
     rows: list[dict[str, Any]] = []
     for row, _ in contenders:
@@ -159,52 +213,3 @@ def measure(jobs: list[Job], presized: dict[int, list[str]], arguments: argparse
         )
         rows.append(row | rates)
     return rows
-
-
-def build_jobs(data: Data, images: Path | None, arguments: argparse.Namespace) -> list[Job]:
-    """What is asked for in each colour mode."""
-    return [
-        Job(data.shards, images, ViewConfig(color=color), arguments.batch_size, CORES, DEVICE)
-        for color in arguments.colors
-    ]
-
-
-def main() -> None:
-    """Measure and write the result file, or check."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--shards", help="tars; default: the sample in CMAE_DATA, else photographs")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--batches", type=int, default=10, help="timed batches per round")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--colors", nargs="+", default=["exact", "fast", "none"])
-    parser.add_argument(
-        "--presized", nargs="*", type=int, default=[512, 400], help="shorter side, px"
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="look at the peers' views, measure nothing"
-    )
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        data = prepare_shards(arguments.shards, Path(folder))
-        images, presized = None, {}
-        if data.num_images <= MAX_UNPACKED:
-            images = unpack_images(data.shards, Path(folder))
-        if images is not None and not arguments.check:
-            for size in arguments.presized:
-                presized[size] = write_presized(images, Path(folder), max_size=size)
-        jobs = build_jobs(data, images, arguments)
-        if arguments.check:
-            check(jobs)
-            return
-        rows = measure(jobs, presized, arguments)
-    config = {
-        key: value for key, value in vars(arguments).items() if key not in ("shards", "check")
-    }
-    config |= {"data": data.description, "shards": len(data.shards), "threads": CORES}
-    write_result("loader", config=config | {"device": DEVICE}, rows=rows)
-
-
-if __name__ == "__main__":
-    main()

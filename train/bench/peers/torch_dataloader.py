@@ -8,10 +8,10 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from lib.data import image_places, read_image
 
-from peers.contract import Job, Pair, Peer
-from peers.pillow_views import NormalisedViews, PillowViews, describe_pillow
+from cmae.train.bench.images import image_places, read_image
+from cmae.train.bench.peers.contract import Job, Pair, Peer
+from cmae.train.bench.peers.pillow_views import NormalisedViews, PillowViews, describe_pillow
 
 
 def find(job: Job) -> Iterator[Peer]:

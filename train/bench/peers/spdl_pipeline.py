@@ -11,11 +11,11 @@ from importlib.metadata import version
 
 import numpy as np
 import torch
-from lib.data import Place, image_places, read_image
 from PIL import Image
 
-from peers.contract import Absent, Job, Pair, Peer
-from peers.pillow_views import PillowViews, describe_pillow
+from cmae.train.bench.images import Place, image_places, read_image
+from cmae.train.bench.peers.contract import Absent, Job, Pair, Peer
+from cmae.train.bench.peers.pillow_views import PillowViews, describe_pillow
 
 
 def find(job: Job) -> Iterator[Peer | Absent]:
@@ -78,7 +78,8 @@ def _decode_source_crop(place: Place, views: PillowViews) -> np.ndarray:
         "format=pix_fmts=rgb24",
     ]
     buffer = spdl.io.load_image(read_image(place), filter_desc=",".join(steps))
-    return spdl.io.to_numpy(buffer)
+    pixels: np.ndarray = spdl.io.to_numpy(buffer)
+    return pixels
 
 
 def _tiny_jpeg() -> bytes:

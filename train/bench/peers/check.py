@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from cmae.pipeline import ViewConfig
-from peers.contract import MEAN, STD, Job, Peer
+from cmae.train.bench.peers.contract import MEAN, STD, Job, Peer
 
 
 def check_peer(peer: Peer, job: Job, *, expected_mean: float, batches: int = 3) -> None:

@@ -8,8 +8,8 @@ from importlib.metadata import version
 
 import webdataset as wds
 
-from peers.contract import Job, Pair, Peer
-from peers.pillow_views import PillowViews, describe_pillow
+from cmae.train.bench.peers.contract import Job, Pair, Peer
+from cmae.train.bench.peers.pillow_views import PillowViews, describe_pillow
 
 
 def find(job: Job) -> Iterator[Peer]:

@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
 from cmae.pipeline import ViewConfig
-from peers.contract import MEAN, STD, Pair
+from cmae.train.bench.peers.contract import MEAN, STD, Pair
 
 
 class PillowViews:

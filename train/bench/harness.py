@@ -9,19 +9,20 @@ import re
 import resource
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
 
+from cmae.pipeline.formats.atomic import atomic_write
 from cmae.train.machine import cpu_name, package_version
+from cmae.train.monitor.gpu import GpuReader, NoNvmlError, bus_id_of
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = (
     "cmae",
     "torch",
@@ -51,6 +52,19 @@ class Measurement:
     def cpu_s_per_1000(self) -> float:
         """CPU-seconds of this process and its children for 1000 images."""
         return 1000 * self.cpu_s / self.images
+
+
+class Report(NamedTuple):
+    """What a benchmark found."""
+
+    benchmark: str
+    """The question, for instance 'loader'."""
+    label: str
+    """Tells apart two results of one benchmark, for instance 'vit-l'; '' where there is one."""
+    config: dict[str, Any]
+    """Everything that was chosen."""
+    rows: list[dict[str, Any]]
+    """One a contender."""
 
 
 class CpuClock:
@@ -96,7 +110,7 @@ def interleave(
             measured[name].append(result)
             print(
                 f"round {index + 1}/{rounds}  {name:<44} {result.images_per_s:8.1f} images/s",
-                flush=True,
+                file=sys.stderr,
             )
     return measured
 
@@ -122,8 +136,29 @@ def describe_machine() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "versions": {name: package_version(name) for name in PACKAGES},
-        "git": _shell("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD") or "unknown",
-        "git_dirty": bool(_shell("git", "-C", str(ROOT), "status", "--porcelain", "-uno")),
+        "gpu": gpu_state(),
+        **_revision(),
+    }
+
+
+def gpu_state() -> dict[str, float]:
+    """Clock, power, temperature and memory of the GPU now; empty without one or without NVML."""
+    if not torch.cuda.is_available():
+        return {}
+    try:
+        return GpuReader(bus_id_of(torch.device("cuda", torch.cuda.current_device()))).read()
+    except NoNvmlError:
+        return {}
+
+
+def _revision() -> dict[str, Any]:
+    """The commit of the checkout that runs, or the version of the installed package."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "pyproject.toml").exists():
+        return {"git": package_version("cmae"), "git_dirty": False}
+    return {
+        "git": _shell("git", "-C", str(root), "rev-parse", "--short", "HEAD") or "unknown",
+        "git_dirty": bool(_shell("git", "-C", str(root), "status", "--porcelain", "-uno")),
     }
 
 
@@ -134,34 +169,29 @@ def device_name() -> str:
     return f"{cpu_name()} ({len(os.sched_getaffinity(0))} cores)"
 
 
-def write_result(
-    benchmark: str, *, label: str = "", config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
-) -> Path:
-    """Write `results/<date>_<benchmark>_<device>_<sha>.json`; README tables are made from these.
+def write_report(folder: Path, report: Report) -> Path:
+    """Write `<date>_<benchmark>_<device>_<revision>.json`, what tables are made from.
 
     Args:
-        benchmark: The script's question, for instance 'loader'.
-        label: Tells apart two results of one benchmark, for instance 'vit-l'.
-        config: Everything that was chosen.
-        rows: One mapping per contender.
+        folder: Folder of result files; made if missing.
+        report: What was found.
     """
+    benchmark, label, config, rows = report
     machine = describe_machine()
     device = re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
-    path = (
-        RESULTS
-        / f"{time.strftime('%Y-%m-%d')}_{benchmark}_{device}_{machine['git']}{label and '_' + label}.json"
-    )
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    day = time.strftime("%Y-%m-%d")
+    path = folder / f"{day}_{benchmark}_{device}_{machine['git']}{label and '_' + label}.json"
+    folder.mkdir(parents=True, exist_ok=True)
     content = {
         "benchmark": benchmark,
         "label": label,
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "machine": machine,
-        "config": dict(config),
-        "rows": list(rows),
+        "config": config,
+        "rows": rows,
     }
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {path.relative_to(ROOT)}")
+    with atomic_write(path) as file:
+        file.write((json.dumps(content, indent=1) + "\n").encode())
     return path
 
 

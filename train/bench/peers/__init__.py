@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from peers import dali_reader, spdl_pipeline, torch_dataloader, webdataset_loader
-from peers.contract import Absent, Job, Peer
-from peers.ffcv import FFCV
+from cmae.train.bench.peers import (
+    dali_reader,
+    kornia_color,
+    spdl_pipeline,
+    torch_dataloader,
+    webdataset_loader,
+)
+from cmae.train.bench.peers.contract import Absent, Job, Peer
+from cmae.train.bench.peers.ffcv import FFCV
 
 
 def find_peers(job: Job) -> list[Peer | Absent]:
@@ -13,4 +19,5 @@ def find_peers(job: Job) -> list[Peer | Absent]:
         return [*dali_reader.find(job)]
     python = [*torch_dataloader.find(job), *webdataset_loader.find(job)]
     dali = [] if job.views.color == "exact" else [*dali_reader.find(job)]
-    return [*python, *dali, *spdl_pipeline.find(job), FFCV]
+    kornia = [*kornia_color.find(job)] if job.views.color == "exact" else []
+    return [*python, *dali, *kornia, *spdl_pipeline.find(job), FFCV]

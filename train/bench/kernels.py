@@ -1,7 +1,5 @@
 """How close to the hardware's limit are the kernels, and what do they save against plain and compiled torch?
 
-    python benchmarks/bench_kernels.py
-
 Every op, forward and backward, by three contenders: the torch reference, the same under torch.compile, and
 the Triton kernel. The floor is the larger of bytes / measured copy bandwidth and multiply-adds / measured
 matmul rate, counted once for what must be read and written. Between runs a 256 MB buffer is written, so that
@@ -17,21 +15,25 @@ with 32768 keys 14 us floor, kernel 45 us. block_mask: no floor worth the name, 
 
 from __future__ import annotations
 
-import argparse
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from lib.harness import summarise, write_result
 from torch import Tensor
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from cmae.kernels.backend import Backend
 from cmae.kernels.block_mask import block_mask
 from cmae.kernels.info_nce import info_nce
 from cmae.kernels.masked_mse import masked_mse
 from cmae.kernels.patch_gather import patch_gather
+from cmae.train.bench.config import BenchConfig
+from cmae.train.bench.harness import Report, summarise
 
 CONSTANTS = {"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375)}
 MASKS = {"authors": (2, 17), "75 %": (1, 49)}  # mask_unit, units kept of a 14 x 14 grid
@@ -43,7 +45,7 @@ class Case:
 
     op: str
     shape: str
-    run: Callable[[str], Tensor]
+    run: Callable[[Backend], Tensor]
     """Calls the op on a backend; the result is the loss where there is a backward."""
     learnt: Tensor | None
     bytes_forward: int
@@ -83,7 +85,7 @@ def _mask_cases(
 ) -> list[Case]:
     batch = len(images)
     samples = torch.arange(batch, device=images.device)
-    mask = {
+    mask: dict[str, Any] = {
         "grid": (14, 14),
         "mask_unit": mask_unit,
         "num_keep_units": num_keep_units,
@@ -93,7 +95,7 @@ def _mask_cases(
     ids_keep, ids_mask = block_mask(samples, **mask)
     pred = torch.randn(batch, ids_mask.shape[1], 768, device=images.device, dtype=dtype)
     pred.requires_grad_()
-    patches = {"patch_size": 16, **CONSTANTS}
+    patches: dict[str, Any] = {"patch_size": 16, **CONSTANTS}
     size = pred.element_size()
     return [
         Case(
@@ -167,7 +169,7 @@ def time_us(run: Callable[[], Any], device: torch.device) -> float:
     run()
     end.record()
     torch.cuda.synchronize()
-    return 1e3 * start.elapsed_time(end)
+    return 1e3 * float(start.elapsed_time(end))
 
 
 def contenders(case: Case, *, with_triton: bool) -> dict[str, Callable[[], Tensor]]:
@@ -196,11 +198,11 @@ def measure_case(
         for name, run in runs.items():
             flush.fill_(index % 7)
             outputs: list[Tensor] = []
-            forward_us = time_us(lambda run=run, outputs=outputs: outputs.append(run()), device)
+            forward_us = time_us(partial(_append, outputs, run), device)
             backward_us = None
             if case.learnt is not None:
                 flush.fill_(index % 5)
-                backward_us = time_us(lambda outputs=outputs: _backward(case, outputs[0]), device)
+                backward_us = time_us(partial(_backward, case, outputs[0]), device)
             if index >= 2:  # the first rounds compile and warm up
                 times[name]["fwd"].append(forward_us)
                 times[name]["bwd"] += [] if backward_us is None else [backward_us]
@@ -223,9 +225,13 @@ def measure_case(
         print(
             f"{case.op:<13} {case.shape:<22} {name:<8} {row['forward_us']['median']:9.1f} us  "
             f"{share:5.1f} % of floor",
-            flush=True,
+            file=sys.stderr,
         )
     return rows
+
+
+def _append(outputs: list[Tensor], run: Callable[[], Tensor]) -> None:
+    outputs.append(run())
 
 
 def _backward(case: Case, loss: Tensor) -> tuple[Tensor, ...]:
@@ -243,42 +249,38 @@ def _resources(case: Case, run: Callable[[], Tensor]) -> dict[str, Any]:
         if case.learnt is not None:
             _backward(case, out)
         torch.cuda.synchronize()
-    kernels = [e for e in trace.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [e for e in trace.events() if e.device_type == DeviceType.CUDA]
     peak = (torch.cuda.max_memory_allocated() - before) / 2**20
     return {"launches": len(kernels), "peak_mib": round(peak, 2)}
 
 
-def main() -> None:
-    """Measure and write the result file."""
+def bench_kernels(bench: BenchConfig) -> Report:
+    """Every op, forward and backward, by three contenders; on a CPU small shapes by the references alone.
+
+    Args:
+        bench: How many rounds, and the batch size (else 128 and 512 on a GPU).
+    """
     on_gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[128, 512] if on_gpu else [2])
-    parser.add_argument("--keys", type=int, nargs="+", default=[4096, 32768] if on_gpu else [64])
-    parser.add_argument("--rounds", type=int, default=30 if on_gpu else 3)
-    parser.add_argument("--ops", nargs="+", help="only these")
-    arguments = parser.parse_args()
     device = torch.device("cuda" if on_gpu else "cpu")
     if not on_gpu:
         print(
-            "no GPU: small shapes, torch references alone; this tests the script and measures nothing"
+            "no GPU: small shapes, torch references alone; this shows the table, not the kernels",
+            file=sys.stderr,
         )
+    batch_sizes = [bench.batch_size] if bench.batch_size else ([128, 512] if on_gpu else [2])
+    keys = [4096, 32768] if on_gpu else [64]
+    rounds = bench.rounds or (30 if on_gpu else 3)
     dtype = torch.float16 if on_gpu else torch.float32
     limits = measure_limits(device)
     rows: list[dict[str, Any]] = []
-    for case in build_cases(arguments.batch_sizes, arguments.keys, device=device, dtype=dtype):
-        if arguments.ops is None or case.op in arguments.ops:
-            rows += measure_case(case, limits=limits, rounds=arguments.rounds, device=device)
+    for case in build_cases(batch_sizes, keys, device=device, dtype=dtype):
+        rows += measure_case(case, limits=limits, rounds=rounds, device=device)
     config = {
-        **vars(arguments),
+        "batch_sizes": batch_sizes,
+        "keys": keys,
+        "rounds": rounds,
         "dtype": str(dtype),
         "copy_gb_per_s": limits.bytes_per_s / 1e9,
         "matmul_tflops": 2 * limits.multiply_adds_per_s / 1e12,
     }
-    if on_gpu:
-        write_result("kernels", config=config, rows=rows)
-
-
-if __name__ == "__main__":
-    main()
+    return Report("kernels", "", config, rows)

@@ -1,6 +1,6 @@
 """FFCV, which does not install here."""
 
-from peers.contract import Absent
+from cmae.train.bench.peers.contract import Absent
 
 FFCV = Absent(
     "FFCV",

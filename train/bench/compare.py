@@ -1,16 +1,15 @@
 """Has something become slower? Two result files of one benchmark, row by row.
 
-    PYTHONPATH=benchmarks python -m lib.compare benchmarks/results/OLD.json benchmarks/results/NEW.json
+    cmae bench compare OLD.json NEW.json
 
 A measurement has changed when the two ranges (smallest to largest round) do not overlap; it is a regression
 when, moreover, its median is worse by more than --threshold. Rates, ratios and TFLOP/s should grow; seconds,
-bytes and memory should shrink. Exit code 1: a regression, or a row that is gone. 2: not comparable, for they
-come from two devices (--any-device compares them all the same), two benchmarks or two configurations.
+bytes and memory should shrink. Results of two devices (unless --any_device is given), two benchmarks or two
+configurations do not compare.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -20,9 +19,10 @@ from typing import Any
 
 from rich.table import Table
 
+from cmae.errors import CmaeError
+from cmae.train.bench.tables import Result
 from cmae.train.monitor.console import PlainConsole
 
-Result = dict[str, Any]
 _GROWS = ("images_per_s", "samples_per_s", "ratio", "tflops", "psnr", "bandwidth")
 """A measurement whose name holds one of these should be large; any other should be small."""
 
@@ -85,7 +85,7 @@ def check_comparable(before: Result, after: Result, *, any_device: bool) -> list
     devices = [result["machine"]["device"] for result in (before, after)]
     if devices[0] != devices[1] and not any_device:
         raise NotComparableError(
-            f"measured on {devices[0]} and on {devices[1]}; pass --any-device to compare them all the same"
+            f"measured on {devices[0]} and on {devices[1]}; pass --any_device to compare them all the same"
         )
     different = [
         f"{name}: {before['config'].get(name)!r}, then {after['config'].get(name)!r}"
@@ -96,7 +96,7 @@ def check_comparable(before: Result, after: Result, *, any_device: bool) -> list
     serious = [line for line in different if not line.startswith(harmless)]
     if serious and not any_device:
         raise NotComparableError(
-            f"other settings ({'; '.join(serious)}); measure again with the same, or pass --any-device"
+            f"other settings ({'; '.join(serious)}); measure again with the same, or pass --any_device"
         )
     versions = [result["machine"]["versions"] for result in (before, after)]
     return different + [
@@ -157,41 +157,55 @@ def _range(summary: Mapping[str, float] | None) -> str:
     return f"{median} ({low} to {high})"
 
 
-def main() -> int:
-    """Print the comparison; the exit code is for scripts."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("old", type=Path, help="result file to compare with")
-    parser.add_argument("new", type=Path, help="result file to judge")
-    parser.add_argument(
-        "--threshold", type=float, default=0.05, help="0.05: 5 %% worse is tolerated"
-    )
-    parser.add_argument(
-        "--any-device", action="store_true", help="compare devices and settings too"
-    )
-    arguments = parser.parse_args()
-    before, after = (
-        json.loads(path.read_text(encoding="utf-8")) for path in (arguments.old, arguments.new)
-    )
+def compare_files(old: Path, new: Path, *, threshold: float, any_device: bool) -> int:
+    """Print the comparison; returns an exit code for scripts.
+
+    Args:
+        old: Result file to compare with.
+        new: Result file to judge.
+        threshold: How much worse a median may be: 0.05 is 5 %.
+        any_device: Whether to compare other devices and settings too.
+
+    Returns:
+        1: something is slower, or a row is gone; else 0.
+
+    Raises:
+        CmaeError: A file cannot be read or is no result, or the two are not comparable.
+    """
+    before, after = read_result(old), read_result(new)
     try:
-        notes = check_comparable(before, after, any_device=arguments.any_device)
+        notes = check_comparable(before, after, any_device=any_device)
     except NotComparableError as error:
-        print(f"compare: {error}", file=sys.stderr)
-        return 2
+        raise CmaeError(f"{old} and {new} do not compare: {error}") from error
     changes = compare(before, after)
     table = Table()
     for name in ("row", "measurement", "old", "new", "new / old", "finding"):
         table.add_column(name, overflow="fold")
-    for line in _lines(changes, arguments.threshold):
+    for line in _lines(changes, threshold):
         table.add_row(*line, style="bold red" if line[-1] in ("REGRESSION", "gone") else "")
     console = PlainConsole(width=None if sys.stdout.isatty() else 160)
     console.print(table)
     for note in notes:
         console.print(f"differs: {note}", soft_wrap=True)
-    findings = [change.finding(arguments.threshold) for change in changes]
+    findings = [change.finding(threshold) for change in changes]
     return int(bool({"REGRESSION", "gone"} & set(findings)))
 
 
-if __name__ == "__main__":
-    raise SystemExit(main())
+def read_result(path: Path) -> Result:
+    """Contents of a result file.
+
+    Raises:
+        CmaeError: It cannot be read or is none.
+    """
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        known = {"benchmark", "label", "machine", "config", "rows"} <= result.keys()
+        _measurements(result)
+        known = known and isinstance(result["machine"]["device"], str)
+    except OSError as error:
+        raise CmaeError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
+        known = False
+    if not known:
+        raise CmaeError(f"{path} is no result file of `cmae bench`: name one of its JSON files")
+    return dict(result)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Generator, Iterator
+from functools import partial
 from typing import Any
 
 from torch.utils.dlpack import from_dlpack
 
 from cmae.pipeline import ViewConfig
-from peers.contract import Absent, Job, Pair, Peer
+from cmae.train.bench.peers.contract import Absent, Job, Pair, Peer
 
 
 def find(job: Job) -> Iterator[Peer | Absent]:
@@ -36,7 +37,7 @@ def find(job: Job) -> Iterator[Peer | Absent]:
             f"{views}; {backend}",
             f"DALI {dali_version}",
             "uint8 NHWC",
-            lambda job, reader=reader: dali_reader(job, reader),
+            partial(dali_reader, reader=reader),
         )
 
 
@@ -67,13 +68,14 @@ def _dali_pipeline(job: Job, reader: str) -> Any:
     @pipeline_def(
         batch_size=job.batch_size,
         num_threads=job.threads,
-        device_id=0 if on_gpu else None,
+        device_id=0 if on_gpu else None,  # type: ignore[arg-type]  # None: no GPU
         prefetch_queue_depth=2,
         seed=1,
     )
     def graph() -> Any:
         encoded: Any
         if reader == "file":
+            assert job.images is not None, "the images were not unpacked"
             files = sorted(str(path) for path in job.images.rglob("*.jpg"))
             encoded, _ = fn.readers.file(files=files, random_shuffle=True, name="reader")
         else:
