@@ -106,7 +106,7 @@ def kernels_table(result: Result) -> list[list[str]]:
             share = row[f"{part}_floor_us"] / time_us["median"]
             cells += [spread(time_us, 1), f"{100 * share:.0f} %"]
         tail = (row["launches"], row["peak_mib"], row["forward_us"]["n"])
-        rows.append([*cells, *(str(value) for value in tail)])
+        rows.append([*cells, *("-" if value is None else str(value) for value in tail)])
     return rows
 
 
@@ -145,13 +145,17 @@ def markdown(lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *body))
 
 
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def render(result: Result) -> str:
     """A result as a page to paste: table, notes, and the machine it comes from."""
     name, machine, config = result["benchmark"], result["machine"], result["config"]
     lines = [f"### {name}: {machine['device']}", "", markdown(TABLES[name](result)), ""]
     lines += [f"- {note}" for note in NOTES[name](result)] if name in NOTES else []
     versions = ", ".join(f"{key} {value}" for key, value in machine["versions"].items() if value)
-    chosen = ", ".join(f"{key} {value}" for key, value in config.items())
+    chosen = ", ".join(f"{key} {_short(value)}" for key, value in config.items())
     lines += [
         f"- Median (smallest to largest) of n interleaved rounds, {result['written'][:10]}; {chosen}.",
         f"- {machine['cores']} cores ({machine['cpu']}), {machine['memory_gib']} GiB; driver "
