@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -164,11 +165,14 @@ def nearest(name: str, known: list[str]) -> str:
 class _Recipe(ActionConfigFile):
     """`--recipe`: every setting of the file, as if it stood on the command line in its place."""
 
+    folder = "."
+
     def __call__(
         self, parser: Any, cfg: Any, values: Any, option_string: str | None = None
     ) -> None:
         """Apply one recipe."""
-        for key, value in _leaves(read_recipe(values), parser.settings(), str(values)):
+        content = read_recipe(values, folder=self.folder)
+        for key, value in _leaves(content, parser.settings(), str(values)):
             if key == "data.shards":
                 patterns = value if isinstance(value, list) else [value]
                 pipes = filter(may_be_pipe, map(str, patterns))
@@ -178,6 +182,12 @@ class _Recipe(ActionConfigFile):
             except (TypeError, ValueError) as error:
                 reason = _BAD_OPTIONS if key == _OPTIONS else f"{key} is {value!r}: {error}"
                 raise CmaeError(redact(f"{values}: {reason}"), key=key) from error
+
+
+class _EvaluationRecipe(_Recipe):
+    """`--recipe` of fine-tuning and probes."""
+
+    folder = "evaluation"
 
 
 class _OldOption(argparse.Action):
@@ -201,28 +211,35 @@ class _OldOption(argparse.Action):
         warnings.warn(what_became(key), stacklevel=2)
 
 
-def recipe_names() -> list[str]:
-    """Names of the recipes that ship with the package."""
+def recipe_names(folder: str = ".") -> list[str]:
+    """Names of the recipes that ship with the package: of pretraining, or those of 'evaluation'."""
     return sorted(
-        Path(entry.name).stem for entry in RECIPES.iterdir() if entry.name.endswith(".yaml")
+        Path(entry.name).stem
+        for entry in _recipes_of(folder).iterdir()
+        if entry.name.endswith(".yaml")
     )
 
 
-def read_recipe(name: str | Path) -> dict[str, Any]:
+def _recipes_of(folder: str) -> Traversable:
+    return RECIPES if folder == "." else RECIPES / folder
+
+
+def read_recipe(name: str | Path, *, folder: str = ".") -> dict[str, Any]:
     """Settings of a recipe as nested dicts, in the names of this version.
 
     Args:
         name: YAML file, or name of a recipe that ships with the package.
+        folder: Place of the names, see `recipe_names`.
 
     Raises:
         CmaeError: Neither of them, not YAML, or a setting that this version cannot give.
     """
     path = expand_home(name)
-    source = path if path.is_file() else RECIPES / f"{name}.yaml"
+    source = path if path.is_file() else _recipes_of(folder) / f"{name}.yaml"
     if not source.is_file():
         raise CmaeError(
-            f"--recipe {name}: it must be a YAML file, or one of {', '.join(recipe_names())}"
-            f"{nearest(str(name), recipe_names())}",
+            f"--recipe {name}: it must be a YAML file, or one of {', '.join(recipe_names(folder))}"
+            f"{nearest(str(name), recipe_names(folder))}",
             key="recipe",
         )
     data = source.read_bytes()
@@ -330,6 +347,17 @@ def add_config(parser: Parser) -> None:
             default=argparse.SUPPRESS,
             help=argparse.SUPPRESS,
         )
+
+
+def add_evaluation_settings(parser: Parser, settings: type) -> None:
+    """Add the fields of a dataclass as options, and `--recipe` with the recipes of evaluation."""
+    parser.add_argument(
+        "--recipe",
+        action=_EvaluationRecipe,
+        help=f"YAML file, or one of: {', '.join(recipe_names('evaluation'))}. What comes later on the "
+        "command line wins.",
+    )
+    parser.add_class_arguments(settings)
 
 
 def instantiate(parser: Parser, parsed: Namespace) -> Any:

@@ -39,8 +39,8 @@ def load_model(path: str | Path) -> CMAE:
     """A trained model on the CPU, in evaluation mode; `model.features(images)` gives its features.
 
     An exported file holds one encoder and no more: the model that comes from it has no decoders and no
-    target, its `encoder` is whichever branch was exported, and it has the number of heads of the published
-    models, since files with timm's names do not say it.
+    target, and its `encoder` is whichever branch was exported. A safetensors file of `cmae export` says how
+    many heads it has; of other files with timm's names those of the published models are taken.
 
     Args:
         path: Run folder (its newest checkpoint is taken), checkpoint, or file that `cmae export` wrote.
@@ -216,10 +216,22 @@ def _not_ours(path: Path) -> CheckpointError:
     )
 
 
+def _noted_heads(path: Path) -> dict[str, int]:
+    """The number of heads in the notes of a safetensors file that `cmae export` wrote."""
+    if path.suffix != ".safetensors":
+        return {}
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        heads = (file.metadata() or {}).get("num_heads", "")
+    return {"num_heads": int(heads)} if heads.isdigit() else {}
+
+
 def _load_encoder(path: Path, state: dict[str, Any]) -> CMAE:
     """A model of an exported encoder alone; a target's may lack the final norm."""
     try:
         sizes = encoder_fields(state, "", "blocks", "patch_embed.proj", "mlp.fc1")
+        sizes |= _noted_heads(path)
         model = build_model(ModelConfig(**sizes, mask_unit=1, contrastive_loss="none"))
         model.pixel_decoder = None
         if "norm.weight" not in state:

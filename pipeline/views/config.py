@@ -37,6 +37,12 @@ class ViewConfig:
     """Smallest width / height of the window."""
     max_aspect: float = 4 / 3
     """Largest width / height of the window."""
+    window: Literal["random", "centre"] = "random"
+    """'random': a window of RandomResizedCrop, drawn for each sample and epoch; 'centre': the same centred
+    square each time, for evaluation (with hflip_prob 0)."""
+    centre_share: float = 0.875
+    """Side of the centred square over the image's shorter side, (0, 1]; .875 is what a resize to 256 px and a
+    centre crop of 224 leave."""
     hflip_prob: float = 0.5
     """Probability of a horizontal flip, shared by both views."""
     online_shift: int = 0
@@ -78,6 +84,8 @@ class ViewConfig:
         self._require(self.num_views in (1, 2), "num_views", "1 or 2")
         self._require(0 < self.min_area <= self.max_area <= 1, "min_area", "in (0, max_area]")
         self._require(0 < self.min_aspect <= self.max_aspect, "min_aspect", "in (0, max_aspect]")
+        self._require(self.window in ("random", "centre"), "window", "random or centre")
+        self._require(0 < self.centre_share <= 1, "centre_share", "in (0, 1]")
         self._require(0 <= self.hue <= 0.5, "hue", "between 0 and 0.5")
         self._require(
             0 < self.blur_sigma_min <= self.blur_sigma_max <= 2.75,

@@ -131,6 +131,8 @@ def _random_resized_crop(
     width: Int32[np.ndarray, " B"],
 ) -> Int32[np.ndarray, "B 4"]:
     """RandomResizedCrop.get_params for a batch: all tries at once, the first that fits counts."""
+    if views.window == "centre":
+        return _centre_square(views, height, width)
     area = (
         _between(u[:, :CROP_TRIES], views.min_area, views.max_area)
         * (height * width.astype(np.int64))[:, None]
@@ -149,6 +151,16 @@ def _random_resized_crop(
     drawn = np.stack([top, left, h, w], axis=1)
     centre = _centre_crop(views, height, width)
     return np.where(fits.any(axis=1)[:, None], drawn, centre).astype(np.int32)
+
+
+def _centre_square(
+    views: ViewConfig, height: Int32[np.ndarray, " B"], width: Int32[np.ndarray, " B"]
+) -> Int32[np.ndarray, "B 4"]:
+    """The window of evaluation: a centred square, its side a share of the shorter one."""
+    side = np.maximum(1, np.round(views.centre_share * np.minimum(height, width))).astype(np.int64)
+    return np.stack([(height - side) // 2, (width - side) // 2, side, side], axis=1).astype(
+        np.int32
+    )
 
 
 def _centre_crop(

@@ -105,7 +105,7 @@ def _profile(parser: Parser) -> Run:
     parser.add_class_arguments(ProfileConfig, "profile")
 
     def run(parsed: Namespace) -> int:
-        from cmae.train.commands import profile
+        from cmae.train.commands.look import profile
 
         sections = instantiate(parser, parsed)
         return profile.profile_run(to_config(sections), sections["profile"])
@@ -118,7 +118,7 @@ def _profile_show(parser: Parser) -> Run:
     parser.add_argument("--html", type=Path, help="HTML report to write")
 
     def run(parsed: Namespace) -> int:
-        from cmae.train.commands.profile import show
+        from cmae.train.commands.look.profile import show
 
         return show(parsed.profile, html=parsed.html)
 
@@ -131,7 +131,7 @@ def _profile_diff(parser: Parser) -> Run:
     parser.add_argument("--html", type=Path, help="HTML report to write")
 
     def run(parsed: Namespace) -> int:
-        from cmae.train.commands.profile import diff
+        from cmae.train.commands.look.profile import diff
 
         return diff(parsed.before, parsed.after, html=parsed.html)
 
@@ -206,13 +206,127 @@ def _compare(parser: Parser) -> Run:
     return run
 
 
+def _finetune(parser: Parser) -> Run:
+    from cmae.train.config_parser import add_evaluation_settings
+    from cmae.train.evaluation.config import FinetuneConfig
+
+    add_evaluation_settings(parser, FinetuneConfig)
+
+    def run(parsed: Namespace) -> int:
+        config = FinetuneConfig(**{one.name: parsed[one.name] for one in fields(FinetuneConfig)})
+        from cmae.train.evaluation.finetune import finetune
+
+        return finetune(config).exit_code
+
+    return run
+
+
+def _evaluate_partial(parser: Parser) -> Run:
+    from cmae.train.config_parser import add_evaluation_settings
+    from cmae.train.evaluation.config import FinetuneConfig
+
+    add_evaluation_settings(parser, FinetuneConfig)
+    parser.add_argument(
+        "--counts",
+        type=float,
+        nargs="+",
+        default=[0, 0.5, 1, 2, 4, 6, 8, 12],
+        help="numbers of last blocks to train; 0.5 is the last block's MLP",
+    )
+
+    def run(parsed: Namespace) -> int:
+        config = FinetuneConfig(**{one.name: parsed[one.name] for one in fields(FinetuneConfig)})
+        from cmae.train.commands.evaluate import evaluate_partial
+
+        return evaluate_partial(config, parsed.counts)
+
+    return run
+
+
+def _add_features(parser: Parser) -> None:
+    from cmae.train.commands.evaluate import EvalConfig
+
+    parser.add_argument(
+        "encoder",
+        help="a run's folder, a checkpoint, an exported encoder, a .pth of the authors' code or of MAE, "
+        "random:RECIPE, or timm:NAME=FILE",
+    )
+    parser.add_class_arguments(EvalConfig)
+
+
+def _eval_config(parsed: Namespace) -> Any:
+    from cmae.train.commands.evaluate import EvalConfig
+
+    return EvalConfig(**{one.name: parsed[one.name] for one in fields(EvalConfig)})
+
+
+def _evaluate_knn(parser: Parser) -> Run:
+    _add_features(parser)
+    parser.add_argument("--k", type=int, nargs="+", default=[10, 20, 100], help="neighbours")
+    parser.add_argument(
+        "--temperature", type=float, nargs="+", default=[0.07], help="of the votes' weights"
+    )
+
+    def run(parsed: Namespace) -> int:
+        from cmae.train.commands.evaluate import evaluate_knn
+
+        config = _eval_config(parsed)
+        return evaluate_knn(parsed.encoder, config, k=parsed.k, temperature=parsed.temperature)
+
+    return run
+
+
+def _evaluate_linear(parser: Parser) -> Run:
+    _add_features(parser)
+    parser.add_argument(
+        "--blocks", type=int, nargs="+", default=[1], help="last blocks side by side, such as 1 4"
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=["logistic", "lars"],
+        help="'logistic': L-BFGS on standardised features; 'lars': MAE's protocol on kept features",
+    )
+
+    def run(parsed: Namespace) -> int:
+        from cmae.train.commands.evaluate import evaluate_linear
+
+        config = _eval_config(parsed)
+        return evaluate_linear(parsed.encoder, config, blocks=parsed.blocks, methods=parsed.methods)
+
+    return run
+
+
+def _classify(parser: Parser) -> Run:
+    parser.add_argument("classifier", type=Path, help="folder of `cmae finetune`, or a checkpoint")
+    parser.add_argument("shards", nargs="+", help="labelled tars with indices")
+    parser.add_argument("--out", type=Path, help="folder; default: `classify` in the run's folder")
+    parser.add_argument("--device", default="auto", help="'auto' takes CUDA when there is a GPU")
+    parser.add_argument(
+        "--centre_share", type=float, help="side of the square over the shorter side; as in its run"
+    )
+
+    def run(parsed: Namespace) -> int:
+        from cmae.train.commands.evaluate import classify
+
+        return classify(
+            parsed.classifier,
+            parsed.shards,
+            out=parsed.out,
+            device=parsed.device,
+            centre_share=parsed.centre_share,
+        )
+
+    return run
+
+
 def _top(parser: Parser) -> Run:
     parser.add_argument("run", type=Path, help="folder of the run (run.out)")
     parser.add_argument("--once", action="store_true", help="print one frame and exit, for logs")
     parser.add_argument("--every_s", type=float, default=2.0, help="seconds between two frames")
 
     def run(parsed: Namespace) -> int:
-        from cmae.train.commands.top import top
+        from cmae.train.commands.look.top import top
 
         return top(parsed.run, once=parsed.once, every_s=parsed.every_s)
 
@@ -256,7 +370,7 @@ def _reconstruct(parser: Parser) -> Run:
     parser.add_argument("--seed", type=int, default=0, help="seed of the mask")
 
     def run(parsed: Namespace) -> int:
-        from cmae.train.commands.reconstruct import reconstruct
+        from cmae.train.commands.look.reconstruct import reconstruct
 
         return reconstruct(parsed.checkpoint, parsed.images, parsed.out, parsed.seed)
 
@@ -463,6 +577,45 @@ COMMANDS: dict[str, Command] = {
                 only_shows=True,
             ),
         },
+    ),
+    "evaluate": Command(
+        "score an encoder: k-NN, linear probe, partial fine-tuning, classification",
+        commands={
+            "knn": Command(
+                "k-nearest-neighbour accuracy of frozen features",
+                _evaluate_knn,
+                "Score frozen features by their k nearest neighbours. Example: cmae evaluate knn runs/vit_b "
+                "--train '/data/imagenet/train-*.tar' --val '/data/imagenet/val-*.tar'",
+            ),
+            "linear": Command(
+                "linear classifiers on frozen features",
+                _evaluate_linear,
+                "Fit linear classifiers to frozen features, which are computed once and kept: logistic "
+                "regression, and MAE's LARS probe at many learning rates. Settings are chosen on a tenth of "
+                "the training images. Example: cmae evaluate linear runs/vit_b --train "
+                "'/data/imagenet/train-*.tar' --val '/data/imagenet/val-*.tar' --blocks 1 4",
+            ),
+            "partial": Command(
+                "fine-tune the last blocks alone",
+                _evaluate_partial,
+                "Fine-tune the last k blocks alone, for several k. Takes what `cmae finetune` takes. "
+                "Example: cmae evaluate partial --recipe finetune_vit_b --encoder runs/vit_b ...",
+            ),
+            "classify": Command(
+                "score a fine-tuned classifier on labelled shards",
+                _classify,
+                "Score a fine-tuned classifier: top-1, top-5, per class, and a picture of what is taken for "
+                "what. Example: cmae evaluate classify runs/finetune '/data/imagenet/val-*.tar'",
+            ),
+        },
+    ),
+    "finetune": Command(
+        "train an encoder with a head on labels; continues by itself",
+        _finetune,
+        "Fine-tune an encoder on labelled shards, or train a linear probe on images (--recipe linear). "
+        "Example: cmae finetune --recipe finetune_vit_b --encoder runs/vit_b --train "
+        "'/data/imagenet/train-*.tar' --val '/data/imagenet/val-*.tar' --out runs/finetune. The same command "
+        "continues the run after any interruption.",
     ),
     "tune": Command(
         "find the loader's fastest settings for this machine and shards",

@@ -82,7 +82,8 @@ def export_weights(
     if out.suffix == ".safetensors":
         from safetensors.torch import save_file
 
-        save_file({name: value.contiguous() for name, value in state.items()}, out)
+        tensors = {name: value.contiguous() for name, value in state.items()}
+        save_file(tensors, out, metadata={"num_heads": str(model.config.num_heads)})
     else:
         write_atomically(out, state)
     _report(f"{out}: {branch} encoder, {_describe(model)}, {len(state)} tensors with timm's names")

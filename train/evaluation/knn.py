@@ -99,18 +99,54 @@ def knn_accuracy(
     Raises:
         CmaeError: `k` exceeds the number of training samples.
     """
-    if not 1 <= k <= len(train_features):
-        raise CmaeError(f"k is {k}; it must be in 1..{len(train_features)} (training samples)")
+    found = knn_sweep(
+        train_features,
+        train_labels,
+        val_features,
+        val_labels,
+        num_classes=num_classes,
+        ks=[k],
+        temperatures=[temperature],
+        chunk_size=chunk_size,
+    )
+    return found[k, temperature]
+
+
+@torch.no_grad()
+def knn_sweep(
+    train_features: Float[Tensor, "N D"],
+    train_labels: Int64[Tensor, " N"],
+    val_features: Float[Tensor, "M D"],
+    val_labels: Int64[Tensor, " M"],
+    *,
+    num_classes: int,
+    ks: Sequence[int],
+    temperatures: Sequence[float],
+    chunk_size: int = 1024,
+) -> dict[tuple[int, float], float]:
+    """`knn_accuracy` by k and temperature; the neighbours are found once.
+
+    Raises:
+        CmaeError: A k exceeds the number of training samples, or a temperature is not above 0.
+    """
+    for k in ks:
+        if not 1 <= k <= len(train_features):
+            raise CmaeError(f"k is {k}; it must be in 1..{len(train_features)} (training samples)")
+    for temperature in temperatures:
+        if temperature <= 0:
+            raise CmaeError(f"temperature is {temperature}; it must be > 0")
     bank = F.normalize(train_features.float(), dim=1)
-    correct = 0
+    correct = {(k, temperature): 0 for k in ks for temperature in temperatures}
     for features, labels in zip(
         val_features.split(chunk_size), val_labels.split(chunk_size), strict=True
     ):
-        cosines, neighbours = (F.normalize(features.float(), dim=1) @ bank.T).topk(k, dim=1)
-        votes = torch.zeros(len(features), num_classes, device=bank.device)
-        votes.scatter_add_(1, train_labels[neighbours], (cosines / temperature).exp())
-        correct += int((votes.argmax(dim=1) == labels).sum())
-    return correct / len(val_labels)
+        cosines, rows = (F.normalize(features.float(), dim=1) @ bank.T).topk(max(ks), dim=1)
+        neighbours = train_labels[rows]
+        for k, temperature in correct:
+            votes = torch.zeros(len(features), num_classes, device=bank.device)
+            votes.scatter_add_(1, neighbours[:, :k], (cosines[:, :k] / temperature).exp())
+            correct[k, temperature] += int((votes.argmax(dim=1) == labels).sum())
+    return {setting: count / len(val_labels) for setting, count in correct.items()}
 
 
 def _records(shards: Sequence[str]) -> Iterator[TarRecord]:

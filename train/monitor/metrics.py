@@ -392,7 +392,9 @@ def describe_fill(progress: FillProgress) -> str:
 
 def describe(record: dict[str, float]) -> str:
     """One line for one record; terms that the model does not have are left out."""
-    parts = [f"{record['images_per_s']:.4g} images/s", f"wait {record['data_wait_pct']:.1f}%"]
+    parts = []
+    if "images_per_s" in record:
+        parts = [f"{record['images_per_s']:.4g} images/s", f"wait {record['data_wait_pct']:.1f}%"]
     if "mfu_pct" in record:
         parts.append(f"MFU {record['mfu_pct']:.0f}%")
     parts += [f"loss {record['total']:.4f}"]
@@ -404,7 +406,9 @@ def describe(record: dict[str, float]) -> str:
         "feature_std": "std",
     }
     parts += [
-        f"{short} {record[name]:.4f}" for name, short in names.items() if _is_live(record[name])
+        f"{short} {record[name]:.4f}"
+        for name, short in names.items()
+        if _is_live(record.get(name, 0.0))
     ]
     return "  ".join(parts)
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from cmae.model import CMAE, ModelConfig, build_model, draw_mask
 from cmae.pipeline import Batch, LoaderState
-from cmae.train.commands.reconstruct import reconstruct
+from cmae.train.commands.look.reconstruct import reconstruct
 from cmae.train.monitor.images import (
     GAP_PX,
     GRAY,
@@ -132,7 +132,7 @@ def test_long_grids_go_on_to_the_right(tmp_path: Path) -> None:
 def test_reconstruct_command_takes_image_files(
     model: CMAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cmae.train.commands.reconstruct.load_model", lambda _: model)
+    monkeypatch.setattr("cmae.train.commands.look.reconstruct.load_model", lambda _: model)
     wide = np.zeros((30, 60, 3), np.uint8)
     wide[:, 15:45] = 200
     Image.fromarray(wide).save(tmp_path / "a.png")

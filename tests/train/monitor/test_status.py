@@ -21,8 +21,8 @@ from support.profile_data import loader
 
 from cmae.errors import CmaeError
 from cmae.pipeline.stage_stats import LoaderSnapshot
-from cmae.train.commands import top as top_module
-from cmae.train.commands.top import condition, frame, stragglers, top, verdict
+from cmae.train.commands.look import top as top_module
+from cmae.train.commands.look.top import condition, frame, stragglers, top, verdict
 from cmae.train.distributed import World
 from cmae.train.machine import process_is_gone, process_space, process_start
 from cmae.train.monitor import status as status_module
@@ -454,6 +454,8 @@ class TestTop:
         assert news.read() == first
 
     def test_it_starts_without_torch(self) -> None:
-        found = "import sys, cmae.train.commands.top; print({'torch', 'scipy'} & set(sys.modules))"
+        found = (
+            "import sys, cmae.train.commands.look.top; print({'torch', 'scipy'} & set(sys.modules))"
+        )
         printed = subprocess.run([sys.executable, "-c", found], capture_output=True, text=True)
         assert printed.stdout.strip() == "set()"
