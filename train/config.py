@@ -41,6 +41,16 @@ class RunConfig:
     """Checkpoints whose step is a multiple of this are kept for good."""
     image_every: int | None = None
     """Optimiser steps between two pictures of original, masked and reconstruction."""
+    eval_shards: str | list[str] = ""
+    """Labelled tars with indices on which k-NN, a linear probe and statistics of both encoders' features are
+    computed while the run goes on. Empty: none."""
+    eval_every: int | None = None
+    """Optimiser steps between two of these evaluations. null: one an epoch."""
+    eval_samples: int = 5000
+    """Images of `eval_shards` to take, spread evenly; every fifth is asked about, the others are known. They
+    stay in host memory."""
+    eval_centre_share: float = 0.875
+    """Side of the centred square that is looked at over the image's shorter side."""
     progress: bool = True
     """Show the live progress display on a terminal; without one, lines are printed instead."""
     wandb_project: str | None = None
@@ -51,11 +61,13 @@ class RunConfig:
         object.__setattr__(self, "out", expand_home(self.out))
         if self.resume not in ("auto", "never"):
             object.__setattr__(self, "resume", str(expand_home(self.resume)))
-        for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
+        for name in ("log_every", "checkpoint_every", "keep_checkpoints", "eval_samples"):
             require(getattr(self, name) >= 1, f"run.{name}", getattr(self, name), ">= 1")
-        for name in ("stop_at_step", "keep_every", "image_every"):
+        for name in ("stop_at_step", "keep_every", "image_every", "eval_every"):
             value = getattr(self, name)
-            require(value is None or value >= 1, f"run.{name}", value, ">= 1, or null for never")
+            require(value is None or value >= 1, f"run.{name}", value, ">= 1, or null")
+        share = self.eval_centre_share
+        require(0 < share <= 1, "run.eval_centre_share", share, "in (0, 1]")
 
 
 @dataclass(frozen=True)

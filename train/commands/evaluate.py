@@ -16,12 +16,9 @@ from cmae.errors import CmaeError, require
 from cmae.paths import expand_home
 from cmae.pipeline.formats.atomic import atomic_write
 from cmae.train.distributed import World, join_world
-from cmae.train.evaluation.config import FinetuneConfig
 from cmae.train.evaluation.encoders import load_encoder
 from cmae.train.evaluation.features import Features, Images, compute_features
-from cmae.train.evaluation.finetune import finetune, load_classifier, score_images
 from cmae.train.evaluation.knn import knn_sweep
-from cmae.train.evaluation.plots import confusion_plot
 from cmae.train.evaluation.probes import (
     DEFAULT_DECAYS,
     DEFAULT_LRS,
@@ -29,7 +26,10 @@ from cmae.train.evaluation.probes import (
     lars_probe,
     logistic_probe,
 )
-from cmae.train.evaluation.trainer import Scores
+from cmae.train.finetune.config import FinetuneConfig
+from cmae.train.finetune.plots import confusion_plot
+from cmae.train.finetune.run import finetune, load_classifier, score_images
+from cmae.train.finetune.trainer import Scores
 from cmae.train.monitor.console import PlainConsole
 
 

@@ -208,13 +208,13 @@ def _compare(parser: Parser) -> Run:
 
 def _finetune(parser: Parser) -> Run:
     from cmae.train.config_parser import add_evaluation_settings
-    from cmae.train.evaluation.config import FinetuneConfig
+    from cmae.train.finetune.config import FinetuneConfig
 
     add_evaluation_settings(parser, FinetuneConfig)
 
     def run(parsed: Namespace) -> int:
         config = FinetuneConfig(**{one.name: parsed[one.name] for one in fields(FinetuneConfig)})
-        from cmae.train.evaluation.finetune import finetune
+        from cmae.train.finetune.run import finetune
 
         return finetune(config).exit_code
 
@@ -223,7 +223,7 @@ def _finetune(parser: Parser) -> Run:
 
 def _evaluate_partial(parser: Parser) -> Run:
     from cmae.train.config_parser import add_evaluation_settings
-    from cmae.train.evaluation.config import FinetuneConfig
+    from cmae.train.finetune.config import FinetuneConfig
 
     add_evaluation_settings(parser, FinetuneConfig)
     parser.add_argument(

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from cmae.errors import require
-from cmae.train.loop.schedules import cosine_schedule
+from cmae.train.evaluation.schedule import cosine_schedule
 
 TRUST = 0.001
 """LARS's coefficient in MAE's linear probe."""

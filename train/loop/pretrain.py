@@ -24,6 +24,7 @@ from cmae.pipeline.loader.loader import Wrap
 from cmae.train.batch_split import BatchSplit, split_batch
 from cmae.train.config import Config
 from cmae.train.distributed import World, from_main, gather_values, join_world, largest
+from cmae.train.evaluation.online import OnlineEvaluation
 from cmae.train.loop.checkpoint import (
     Checkpointer,
     find_checkpoint,
@@ -118,7 +119,8 @@ def pretrain(config: Config) -> Outcome:
         step_batches = _open_step_batches(config, world, loader, stop, resumed)
         origin = origin_of(config.run.resume, resumed)
         del resumed  # a second copy of all weights
-        run = _Run(config, world, split, loader, step_batches, train_step, run_log, origin)
+        online = OnlineEvaluation(config, world) if config.run.eval_shards else None
+        run = _Run(config, world, split, loader, step_batches, train_step, run_log, origin, online)
         return _loop(run, step, total_steps=total_steps)
 
 
@@ -153,6 +155,7 @@ class _Run:
     train_step: TrainStep
     run_log: RunLog
     origin: str
+    online: OnlineEvaluation | None
 
 
 def _loop(run: _Run, step: int, *, total_steps: int) -> Outcome:
@@ -163,12 +166,16 @@ def _loop(run: _Run, step: int, *, total_steps: int) -> Outcome:
     )
     checkpoints = _open_checkpoints(config, run_log) if run.world.is_main else None
     fetch_ahead = partial(step_batches.fetch_ahead, run.split.accumulation)
+    eval_every = config.run.eval_every or loader.steps_per_epoch or config.run.checkpoint_every
     skipped, saved, path = 0, step, None
     while step < last_step:
         batches = step_batches.next_batches(run.split.accumulation)
         if batches is None:  # on every rank alike
             break
-        is_told = (step + 1) % config.run.log_every == 0 or step + 1 == last_step
+        is_scored = run.online is not None and (
+            (step + 1) % eval_every == 0 or step + 1 == last_step
+        )
+        is_told = is_scored or (step + 1) % config.run.log_every == 0 or step + 1 == last_step
         losses, taken = run.train_step(
             batches,
             lr=schedule(step),
@@ -188,13 +195,16 @@ def _loop(run: _Run, step: int, *, total_steps: int) -> Outcome:
         skipped = 0
         step += 1
         run_log.step(step, batches, losses)
+        scores = {}
+        if is_scored and run.online is not None:
+            scores = run.online(run.train_step.model)
         if is_told:
             run_log.record(
                 step,
                 lr=schedule(step - 1),
                 epoch=batches[-1].epoch,
                 bad_samples=step_batches.bad_samples,
-                vitals=run.train_step.vitals,
+                vitals=partial(_vitals, run.train_step, scores),
             )
         if config.run.image_every and step % config.run.image_every == 0:
             run_log.draw_images(step, run.train_step.model, batches[0])
@@ -210,6 +220,10 @@ def _loop(run: _Run, step: int, *, total_steps: int) -> Outcome:
         raise TrainingError(f"stopped at step {step} on all ranks: {step_batches.failure}")
     run_log.closing(step, path, stopped=bool(step_batches.signal))
     return Outcome(step, total_steps, path, step_batches.signal or None)
+
+
+def _vitals(train_step: TrainStep, scores: dict[str, float]) -> dict[str, float]:
+    return train_step.vitals() | scores
 
 
 def _state_of(run: _Run) -> dict[str, Any]:

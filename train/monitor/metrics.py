@@ -398,6 +398,11 @@ def describe(record: dict[str, float]) -> str:
     if "mfu_pct" in record:
         parts.append(f"MFU {record['mfu_pct']:.0f}%")
     parts += [f"loss {record['total']:.4f}"]
+    if "knn_online" in record:
+        parts.append(
+            f"k-NN {record['knn_online']:.1%} linear {record['linear_online']:.1%} (evaluation takes "
+            f"{record['eval_pct']:.2g}% of the time)"
+        )
     names = {
         "reconstruction": "pixel",
         "contrastive": "contrast",

@@ -29,6 +29,19 @@ _PANELS = (
         "cosine in the projection space",
         {"positive_similarity": "same image", "negative_similarity": "other images"},
     ),
+    _Panel(
+        "k-NN accuracy while training",
+        {"knn_online": "online encoder", "knn_target": "target encoder"},
+        from_zero=True,
+    ),
+    _Panel(
+        "linear probe while training",
+        {"linear_online": "online encoder", "linear_target": "target encoder"},
+        from_zero=True,
+    ),
+    _Panel(
+        "effective rank of the features", {"rankme_online": "online", "rankme_target": "target"}
+    ),
     _Panel("learning rate", {"lr": "lr"}, from_zero=True),
     _Panel("norm of the gradients", {"grad_norm": "norm"}, from_zero=True),
     _Panel("loss scale", {"loss_scale": "scale"}, from_zero=True),
@@ -69,8 +82,10 @@ def loss_plot(metrics: Path, path: Path) -> None:
 def _draw(axes: Axes, panel: _Panel, records: list[dict[str, float]]) -> None:
     steps = [record["step"] for record in records]
     for (key, label), colour in zip(panel.keys.items(), _COLOURS, strict=False):
-        values = [record.get(key, float("nan")) for record in records]
-        axes.plot(steps, values, color=colour, linewidth=1.8, label=label)
+        # What is not in every record (scores of an epoch) is joined over the others.
+        points = [(step, one[key]) for step, one in zip(steps, records, strict=True) if key in one]
+        if points:
+            axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.8, label=label)
     axes.set_title(panel.title, fontsize=11, loc="left")
     axes.set_xlabel("step", fontsize=9, color=_GRAY)
     axes.tick_params(labelsize=9, colors=_GRAY)

@@ -15,8 +15,8 @@ from timm.optim.lars import Lars
 from torch import Tensor, nn
 
 from cmae.errors import CmaeError
-from cmae.train.evaluation.config import FinetuneConfig
 from cmae.train.evaluation.encoders import Encoder
+from cmae.train.finetune.config import FinetuneConfig
 
 HEAD_STD = {"norm": 2e-5, "batch_norm": 0.01}
 """Deviation of the last layer's initial weights."""

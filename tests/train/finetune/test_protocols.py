@@ -13,16 +13,16 @@ from support.tiny_runs import SMALL
 
 from cmae.errors import CmaeError
 from cmae.model import ModelConfig, build_model
-from cmae.train.evaluation.classifier import (
+from cmae.train.evaluation.encoders import Encoder, from_model, interpolate_positions
+from cmae.train.evaluation.probes import TRUST, LarsHeads
+from cmae.train.evaluation.schedule import cosine_schedule
+from cmae.train.finetune.classifier import (
     Classifier,
     build_classifier_optimizer,
     layer_of,
     parameter_groups,
 )
-from cmae.train.evaluation.config import FinetuneConfig
-from cmae.train.evaluation.encoders import Encoder, from_model, interpolate_positions
-from cmae.train.evaluation.probes import TRUST, LarsHeads
-from cmae.train.loop.schedules import cosine_schedule
+from cmae.train.finetune.config import FinetuneConfig
 
 CONFIG = FinetuneConfig(encoder="x", train="x", val="x")
 

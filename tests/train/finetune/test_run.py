@@ -20,8 +20,8 @@ from cmae.errors import CmaeError
 from cmae.model import build_model
 from cmae.model.export.stored import list_checkpoints, load_checkpoint
 from cmae.train.commands.main import main
-from cmae.train.evaluation.config import FinetuneConfig
-from cmae.train.evaluation.finetune import finetune
+from cmae.train.finetune.config import FinetuneConfig
+from cmae.train.finetune.run import finetune
 from cmae.train.loop.weights import save_model
 from cmae.train.monitor.metrics import read_metrics
 

@@ -9,7 +9,7 @@ from PIL import Image
 from skimage import data
 from timm.data import auto_augment as timm_augment
 
-from cmae.train.evaluation.rand_augment import OPERATIONS, RandAugment, apply, to_argument
+from cmae.train.finetune.rand_augment import OPERATIONS, RandAugment, apply, to_argument
 
 NAMES = {
     "auto_contrast": "AutoContrast",

@@ -27,11 +27,11 @@ from cmae.train.distributed import (
     mean_over_ranks,
     threads_per_rank,
 )
-from cmae.train.evaluation.classifier import Classifier
-from cmae.train.evaluation.config import FinetuneConfig
 from cmae.train.evaluation.encoders import load_encoder
 from cmae.train.evaluation.features import Images, count_images, open_images, read_labels
-from cmae.train.evaluation.trainer import Scores, Trainer, score, summarise
+from cmae.train.finetune.classifier import Classifier
+from cmae.train.finetune.config import FinetuneConfig
+from cmae.train.finetune.trainer import Scores, Trainer, score, summarise
 from cmae.train.loop.checkpoint import Checkpointer, hold_folder
 from cmae.train.loop.pretrain import Outcome, StopSignals, TrainingError
 from cmae.train.loop.step_batches import StepBatches

@@ -20,10 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cmae.pipeline import Batch
 from cmae.train.distributed import World
-from cmae.train.evaluation.classifier import Classifier, build_classifier_optimizer
-from cmae.train.evaluation.config import FinetuneConfig
-from cmae.train.evaluation.rand_augment import RandAugment
-from cmae.train.loop.schedules import cosine_schedule
+from cmae.train.evaluation.schedule import cosine_schedule
+from cmae.train.finetune.classifier import Classifier, build_classifier_optimizer
+from cmae.train.finetune.config import FinetuneConfig
+from cmae.train.finetune.rand_augment import RandAugment
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
