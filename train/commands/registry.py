@@ -320,6 +320,37 @@ def _classify(parser: Parser) -> Run:
     return run
 
 
+def _sweep(parser: Parser) -> Run:
+    from cmae.train.commands.sweep import sweep_names
+
+    parser.add_argument("file", help=f"YAML file, or one of: {', '.join(sweep_names())}")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0")
+    parser.add_argument("--out", type=Path, help="folder; default: runs/NAME")
+    parser.add_argument("--train", type=str, help="labelled tars, for k-NN and the probe")
+    parser.add_argument("--val", type=str, help="labelled tars to score")
+    parser.add_argument(
+        "--set", nargs="+", default=[], help="settings of all variants, such as optim.epochs=100"
+    )
+    parser.add_argument(
+        "--launcher", default="", help="such as 'torchrun --nproc-per-node 8'; default: this Python"
+    )
+
+    def run(parsed: Namespace) -> int:
+        from cmae.train.commands.sweep import run_sweep
+
+        return run_sweep(
+            parsed.file,
+            seeds=parsed.seeds,
+            out=parsed.out,
+            settings=parsed.set,
+            train=parsed.train,
+            val=parsed.val,
+            launcher=parsed.launcher,
+        )
+
+    return run
+
+
 def _top(parser: Parser) -> Run:
     parser.add_argument("run", type=Path, help="folder of the run (run.out)")
     parser.add_argument("--once", action="store_true", help="print one frame and exit, for logs")
@@ -616,6 +647,14 @@ COMMANDS: dict[str, Command] = {
         "Example: cmae finetune --recipe finetune_vit_b --encoder runs/vit_b --train "
         "'/data/imagenet/train-*.tar' --val '/data/imagenet/val-*.tar' --out runs/finetune. The same command "
         "continues the run after any interruption.",
+    ),
+    "sweep": Command(
+        "a recipe with one setting changed at a time, several seeds, one table",
+        _sweep,
+        "Pretrain the variants of a sweep file with several seeds, score frozen features (k-NN, logistic "
+        "probe), and write one table and one picture with deviations and paired differences. What is done is "
+        "not done again. Example: cmae sweep ablation_vit_b --seeds 3 --train '/data/imagenet/train-*.tar' "
+        "--val '/data/imagenet/val-*.tar' --set \"data.shards=/data/imagenet/train-*.tar\"",
     ),
     "tune": Command(
         "find the loader's fastest settings for this machine and shards",

@@ -117,3 +117,31 @@ def _in_todays_words(record: dict[str, float]) -> dict[str, float]:
 def _is_present(records: list[dict[str, float]], key: str) -> bool:
     """Whether the metric was ever there and not zero."""
     return any(record.get(key) for record in records)
+
+
+def sweep_plot(values: dict[str, dict[str, list[float]]], path: Path) -> None:
+    """Draw accuracies of variants: a dot for each seed, a bar at the mean, a line at the first variant.
+
+    Args:
+        values: Shares by seed, by variant, by metric.
+        path: PNG to write.
+    """
+    count = max(len(one) for one in values.values())
+    height = 1.2 + 0.32 * count
+    figure = Figure(figsize=(5.2 * len(values), height), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(values), squeeze=False, sharey=True)[0]
+    for axes, (metric, by_name) in zip(panels, values.items(), strict=True):
+        for row, (_, shares) in enumerate(by_name.items()):
+            percent = [100 * share for share in shares]
+            axes.plot(percent, [row] * len(percent), "o", color=_COLOURS[0], alpha=0.55, ms=5)
+            mean = sum(percent) / len(percent)
+            axes.plot([mean, mean], [row - 0.3, row + 0.3], color=_COLOURS[1], linewidth=2.5)
+            if row == 0:
+                axes.axvline(mean, color=_GRAY, linewidth=1, linestyle=":")
+        axes.set_yticks(range(len(by_name)), list(by_name), fontsize=9)
+        axes.set_ylim(len(by_name) - 0.5, -0.5)
+        axes.set_title(f"{metric}, top-1 %", fontsize=11, loc="left")
+        axes.grid(axis="x", alpha=0.25, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
