@@ -445,7 +445,7 @@ def _import(parser: Parser) -> Run:
         )
 
     def run(parsed: Namespace) -> int:
-        from cmae.train.commands.weights import import_weights
+        from cmae.train.commands.weights.importing import import_weights
 
         return import_weights(
             parsed.source,
@@ -462,8 +462,14 @@ def _import(parser: Parser) -> Run:
 
 def _export(parser: Parser) -> Run:
     parser.add_argument("checkpoint", type=Path, help="checkpoint of this project")
+    parser.add_argument("out", type=Path, help="file or folder to write")
+    from cmae.train.commands.weights.exporting import FORMATS
+
     parser.add_argument(
-        "out", type=Path, help="file to write; with the suffix .safetensors it is one"
+        "--to",
+        choices=tuple(FORMATS),
+        default="timm",
+        help="; ".join(f"{name}: {text}" for name, text in FORMATS.items()),
     )
     parser.add_argument(
         "--branch",
@@ -473,9 +479,9 @@ def _export(parser: Parser) -> Run:
     )
 
     def run(parsed: Namespace) -> int:
-        from cmae.train.commands.weights import export_weights
+        from cmae.train.commands.weights.exporting import export_weights
 
-        return export_weights(parsed.checkpoint, parsed.out, parsed.branch)
+        return export_weights(parsed.checkpoint, parsed.out, parsed.branch, parsed.to)
 
     return run
 
@@ -698,7 +704,7 @@ COMMANDS: dict[str, Command] = {
         "reconstruct`, `cmae export` and `cmae pretrain --init_from`.",
     ),
     "export": Command(
-        "checkpoint -> encoder weights for timm",
+        "checkpoint -> encoder for timm, Hugging Face, ONNX or torch.export, with a card",
         _export,
         "Write the encoder of a checkpoint with timm's names, for timm.create_model('vit_base_patch16_224', "
         "num_classes=0, checkpoint_path=OUT).",

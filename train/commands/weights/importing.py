@@ -1,4 +1,4 @@
-"""`cmae import` and `cmae export`: weights of other projects, in and out."""
+"""`cmae import`: weights of other projects."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 
 from cmae.errors import CmaeError
-from cmae.model import CMAE, from_authors, from_mae, load_model, to_timm
+from cmae.model import from_authors, from_mae
 from cmae.paths import check_output
-from cmae.train.loop.checkpoint import write_atomically
+from cmae.train.commands.weights.exporting import describe
 from cmae.train.loop.weights import save_model
 from cmae.train.monitor.console import PlainConsole
 
@@ -53,40 +53,12 @@ def import_weights(
     except ValueError as error:
         raise CmaeError(f"{source}, read with layout={layout!r}: {error}") from error
     save_model(model, out)
-    _report(f"{out}: {_describe(model)} from {source}")
+    _report(f"{out}: {describe(model)} from {source}")
     for name in heads.keys() - given.keys():
         guessed = getattr(model.config, name)
         _report(
             f"{name}: {guessed}, as in the published models; the file does not say (--{name} sets it)"
         )
-    return 0
-
-
-def export_weights(
-    checkpoint: Path, out: Path, branch: Literal["online", "target"] = "online"
-) -> int:
-    """Write the encoder of a checkpoint with timm's names.
-
-    Read it with timm.create_model('vit_base_patch16_224', num_classes=0, checkpoint_path=OUT) or, for the
-    file as a dict, torch.load or safetensors.torch.load_file.
-
-    Args:
-        checkpoint: Checkpoint of this project.
-        out: File to write; with the suffix .safetensors it is one, else torch.save writes it.
-        branch: Encoder to write: 'online' is the trained one, 'target' its moving average.
-    """
-    check_output(out, key="OUT")
-    model = load_model(checkpoint)
-    state = to_timm(model, branch=branch)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if out.suffix == ".safetensors":
-        from safetensors.torch import save_file
-
-        tensors = {name: value.contiguous() for name, value in state.items()}
-        save_file(tensors, out, metadata={"num_heads": str(model.config.num_heads)})
-    else:
-        write_atomically(out, state)
-    _report(f"{out}: {branch} encoder, {_describe(model)}, {len(state)} tensors with timm's names")
     return 0
 
 
@@ -103,14 +75,6 @@ def _read_foreign(source: Path, *, trust: bool) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise CmaeError(f"{source} holds a {type(loaded).__name__}; expected a state dict")
     return loaded
-
-
-def _describe(model: CMAE) -> str:
-    config = model.config
-    return (
-        f"{config.encoder} {config.embed_dim}/{config.depth}/{config.num_heads}, patch "
-        f"{config.patch_size}, image {config.img_size}"
-    )
 
 
 def _report(message: str) -> None:
