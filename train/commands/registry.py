@@ -351,6 +351,33 @@ def _sweep(parser: Parser) -> Run:
     return run
 
 
+def _report(parser: Parser) -> Run:
+    parser.add_argument("run", type=Path, help="folder of the run (run.out)")
+    parser.add_argument(
+        "--shards", type=str, help="labelled tars: pictures of what the newest encoder sees in them"
+    )
+    parser.add_argument("--out", type=Path, help="HTML file; default: report.html in the folder")
+
+    def run(parsed: Namespace) -> int:
+        from cmae.train.commands.look.report import report
+
+        return report(parsed.run, shards=parsed.shards, out=parsed.out)
+
+    return run
+
+
+def _compare_runs(parser: Parser) -> Run:
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of two to six runs")
+    parser.add_argument("--html", type=Path, help="page to write, with the curves over each other")
+
+    def run(parsed: Namespace) -> int:
+        from cmae.train.commands.look.report import compare
+
+        return compare(parsed.runs, out=parsed.html)
+
+    return run
+
+
 def _top(parser: Parser) -> Run:
     parser.add_argument("run", type=Path, help="folder of the run (run.out)")
     parser.add_argument("--once", action="store_true", help="print one frame and exit, for logs")
@@ -691,6 +718,20 @@ COMMANDS: dict[str, Command] = {
                 "print what changed between two profiles", _profile_diff, only_shows=True
             ),
         },
+    ),
+    "report": Command(
+        "one page of a run: curves, evaluations, pictures, configuration",
+        _report,
+        "Write one HTML page of a run: curves, evaluations, reconstructions, nearest neighbours, attention, "
+        "a map of the features, configuration. Example: cmae report runs/vit_b --shards "
+        "'/data/imagenet/val-*.tar'",
+    ),
+    "compare": Command(
+        "what differs between runs: settings, scores, curves",
+        _compare_runs,
+        "Print the settings and scores that differ between runs; --html writes a page with their curves over "
+        "each other. Example: cmae compare runs/a runs/b --html compare.html",
+        only_shows=True,
     ),
     "reconstruct": Command(
         "image of original, masked and reconstruction",

@@ -14,39 +14,41 @@ from cmae.train.monitor.metrics import read_metrics
 
 
 @dataclass(frozen=True)
-class _Panel:
+class Panel:
+    """Metrics that are drawn over each other."""
+
     title: str
     keys: dict[str, str]
     """Metric -> label of its line."""
     from_zero: bool = False
 
 
-_PANELS = (
-    _Panel("total loss", {"total": "total"}),
-    _Panel("pixel loss (masked patches)", {"reconstruction": "reconstruction"}),
-    _Panel("contrastive loss, unweighted", {"contrastive_raw": "contrastive"}),
-    _Panel(
+PANELS = (
+    Panel("total loss", {"total": "total"}),
+    Panel("pixel loss (masked patches)", {"reconstruction": "reconstruction"}),
+    Panel("contrastive loss, unweighted", {"contrastive_raw": "contrastive"}),
+    Panel(
         "cosine in the projection space",
         {"positive_similarity": "same image", "negative_similarity": "other images"},
     ),
-    _Panel(
+    Panel(
         "k-NN accuracy while training",
         {"knn_online": "online encoder", "knn_target": "target encoder"},
         from_zero=True,
     ),
-    _Panel(
+    Panel(
         "linear probe while training",
         {"linear_online": "online encoder", "linear_target": "target encoder"},
         from_zero=True,
     ),
-    _Panel(
-        "effective rank of the features", {"rankme_online": "online", "rankme_target": "target"}
-    ),
-    _Panel("learning rate", {"lr": "lr"}, from_zero=True),
-    _Panel("norm of the gradients", {"grad_norm": "norm"}, from_zero=True),
-    _Panel("loss scale", {"loss_scale": "scale"}, from_zero=True),
-    _Panel("images / s", {"images_per_s": "images / s"}, from_zero=True),
+    Panel("effective rank of the features", {"rankme_online": "online", "rankme_target": "target"}),
+    Panel("learning rate", {"lr": "lr"}, from_zero=True),
+    Panel("norm of the gradients", {"grad_norm": "norm"}, from_zero=True),
+    Panel("loss scale", {"loss_scale": "scale"}, from_zero=True),
+    Panel("images / s", {"images_per_s": "images / s"}, from_zero=True),
 )
+"""What a run's curves are, in their order."""
+
 _OLDER_NAMES = {"info_nce": "contrastive_raw"}
 _COLOURS = ("#1f5fa8", "#d9822b")
 _GRAY = "#8a8a8a"
@@ -67,7 +69,7 @@ def loss_plot(metrics: Path, path: Path) -> None:
     records = [_in_todays_words(record) for record in read_metrics(metrics)]
     if not records:
         raise CmaeError(f"{metrics} holds no record; a run writes one every run.log_every steps")
-    panels = [panel for panel in _PANELS if any(_is_present(records, key) for key in panel.keys)]
+    panels = [panel for panel in PANELS if any(_is_present(records, key) for key in panel.keys)]
     num_rows = -(-len(panels) // 3)
     figure = Figure(figsize=(12, 3.1 * num_rows), layout="constrained")
     FigureCanvasAgg(figure)
@@ -79,7 +81,7 @@ def loss_plot(metrics: Path, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _draw(axes: Axes, panel: _Panel, records: list[dict[str, float]]) -> None:
+def _draw(axes: Axes, panel: Panel, records: list[dict[str, float]]) -> None:
     steps = [record["step"] for record in records]
     for (key, label), colour in zip(panel.keys.items(), _COLOURS, strict=False):
         # What is not in every record (scores of an epoch) is joined over the others.
