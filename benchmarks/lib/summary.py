@@ -72,9 +72,11 @@ def _demo_number() -> str | None:
     if result is None:
         return None
     (row,) = result["rows"]
-    best, *others = row["accuracy_percent"].values()
+    found = row["accuracy_percent"]
+    best, untrained = next(iter(found.values())), found["encoder with random weights"]
+    mae = f", {found['MAE']:.1f} % for MAE" if "MAE" in found else ""
     return (
-        f"**{best:.1f} % against {others[0]:.1f} %**: k-NN accuracy after and before "
+        f"**{best:.1f} % against {untrained:.1f} %**{mae}: k-NN accuracy after and before "
         f"the {row['seconds'] / 60:.0f} minutes of `make demo` on {result['machine']['device']}."
     )
 
