@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from cmae.errors import CmaeError
@@ -94,8 +94,7 @@ def describe(model: CMAE) -> str:
 def _write_timm(model: CMAE, out: Path, branch: Literal["online", "target"]) -> str:
     state = to_timm(model, branch=branch)
     if out.suffix == ".safetensors":
-        tensors = {name: value.contiguous() for name, value in state.items()}
-        save_file(tensors, out, metadata={"num_heads": str(model.config.num_heads)})
+        _save(state, out, {"num_heads": str(model.config.num_heads)})
     else:
         write_atomically(out, state)
     return f"{len(state)} tensors with timm's names"
@@ -117,8 +116,7 @@ def _write_folder(
             f"{out} is a file; a folder is written for Hugging Face: name another place"
         )
     out.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.contiguous() for name, value in weights.items()}
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    _save(weights, out / "model.safetensors", {"format": "pt"})
     for name, content in {
         "config.json": config,
         "preprocessor_config.json": preprocessor(model),
@@ -126,6 +124,12 @@ def _write_folder(
         with atomic_write(out / name) as file:
             file.write((json.dumps(content, indent=2) + "\n").encode())
     return f"{len(weights)} tensors for {config['architectures'][0]}"
+
+
+def _save(weights: dict[str, Tensor], path: Path, notes: dict[str, str]) -> None:
+    """A safetensors file, whole or not at all, with the rights of other files."""
+    with atomic_write(path) as file:
+        file.write(save({name: value.contiguous() for name, value in weights.items()}, notes))
 
 
 class _Program(nn.Module):
