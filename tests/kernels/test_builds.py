@@ -139,8 +139,9 @@ def test_info_nce(monkeypatch, capability, with_keys, dim, dtype):
         else:
             info_nce._forward(query, keys, 0.07, 0, True)
 
-    # A projection of 512, gradients for keys too, on Blackwell: six registers more than there are.
-    spilled = 24 if (capability, dim, with_keys) == (100, 512, True) else 0
+    # Gradients for keys in fp16 take a few registers more than there are: bytes in local memory.
+    known = {(100, 512): 24, (86, 128): 32, (89, 128): 32}
+    spilled = known.get((capability, dim), 0) if with_keys and dtype == torch.float16 else 0
     made = builds(monkeypatch, info_nce, run, capability, spilled=spilled)
     found = {one.name: one for one in made}
     main = found["_grad_keys_kernel" if with_keys else "_split_kernel"]
