@@ -27,12 +27,10 @@ from cmae.pipeline import Batch, LoaderConfig, build_loader, expand_shards, synt
 from cmae.train.bench.config import BenchConfig
 from cmae.train.bench.harness import Report, summarise
 from cmae.train.bench.images import with_indices
-from cmae.train.bench.step import Case, Plan
+from cmae.train.bench.step import DEVICE, Case, Plan, synchronise
 from cmae.train.config import Config
 from cmae.train.distributed import World, threads_per_rank
 from cmae.train.loop.step import TrainStep
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def run_window(
@@ -41,7 +39,7 @@ def run_window(
     """Images/s of `steps` steps, and the share of the time spent in `next`."""
     for _ in range(warmup):
         step([next(batches)], lr=1e-6, momentum=0.996)
-    _synchronise()
+    synchronise()
     start, waited, images = time.perf_counter(), 0.0, 0
     for _ in range(steps):
         asked = time.perf_counter()
@@ -49,14 +47,9 @@ def run_window(
         waited += time.perf_counter() - asked
         images += len(batch.online)
         step([batch], lr=1e-6, momentum=0.996)
-    _synchronise()
+    synchronise()
     elapsed = time.perf_counter() - start
     return images / elapsed, waited / elapsed
-
-
-def _synchronise() -> None:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def bench_e2e(config: Config, bench: BenchConfig, case: Case) -> Report:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,14 +159,10 @@ class Contender:
         others = allocated() - self.own_bytes
         if ON_GPU:
             torch.cuda.reset_peak_memory_stats()
-        cpu, wall = time.process_time(), time.perf_counter()
-        for _ in range(self.steps):
-            self.take_step()
-        synchronise()
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        measured = time_steps(self.take_step, steps=self.steps, images=self.case.batch_size)
         if ON_GPU:
             self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated() - others)
-        return Measurement(self.steps * self.case.batch_size, wall, cpu)
+        return measured
 
     def parts_ms(self) -> dict[str, float]:
         """Median milliseconds of each part over some more steps, and of the whole step."""
@@ -351,12 +348,8 @@ class PeerContender:
     def __call__(self) -> Measurement:
         """The window of some steps."""
         synchronise()
-        cpu, wall = time.process_time(), time.perf_counter()
-        for _ in range(self.steps):
-            self.step(self.images)
-        synchronise()
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        return Measurement(self.steps * self.case.batch_size, wall, cpu)
+        take_step = partial(self.step, self.images)
+        return time_steps(take_step, steps=self.steps, images=self.case.batch_size)
 
 
 def measure_peer(
@@ -391,6 +384,16 @@ def measure_peer(
         }
         for name, results in measured.items()
     ]
+
+
+def time_steps(take_step: Callable[[], None], *, steps: int, images: int) -> Measurement:
+    """A window of some steps of so many images each, to the end of the device's work."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    for _ in range(steps):
+        take_step()
+    synchronise()
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return Measurement(steps * images, wall, cpu)
 
 
 def allocated() -> int:

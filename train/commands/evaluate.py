@@ -28,7 +28,7 @@ from cmae.train.evaluation.probes import (
 )
 from cmae.train.finetune.config import FinetuneConfig
 from cmae.train.finetune.plots import confusion_plot
-from cmae.train.finetune.run import finetune, load_classifier, score_images
+from cmae.train.finetune.run import finetune, load_classifier, plain_settings, score_images
 from cmae.train.finetune.trainer import Scores
 from cmae.train.monitor.console import PlainConsole
 
@@ -322,11 +322,7 @@ def _write(encoder: str, kind: str, config: EvalConfig, content: dict[str, Any])
         source = Path(encoder)
         folder = source if source.is_dir() else Path("runs")
         path = folder / "evaluation" / f"{kind}.json"
-    plain = {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in asdict(config).items()
-    }
-    _dump(path, {**content, "config": plain})
+    _dump(path, {**content, "config": plain_settings(config)})
 
 
 def _dump(path: Path, content: dict[str, Any]) -> None:

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from dataclasses import fields
 from inspect import getdoc, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
     from cmae.train.config_parser import Parser
 
+Settings = TypeVar("Settings")
 Run = Callable[["Namespace"], int]
 """Takes parsed arguments; returns the exit code."""
 
@@ -30,6 +31,11 @@ class Command(NamedTuple):
     """Commands inside it; a command with arguments of its own has them beside."""
     only_shows: bool = False
     """Whether it is of no use without a reader, and ends with it; others go on when a terminal is closed."""
+
+
+def _taken(settings: type[Settings], values: Any) -> Settings:
+    """A dataclass from the parsed values of its fields."""
+    return settings(**{one.name: values[one.name] for one in fields(cast("Any", settings))})
 
 
 def _pretrain(parser: Parser) -> Run:
@@ -55,7 +61,7 @@ def _tune(parser: Parser) -> Run:
 
     def run(parsed: Namespace) -> int:
         sections = instantiate(parser, parsed)
-        chosen = TuneConfig(**{one.name: sections[one.name] for one in fields(TuneConfig)})
+        chosen = _taken(TuneConfig, sections)
         from cmae.train.tuning.run import tune
 
         return tune(to_config(sections), chosen)
@@ -177,7 +183,7 @@ def _measure(*names: str) -> Callable[[Parser], Run]:
 
         def run(parsed: Namespace) -> int:
             sections = instantiate(parser, parsed)
-            chosen = BenchConfig(**{one.name: sections[one.name] for one in fields(BenchConfig)})
+            chosen = _taken(BenchConfig, sections)
             from cmae.train.commands.bench import run_benchmarks
 
             return run_benchmarks(names, to_config(sections), chosen)
@@ -213,7 +219,7 @@ def _finetune(parser: Parser) -> Run:
     add_evaluation_settings(parser, FinetuneConfig)
 
     def run(parsed: Namespace) -> int:
-        config = FinetuneConfig(**{one.name: parsed[one.name] for one in fields(FinetuneConfig)})
+        config = _taken(FinetuneConfig, parsed)
         from cmae.train.finetune.run import finetune
 
         return finetune(config).exit_code
@@ -235,7 +241,7 @@ def _evaluate_partial(parser: Parser) -> Run:
     )
 
     def run(parsed: Namespace) -> int:
-        config = FinetuneConfig(**{one.name: parsed[one.name] for one in fields(FinetuneConfig)})
+        config = _taken(FinetuneConfig, parsed)
         from cmae.train.commands.evaluate import evaluate_partial
 
         return evaluate_partial(config, parsed.counts)
@@ -257,7 +263,7 @@ def _add_features(parser: Parser) -> None:
 def _eval_config(parsed: Namespace) -> Any:
     from cmae.train.commands.evaluate import EvalConfig
 
-    return EvalConfig(**{one.name: parsed[one.name] for one in fields(EvalConfig)})
+    return _taken(EvalConfig, parsed)
 
 
 def _evaluate_knn(parser: Parser) -> Run:

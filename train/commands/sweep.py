@@ -21,6 +21,7 @@ from cmae.errors import CmaeError, require
 from cmae.model.export.stored import list_checkpoints
 from cmae.paths import expand_home
 from cmae.pipeline.formats.atomic import atomic_write
+from cmae.train.bench.tables import markdown
 from cmae.train.config_parser import RECIPES, load_recipe, nearest
 from cmae.train.distributed import World
 from cmae.train.evaluation.encoders import load_encoder
@@ -234,17 +235,17 @@ def summarise(found: Mapping[str, Sequence[Mapping[str, float]]]) -> list[Row]:
 
 
 def _config(sweep: Sweep, name: str, *, seed: int, out: Path) -> Any:
-    overrides = {**sweep.settings, **sweep.variants[name], "seed": seed, "run.out": str(out)}
-    return load_recipe(*sweep.base, overrides=overrides)
+    return load_recipe(*sweep.base, overrides=_overrides(sweep, name, seed=seed, out=out))
+
+
+def _overrides(sweep: Sweep, name: str, *, seed: int, out: Path) -> dict[str, Any]:
+    return {**sweep.settings, **sweep.variants[name], "seed": seed, "run.out": str(out)}
 
 
 def _train(sweep: Sweep, name: str, seed: int, place: Path, launcher: str) -> int:
     """Run or continue one pretraining; its exit code."""
-    config = _config(sweep, name, seed=seed, out=place)
-    del config
     words = [word for recipe in sweep.base for word in ("--recipe", recipe)]
-    overrides = {**sweep.settings, **sweep.variants[name], "seed": seed, "run.out": str(place)}
-    for key, value in overrides.items():
+    for key, value in _overrides(sweep, name, seed=seed, out=place).items():
         plain = value if isinstance(value, str) else json.dumps(value)
         words.append(f"--{key}={plain}")
     before = shlex.split(launcher) if launcher else [sys.executable]
@@ -287,7 +288,7 @@ def _write(folder: Path, rows: list[Row], title: str) -> None:
     by_place = {(row.name, row.metric): row for row in rows}
     head = ["variant", *(f"{label}, %" for label in METRICS.values())]
     head += [*(f"{label}: to the first" for label in METRICS.values()), "seeds"]
-    lines = [head, ["---"] * len(head)]
+    lines = [head]
     for name in names:
         own = [by_place[name, metric] for metric in METRICS]
         means = [_plus_minus(row.mean, row.deviation, sign="") for row in own]
@@ -295,13 +296,12 @@ def _write(folder: Path, rows: list[Row], title: str) -> None:
             "-" if name == names[0] else _plus_minus(r.difference, r.error, sign="+") for r in own
         ]
         lines.append([name, *means, *steps, str(len(own[0].values))])
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     note = (
         "Top-1 accuracy of frozen features (mean patch token) in percent, with its deviation over the seeds; "
         "differences seed by seed, with their standard error."
     )
     with atomic_write(folder / "table.md") as file:
-        file.write(f"## {title}\n\n{table}\n\n{note}\n".encode())
+        file.write(f"## {title}\n\n{markdown(lines)}\n\n{note}\n".encode())
     with atomic_write(folder / "results.json") as file:
         file.write((json.dumps([vars(row) for row in rows], indent=1) + "\n").encode())
     sweep_plot(

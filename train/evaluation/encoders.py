@@ -207,9 +207,9 @@ def interpolate_positions(
 
 
 def _random(recipe: str) -> CMAE:
-    name, _, seed = (
-        recipe.rpartition(":") if recipe.rpartition(":")[2].isdigit() else (recipe, "", "0")
-    )
+    name, _, seed = recipe.rpartition(":")
+    if not seed.isdigit():
+        name, seed = recipe, "0"
     if not name or (name not in recipe_names() and not Path(name).is_file()):
         raise CmaeError(
             f"random:{recipe} names no recipe: give a YAML file, or one of {', '.join(recipe_names())}"

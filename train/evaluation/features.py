@@ -14,12 +14,13 @@ import torch
 from jaxtyping import Float, Int64
 from rich.progress import Progress
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from cmae.errors import CmaeError, require
 from cmae.kernels import color_jitter
 from cmae.pipeline import Loader, LoaderConfig, ViewConfig, build_loader, expand_shards
+from cmae.pipeline.formats.atomic import atomic_write
 from cmae.pipeline.formats.members.labels import NO_LABEL
 from cmae.pipeline.formats.shard_index import index_path, load_index
 from cmae.pipeline.remote.schemes import is_local
@@ -208,14 +209,19 @@ def _compute(
     }
 
 
+def first_rows(ids: Int64[Tensor, " N"], total: int) -> Int64[Tensor, " M"]:
+    """Rows of at most `total` samples in the order of their ids, each once: padding and stand-ins repeat."""
+    order = ids.argsort(stable=True)
+    is_first = torch.ones(len(order), dtype=torch.bool)
+    is_first[1:] = ids[order][1:] != ids[order][:-1]
+    return order[is_first][:total]
+
+
 def _join(parts: list[dict[str, Any]], total: int) -> Features:
     """All ranks' shares in the order of the shards, each image once: padding and stand-ins come twice."""
     ids, labels = (torch.cat([part[name] for part in parts]) for name in ("ids", "labels"))
     require(len(ids) > 0, "images", 0, "1 or more")
-    order = ids.argsort(stable=True)
-    is_first = torch.ones(len(order), dtype=torch.bool)
-    is_first[1:] = ids[order][1:] != ids[order][:-1]
-    rows = order[is_first][:total]
+    rows = first_rows(ids, total)
     if (labels[rows] == NO_LABEL).any():
         count = int((labels[rows] == NO_LABEL).sum())
         raise CmaeError(
@@ -231,13 +237,9 @@ def _join(parts: list[dict[str, Any]], total: int) -> Features:
 def _write(path: Path, features: Features) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {f"{pool}.{block}": value for (pool, block), value in features.by_pool.items()}
-    partial = path.with_suffix(".partial")
-    save_file(
-        {**tensors, "labels": features.labels, "ids": features.ids},
-        partial,
-        metadata={"num_left_out": str(features.num_left_out)},
-    )
-    partial.replace(path)
+    tensors |= {"labels": features.labels, "ids": features.ids}
+    with atomic_write(path) as file:
+        file.write(save(tensors, {"num_left_out": str(features.num_left_out)}))
 
 
 def _read(path: Path) -> Features | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -255,8 +254,3 @@ def _top(logits: Float[Tensor, "B C"], labels: Int64[Tensor, " B"]) -> tuple[flo
     """Top-1 and top-5 accuracy."""
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     return best[:, 0].float().mean().item(), best.any(1).float().mean().item()
-
-
-def is_finite(result: ProbeResult) -> bool:
-    """Whether every accuracy is a number."""
-    return all(math.isfinite(row.accuracy) for row in result.rows)

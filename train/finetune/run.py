@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -180,7 +181,7 @@ class _Run:
             TrainingError: It is not finite.
         """
         value = mean_over_ranks(loss.clone(), self.world).item()
-        if not torch.isfinite(torch.tensor(value)):
+        if not math.isfinite(value):
             raise TrainingError(
                 f"the loss is {value} at step {step} on all ranks: lower lr_per_256, or take another encoder"
             )
@@ -214,7 +215,7 @@ class _Run:
             "epoch": epoch,
             "num_images": found["val"].num_images,
         }
-        result["config"] = _plain(self.config)
+        result["config"] = plain_settings(self.config)
         with atomic_write(self.config.out / "result.json") as file:
             file.write((json.dumps(result, indent=1) + "\n").encode())
 
@@ -223,7 +224,7 @@ class _Run:
         return {
             **self.batches.state_dict(),
             "trainer": self.trainer.state_dict(),
-            "finetune": _plain(self.config),
+            "finetune": plain_settings(self.config),
             "num_classes": self.trainer.num_classes,
             "shards": [list(one) for one in self.loader.shards],
         }
@@ -233,7 +234,7 @@ def score_images(model: Classifier, images: Images, world: World, num_classes: i
     """Scores of a classifier on labelled shards; every rank takes its share. A collective."""
     size = 128 if world.device.type == "cuda" else 64
     with open_images(images, batch_size=size, world=world) as loader:
-        own = score(model, islice(loader, loader.steps_per_epoch), num_classes)
+        own = score(model, islice(loader, loader.steps_per_epoch))
         total = count_images(images.shards)
     return summarise(gather_values(own, world), num_classes, total=total)
 
@@ -262,7 +263,8 @@ def load_classifier(path: Path) -> tuple[Classifier, dict[str, Any]]:
     return model.eval(), state
 
 
-def _plain(config: FinetuneConfig) -> dict[str, Any]:
+def plain_settings(config: Any) -> dict[str, Any]:
+    """Fields of a settings dataclass as JSON and checkpoints hold them: paths as text."""
     return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
 
 
@@ -280,7 +282,7 @@ def _find_resumed(config: FinetuneConfig, world: World) -> dict[str, Any] | None
     stored = state.get("finetune")
     if stored is None:
         raise CheckpointError(f"{path} is no checkpoint of `cmae finetune`: choose another --out")
-    now = _plain(config)
+    now = plain_settings(config)
     other = [
         f"{name} was {stored.get(name)!r} and is {now[name]!r}"
         for name in sorted(now.keys() - _MAY_CHANGE)

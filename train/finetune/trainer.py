@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cmae.pipeline import Batch
 from cmae.train.distributed import World
+from cmae.train.evaluation.features import first_rows
 from cmae.train.evaluation.schedule import cosine_schedule
 from cmae.train.finetune.classifier import Classifier, build_classifier_optimizer
 from cmae.train.finetune.config import FinetuneConfig
@@ -198,19 +199,15 @@ class Scores:
 def score(
     model: Classifier,
     batches: Iterable[Batch],
-    num_classes: int,
     *,
     precision: str = "fp32",
-    seen: set[int] | None = None,
 ) -> dict[str, Tensor]:
-    """Sums over batches of which some images come twice (padding): each image counts once.
+    """What `summarise` counts, of each image; those that come twice (padding) are in it twice.
 
     Args:
         model: Classifier on the batches' device.
         batches: Images with labels in 0..C-1.
-        num_classes: C.
         precision: 'fp16', 'bf16' or 'fp32'.
-        seen: Sample ids that count no more; those of the batches are added.
 
     Returns:
         'ids', 'rank' (place of the label among the answers, 0 is right), 'answer', 'label' and 'loss', one a
@@ -219,7 +216,6 @@ def score(
     was_training = model.training
     model.eval()
     dtype = _DTYPES[precision]
-    known = set() if seen is None else seen
     parts: dict[str, list[Tensor]] = {
         name: [] for name in ("ids", "rank", "answer", "label", "loss")
     }
@@ -235,19 +231,14 @@ def score(
             "label": batch.label,
             "loss": F.cross_entropy(logits, batch.label, reduction="none"),
         }
-        fresh = []
-        for row, one in enumerate(batch.sample_id.tolist()):
-            if one not in known:
-                known.add(one)
-                fresh.append(row)
         for name, value in values.items():
-            parts[name].append(value.cpu()[fresh])
+            parts[name].append(value.cpu())
     model.train(was_training)
     return {name: torch.cat(values) for name, values in parts.items()}
 
 
 def summarise(parts: Sequence[dict[str, Tensor]], num_classes: int, *, total: int) -> Scores:
-    """Scores from what `score` gave on every rank; images that two ranks had count once.
+    """Scores from what `score` gave on every rank; each image counts once.
 
     Args:
         parts: One of each rank.
@@ -255,10 +246,7 @@ def summarise(parts: Sequence[dict[str, Tensor]], num_classes: int, *, total: in
         total: Images in the data set.
     """
     joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    order = joined["ids"].argsort(stable=True)
-    is_first = torch.ones(len(order), dtype=torch.bool)
-    is_first[1:] = joined["ids"][order][1:] != joined["ids"][order][:-1]
-    rows = order[is_first][:total]
+    rows = first_rows(joined["ids"], total)
     rank, label, answer = (joined[name][rows] for name in ("rank", "label", "answer"))
     table = torch.zeros(num_classes, num_classes, dtype=torch.int64)
     table.index_put_((label, answer), torch.ones_like(label), accumulate=True)
