@@ -108,11 +108,11 @@ class _Counter:
         dim, num_tokens = config.embed_dim, num_patches + config.num_prefix_tokens
         row = config.patch_size**2 * 3
         yield Operation(part, "gather", 0, num_patches * row * (1 + HALF), 0)
+        num_embedded = config.num_patches if self.as_published else num_patches
         if config.encoder == "vit":
-            num_embedded = config.num_patches if self.as_published else num_patches
             yield self.linear(part, num_embedded, row, dim)
         else:
-            yield self._conv_stages(part)
+            yield self._conv_stages(part, num_embedded)
         for index in range(config.depth):
             is_last = to_mean and not self.as_published and index == config.depth - 1
             tail = num_patches if is_last else num_tokens
@@ -256,17 +256,17 @@ class _Counter:
         yield self.linear(part, 1 if is_mean else num_tokens, hidden, dim)
         yield self.add(part, num_tokens, dim)
 
-    def _conv_stages(self, part: str) -> Operation:
-        """All of the hybrid encoder before its blocks, on every position, masked or not."""
+    def _conv_stages(self, part: str, num_patches: int) -> Operation:
+        """All of the hybrid encoder before its blocks; depthwise convolutions run on whole maps."""
         config = self.config
         first, second = stage_dims(config)
-        dim, count = config.embed_dim, 0
+        dim = config.embed_dim
         inputs = ((16, FIRST_STRIDE**2 * 3, first), (4, 4 * first, second), (1, 4 * second, dim))
-        for positions, width_in, width in inputs:
-            count += positions * width_in * width
+        count = sum(positions * width_in * width for positions, width_in, width in inputs)
+        depthwise = 0
         for positions, width in ((16, first), (4, second)):
-            hidden = int(width * config.mlp_ratio)
-            block = 2 * width * width + 25 * width + 2 * width * hidden
+            block = 2 * width * width + 2 * width * int(width * config.mlp_ratio)
             count += positions * (CONV_DEPTH * block + width * dim)
-        flops = 2 * config.num_patches * (count + dim * dim)
+            depthwise += positions * CONV_DEPTH * 25 * width
+        flops = 2 * (num_patches * (count + dim * dim) + config.num_patches * depthwise)
         return Operation(part, "convolution stages", flops, 0, 0)

@@ -24,7 +24,7 @@ Renames = tuple[tuple[str, str], ...]
 _MOST_WRAPPERS = 4
 """Prefixes around names that are taken away, one after another."""
 
-_DECODER_NAMES: Renames = (
+DECODER_NAMES: Renames = (
     (r"^((?:pixel|feature)_decoder\.)(embed|pos_embed|blocks)\b", r"\1decoder_\2"),
     (r"^((?:pixel|feature)_decoder\.)head\b", r"\1decoder_pred"),
 )
@@ -39,7 +39,7 @@ _AUTHORS_NAMES: Renames = (
     (r"^target_encoder\.", "target_backbone."),
     (r"(backbone\.)blocks\b", r"\1layers"),
     (r"\bpatch_embed\.proj\b", "patch_embed.projection"),
-    *_DECODER_NAMES,
+    *DECODER_NAMES,
     (r"\bnorm([12])\b", r"ln\1"),
     (r"\.norm\.", ".ln1."),
     (r"\bmlp\.fc1\b", "ffn.layers.0.0"),
@@ -49,7 +49,7 @@ _AUTHORS_NAMES: Renames = (
 # Our key -> the key in a checkpoint of facebookresearch/mae.
 _MAE_NAMES: Renames = (
     (r"^encoder\.", ""),
-    *_DECODER_NAMES,
+    *DECODER_NAMES,
     (r"^pixel_decoder\.norm\b", "decoder_norm"),
     (r"^pixel_decoder\.", ""),
 )
@@ -82,15 +82,15 @@ def from_authors(
     fields = encoder_fields(
         source, "backbone.", "layers", "patch_embed.projection", "ffn.layers.0.0"
     )
-    fields |= _decoder_fields(source, "pixel_decoder.", "ffn.layers.0.0")
-    fields["feature_decoder_depth"] = _depth(source, "feature_decoder.decoder_blocks")
-    fields["proj_hidden_dim"] = _shape(source, "projector.fc0.weight")[0]
-    fields["proj_dim"] = _shape(source, "projector.fc1.weight")[0]
+    fields |= decoder_fields(source, "pixel_decoder.", "ffn.layers.0.0")
+    fields["feature_decoder_depth"] = count_blocks(source, "feature_decoder.decoder_blocks")
+    fields["proj_hidden_dim"] = shape_of(source, "projector.fc0.weight")[0]
+    fields["proj_dim"] = shape_of(source, "projector.fc1.weight")[0]
     fields["target_final_norm"] = "target_backbone.ln1.weight" in source
     if channel_order == "bgr":
         fields |= {"pixel_mean": STANDARD_MEAN[::-1], "pixel_std": STANDARD_STD[::-1]}
     model = CMAE(ModelConfig(**fields | overrides))
-    return _load(model, source, _AUTHORS_NAMES, reverse_channels=channel_order == "bgr")
+    return load_renamed(model, source, _AUTHORS_NAMES, reverse_channels=channel_order == "bgr")
 
 
 def from_mae(state_dict: Mapping[str, Any], **overrides: Any) -> CMAE:
@@ -107,14 +107,14 @@ def from_mae(state_dict: Mapping[str, Any], **overrides: Any) -> CMAE:
     """
     source = unwrap(state_dict)
     fields = encoder_fields(source, "", "blocks", "patch_embed.proj", "mlp.fc1")
-    fields |= _decoder_fields(source, "", "mlp.fc1")
+    fields |= decoder_fields(source, "", "mlp.fc1")
     fields |= {
         "contrastive_loss": "none",
         "mask_ratio": 0.75,
         "mask_unit": 1,
         "pos_embed_order": "column",
     }
-    return _load(CMAE(ModelConfig(**fields | overrides)), source, _MAE_NAMES)
+    return load_renamed(CMAE(ModelConfig(**fields | overrides)), source, _MAE_NAMES)
 
 
 def to_timm(model: CMAE, *, branch: Literal["online", "target"] = "online") -> StateDict:
@@ -132,17 +132,31 @@ def to_timm(model: CMAE, *, branch: Literal["online", "target"] = "online") -> S
         CmaeError: The encoder is not a plain ViT, or there is no such branch.
     """
     if model.config.encoder != "vit":
-        raise CmaeError(f"encoder={model.config.encoder!r} has no timm counterpart; only 'vit'.")
+        raise CmaeError(
+            f"encoder={model.config.encoder!r} has no timm counterpart; export it with "
+            "ConvMAE's names (to_convmae, `cmae export --to convmae`)."
+        )
     encoder = {"online": model.encoder, "target": model.target_encoder}.get(branch)
     if encoder is None:
         raise CmaeError(f"branch={branch!r}: this model has no such branch; choose 'online'.")
     state = {key: value.detach().clone() for key, value in encoder.state_dict().items()}
     check_finite(state, "the model")
-    scale, shift = renormalisation(model.config)
-    weight = state["patch_embed.proj.weight"]  # (D, 3, P, P)
-    state["patch_embed.proj.bias"] += weight.sum(dim=(2, 3)) @ weight.new_tensor(shift)
-    state["patch_embed.proj.weight"] = weight * weight.new_tensor(scale)[:, None, None]
+    fold_normalisation(state, "patch_embed.proj", model.config)
     return state
+
+
+def fold_normalisation(state: StateDict, patch: str, config: ModelConfig) -> None:
+    """Make a patch embedding take images of the standard mean and deviation, in place.
+
+    Args:
+        state: Tensors by name.
+        patch: Name of the embedding, without '.weight'.
+        config: Configuration with the constants that it was trained with.
+    """
+    scale, shift = renormalisation(config)
+    weight = state[f"{patch}.weight"]  # (D, 3, P, P)
+    state[f"{patch}.bias"] += weight.sum(dim=(2, 3)) @ weight.new_tensor(shift)
+    state[f"{patch}.weight"] = weight * weight.new_tensor(scale)[:, None, None]
 
 
 def unwrap(state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,11 +212,22 @@ def check_finite(
         )
 
 
-def _load(
+def load_renamed(
     model: CMAE, source: dict[str, Any], renames: Renames, *, reverse_channels: bool = False
 ) -> CMAE:
+    """The model with the weights that `source` has under other names.
+
+    Args:
+        model: Model of the sizes that the weights show.
+        source: State dict of another project.
+        renames: Pairs of a pattern and its replacement that make their names of ours.
+        reverse_channels: Whether to permute BGR to RGB in what touches pixels.
+
+    Raises:
+        CmaeError: A key is missing or unknown, or a shape does not fit; the message names it.
+    """
     own = model.state_dict()
-    names = {_rename(key, renames): key for key in own}
+    names = {renamed(key, renames): key for key in own}
     missing, unknown = sorted(names.keys() - source.keys()), sorted(source.keys() - names.keys())
     if missing or unknown:
         raise CmaeError(
@@ -219,7 +244,7 @@ def _load(
     check_finite(state, "the checkpoint")
     if reverse_channels:
         _reverse_channels(state, model.config.patch_size)
-    if state["encoder.cls_token"].dtype == torch.float64:
+    if state["encoder.pos_embed"].dtype == torch.float64:
         model.double()
     model.load_state_dict(state)
     return model
@@ -234,20 +259,23 @@ def _reverse_channels(state: StateDict, patch_size: int) -> None:
         state[key] = state[key].unflatten(0, (patch_size**2, 3)).flip(1).flatten(0, 1)
 
 
-def _rename(key: str, renames: Renames) -> str:
+def renamed(key: str, renames: Renames) -> str:
+    """A name of ours under another project's rules, applied in their order."""
     for pattern, replacement in renames:
         key = re.sub(pattern, replacement, key)
     return key
 
 
-def _shape(source: dict[str, Any], key: str) -> torch.Size:
+def shape_of(source: dict[str, Any], key: str) -> torch.Size:
+    """Shape of a tensor; a missing one is an error that names it."""
     if key not in source:
         raise CmaeError(f"the checkpoint has no key {key!r}, from which a size is read.")
     shape: torch.Size = source[key].shape
     return shape
 
 
-def _depth(source: dict[str, Any], prefix: str) -> int:
+def count_blocks(source: dict[str, Any], prefix: str) -> int:
+    """How many numbered blocks there are under a prefix; none is an error that names it."""
     numbers = [re.match(rf"{re.escape(prefix)}\.(\d+)\.", key) for key in source]
     depth = 1 + max((int(number[1]) for number in numbers if number), default=-1)
     if not depth:
@@ -270,10 +298,10 @@ def encoder_fields(
     Raises:
         CmaeError: A key is missing; the message names it.
     """
-    embed_dim, _, _, patch_size = _shape(source, f"{prefix}{patch}.weight")
-    num_patches = _shape(source, f"{prefix}pos_embed")[1] - 1
-    depth = _depth(source, prefix + blocks)
-    hidden = _shape(source, f"{prefix}{blocks}.0.{fc1}.weight")[0]
+    embed_dim, _, _, patch_size = shape_of(source, f"{prefix}{patch}.weight")
+    num_patches = shape_of(source, f"{prefix}pos_embed")[1] - 1
+    depth = count_blocks(source, prefix + blocks)
+    hidden = shape_of(source, f"{prefix}{blocks}.0.{fc1}.weight")[0]
     return {
         "embed_dim": embed_dim,
         "depth": depth,
@@ -290,11 +318,12 @@ def published_heads(embed_dim: int, depth: int) -> int:
     return special.get((embed_dim, depth), max(1, embed_dim // 64))
 
 
-def _decoder_fields(source: dict[str, Any], prefix: str, fc1: str) -> dict[str, Any]:
-    dim = _shape(source, f"{prefix}decoder_embed.weight")[0]
-    hidden = _shape(source, f"{prefix}decoder_blocks.0.{fc1}.weight")[0]
+def decoder_fields(source: dict[str, Any], prefix: str, fc1: str) -> dict[str, Any]:
+    """Fields of `ModelConfig` that the shapes of a decoder's weights show; like `encoder_fields`."""
+    dim = shape_of(source, f"{prefix}decoder_embed.weight")[0]
+    hidden = shape_of(source, f"{prefix}decoder_blocks.0.{fc1}.weight")[0]
     return {
         "decoder_embed_dim": dim,
         "decoder_mlp_ratio": hidden / dim,
-        "decoder_depth": _depth(source, f"{prefix}decoder_blocks"),
+        "decoder_depth": count_blocks(source, f"{prefix}decoder_blocks"),
     }

@@ -17,6 +17,7 @@ from cmae.errors import CmaeError
 from cmae.model.cmae import CMAE, build_model
 from cmae.model.config import ModelConfig
 from cmae.model.export.checkpoints import encoder_fields
+from cmae.model.export.convmae import from_convmae
 from cmae.printable import printable
 
 FORMAT = 1
@@ -38,9 +39,10 @@ class CheckpointError(CmaeError):
 def load_model(path: str | Path) -> CMAE:
     """A trained model on the CPU, in evaluation mode; `model.features(images)` gives its features.
 
-    An exported file holds one encoder and no more: the model that comes from it has no decoders and no
-    target, and its `encoder` is whichever branch was exported. A safetensors file of `cmae export` says how
-    many heads it has; of other files with timm's names those of the published models are taken.
+    A file with timm's names holds one encoder and no more: the model that comes from it has no decoders and
+    no target, and its `encoder` is whichever branch was exported; one with ConvMAE's names may have the pixel
+    decoder. A safetensors file of `cmae export` says how many heads it has; of other files those of the
+    published models are taken.
 
     Args:
         path: Run folder (its newest checkpoint is taken), checkpoint, or file that `cmae export` wrote.
@@ -54,6 +56,8 @@ def load_model(path: str | Path) -> CMAE:
         return _build_stored(path, state).eval()
     if "patch_embed.proj.weight" in state:
         return _load_encoder(path, state).eval()
+    if "patch_embed1.proj.weight" in state:
+        return from_convmae(state, **_noted_heads(path)).eval()
     raise _not_ours(path)
 
 
@@ -217,14 +221,15 @@ def _not_ours(path: Path) -> CheckpointError:
 
 
 def _noted_heads(path: Path) -> dict[str, int]:
-    """The number of heads in the notes of a safetensors file that `cmae export` wrote."""
+    """The numbers of heads in the notes of a safetensors file that `cmae export` wrote."""
     if path.suffix != ".safetensors":
         return {}
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
-        heads = (file.metadata() or {}).get("num_heads", "")
-    return {"num_heads": int(heads)} if heads.isdigit() else {}
+        notes = file.metadata() or {}
+    heads = {name: notes.get(name, "") for name in ("num_heads", "decoder_num_heads")}
+    return {name: int(value) for name, value in heads.items() if value.isdigit()}
 
 
 def _load_encoder(path: Path, state: dict[str, Any]) -> CMAE:

@@ -11,6 +11,17 @@ import re
 
 import pytest
 import torch
+from support.oracle import (
+    MMCV,
+    TIMM,
+    State,
+    block,
+    info_nce,
+    layer_norm,
+    linear,
+    mlp_head,
+    pixel_loss,
+)
 from torch import Tensor
 
 from cmae.model import ModelConfig, draw_mask, from_authors, from_mae
@@ -25,38 +36,7 @@ MEAN = torch.tensor([123.675, 116.28, 103.53], dtype=torch.float64)
 STD = torch.tensor([58.395, 57.12, 57.375], dtype=torch.float64)
 OVERRIDES = {"num_heads": HEADS, "decoder_num_heads": DEC_HEADS}
 
-State = dict[str, Tensor]
-
-
 # ---- the oracle ---------------------------------------------------------------------------------
-
-
-def layer_norm(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    centred = x - x.mean(-1, keepdim=True)
-    return centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * w + b
-
-
-def linear(sd: State, key: str, x: Tensor) -> Tensor:
-    out = x @ sd[key + ".weight"].T
-    return out + sd[key + ".bias"] if key + ".bias" in sd else out
-
-
-def block(sd: State, key: str, x: Tensor, heads: int, names: tuple[str, str, str, str]) -> Tensor:
-    ln1, ln2, fc1, fc2 = (f"{key}.{name}" for name in names)
-    batch, tokens, dim = x.shape
-    h = layer_norm(x, sd[ln1 + ".weight"], sd[ln1 + ".bias"])
-    qkv = linear(sd, key + ".attn.qkv", h).reshape(batch, tokens, 3, heads, dim // heads)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    weights = (q @ k.transpose(-1, -2) / (dim // heads) ** 0.5).softmax(-1)
-    mixed = (weights @ v).transpose(1, 2).reshape(batch, tokens, dim)
-    x = x + linear(sd, key + ".attn.proj", mixed)
-    h = linear(sd, fc1, layer_norm(x, sd[ln2 + ".weight"], sd[ln2 + ".bias"]))
-    h = 0.5 * h * (1 + torch.erf(h / 2**0.5))
-    return x + linear(sd, fc2, h)
-
-
-MMCV = ("ln1", "ln2", "ffn.layers.0.0", "ffn.layers.1")
-TIMM = ("norm1", "norm2", "mlp.fc1", "mlp.fc2")
 
 
 def encode(sd: State, images: Tensor, mask: Tensor, spec: dict) -> Tensor:
@@ -89,24 +69,6 @@ def decode(sd: State, latent: Tensor, mask: Tensor, prefix: str, depth: int, spe
     return linear(sd, prefix + "decoder_pred", x)[:, 1:]
 
 
-def pixel_loss(pred: Tensor, images: Tensor, mask: Tensor, norm_pix: bool = True) -> Tensor:
-    patches = images.reshape(-1, 3, GRID, PATCH, GRID, PATCH).permute(0, 2, 4, 3, 5, 1)
-    target = patches.reshape(len(images), N, -1)
-    if norm_pix:
-        mean = target.mean(-1, keepdim=True)
-        var = (target - mean).pow(2).sum(-1, keepdim=True) / (target.shape[-1] - 1)
-        target = (target - mean) / (var + 1e-6).sqrt()
-    error = (pred - target).pow(2).mean(-1)
-    return (error * mask).sum() / mask.sum()
-
-
-def mlp_head(sd: State, key: str, x: Tensor) -> Tensor:
-    h = linear(sd, key + ".fc0", x)
-    h = (h - h.mean(0)) / (h.var(0, unbiased=False) + 1e-6).sqrt()
-    h = h * sd[key + ".bn0.weight"] + sd[key + ".bn0.bias"]
-    return linear(sd, key + ".fc1", h.clamp(min=0))
-
-
 AUTHORS = {
     "prefix": "backbone.",
     "conv": "patch_embed.projection",
@@ -133,16 +95,12 @@ def cmae_losses(sd: State, online: Tensor, target: Tensor, mask: Tensor) -> tupl
     query = mlp_head(sd, "head.predictor", mlp_head(sd, "projector", feature))
     whole = encode(sd, target, torch.zeros_like(mask), AUTHORS | {"prefix": "target_backbone."})
     key = mlp_head(sd, "target_projector", whole[:, 1:].mean(1)).detach()
-    query = query / query.norm(dim=1, keepdim=True)
-    key = key / key.norm(dim=1, keepdim=True)
-    logits = query @ key.T / 0.07
-    contrast = (logits.logsumexp(1) - logits.diagonal()).mean()
-    return pixel_loss(pred, online, mask), contrast
+    return pixel_loss(pred, online, mask, PATCH), info_nce(query, key)
 
 
 def mae_loss(sd: State, images: Tensor, mask: Tensor, norm_pix: bool = True) -> Tensor:
     pred = decode(sd, encode(sd, images, mask, MAE), mask, "", DEC_DEPTH, MAE)
-    return pixel_loss(pred, images, mask, norm_pix)
+    return pixel_loss(pred, images, mask, PATCH, norm_pix)
 
 
 # ---- random weights in the originals' names -------------------------------------------------------

@@ -254,7 +254,7 @@ def _add_features(parser: Parser) -> None:
 
     parser.add_argument(
         "encoder",
-        help="a run's folder, a checkpoint, an exported encoder, a .pth of the authors' code or of MAE, "
+        help="a run's folder, a checkpoint, an exported encoder, a .pth of the authors' code, MAE, ConvMAE, "
         "random:RECIPE, or timm:NAME=FILE",
     )
     parser.add_class_arguments(EvalConfig)
@@ -448,9 +448,9 @@ def _import(parser: Parser) -> Run:
     parser.add_argument("out", type=Path, help="checkpoint to write")
     parser.add_argument(
         "--layout",
-        choices=("authors", "mae"),
+        choices=("authors", "mae", "convmae"),
         default="authors",
-        help="names in the file: ZhichengHuang/CMAE, or facebookresearch/mae",
+        help="names in the file: ZhichengHuang/CMAE, facebookresearch/mae, or Alpha-VL/ConvMAE",
     )
     parser.add_argument(
         "--channel_order",
@@ -745,9 +745,9 @@ COMMANDS: dict[str, Command] = {
         "Draw original, masked input and reconstruction of image files.",
     ),
     "import": Command(
-        "weights of the authors' code or of MAE -> checkpoint",
+        "weights of the authors' code, of MAE or of ConvMAE -> checkpoint",
         _import,
-        "Turn a checkpoint of the CMAE authors' code or of MAE into one of this project, for `cmae "
+        "Turn a checkpoint of the CMAE authors' code, MAE or ConvMAE into one of this project, for `cmae "
         "reconstruct`, `cmae export` and `cmae pretrain --init_from`.",
     ),
     "export": Command(

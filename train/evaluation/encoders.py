@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -15,15 +16,25 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from cmae.errors import CmaeError
-from cmae.model import CMAE, ModelConfig, build_model, from_authors, from_mae, load_model, to_timm
+from cmae.model import (
+    CMAE,
+    ModelConfig,
+    build_model,
+    from_authors,
+    from_convmae,
+    from_mae,
+    load_model,
+    to_timm,
+)
 from cmae.model.config import STANDARD_MEAN, STANDARD_STD
 from cmae.model.export.stored import is_checkpoint, read_file
+from cmae.model.hybrid import HybridEncoder, set_drop_path
 from cmae.train.config_parser import load_recipe, nearest, recipe_names
 
 Branch = Literal["online", "target"]
 
 _FORMS = (
-    "a run's folder, a checkpoint, an exported encoder, a .pth of the authors' code or of MAE, "
+    "a run's folder, a checkpoint, an exported encoder, a .pth of the authors' code, of MAE or of ConvMAE, "
     "random:RECIPE, or timm:NAME=FILE"
 )
 
@@ -32,7 +43,7 @@ class Encoder(nn.Module):
     """A vision transformer without head, and what its images must look like.
 
     Args:
-        vit: The network, for images normalised with `mean` and `std`.
+        vit: The network, timm's or a `HybridEncoder`, for images normalised with `mean` and `std`.
         name: Origin, for tables.
         mean: Means of the channels, of values 0..255.
         std: Their deviations.
@@ -58,20 +69,18 @@ class Encoder(nn.Module):
     @property
     def img_size(self) -> int:
         """Side of its images, px."""
-        if isinstance(self.vit, CMAE):
+        if isinstance(self.vit, HybridEncoder):
             return self.vit.config.img_size
         return int(self.vit.patch_embed.img_size[0])  # type: ignore[union-attr, index]
 
     @property
     def depth(self) -> int:
-        """Number of blocks whose tokens can be had."""
-        return 1 if isinstance(self.vit, CMAE) else len(self.vit.blocks)  # type: ignore[arg-type]
+        """Number of transformer blocks."""
+        return len(self.vit.blocks)  # type: ignore[arg-type]
 
     @property
     def has_cls(self) -> bool:
         """Whether there is a cls token."""
-        if isinstance(self.vit, CMAE):
-            return bool(self.vit.config.num_prefix_tokens)
         return bool(self.vit.num_prefix_tokens)
 
     def normalise(self, images: UInt8[Tensor, "B S S 3"]) -> Float[Tensor, "B 3 S S"]:
@@ -88,14 +97,12 @@ class Encoder(nn.Module):
             last: How many of the last blocks.
 
         Returns:
-            By pool ('mean' of the patch tokens, 'cls') and block (1 is the last one).
+            By pool ('mean' of the patch tokens, 'cls') and block (1 is the last one, the only one of a
+            hybrid encoder, whose last block's tokens have the stages' features added).
         """
-        if isinstance(self.vit, CMAE):
-            pools: tuple[Literal["mean", "cls"], ...] = (
-                ("mean", "cls") if self.has_cls else ("mean",)
-            )
-            return {(pool, 1): self.vit.features(images, pool) for pool in pools}
         pixels = self.normalise(images)
+        if isinstance(self.vit, HybridEncoder):
+            return {("mean", 1): self.vit.mean_tokens(pixels)}
         found = self.vit.forward_intermediates(  # type: ignore[operator]
             pixels,
             indices=min(last, self.depth),
@@ -128,7 +135,7 @@ def load_encoder(
     """An encoder in evaluation mode on the CPU.
 
     Args:
-        source: A run's folder, a checkpoint, an exported encoder, a file of the authors' code or of MAE;
+        source: A run's folder, a checkpoint, an exported encoder, a file of the authors' code, MAE, ConvMAE;
             'random:RECIPE' for a recipe's encoder with its initial weights (':SEED' behind it for another
             seed); 'timm:NAME=FILE' for a network of timm with weights in a local file.
         branch: 'online', or 'target' for the moving average of a checkpoint that has one.
@@ -145,10 +152,6 @@ def load_encoder(
         return _from_timm(text.removeprefix("timm:"), img_size, options)
     else:
         model, name = _load_any(Path(text)), text
-    if model.config.encoder != "vit":
-        if img_size not in (None, model.config.img_size) or branch != "online" or options:
-            raise CmaeError(f"{name} is a hybrid encoder: its online branch at its own size alone")
-        return Encoder(model, name=name).eval()
     return from_model(model, name=name, branch=branch, img_size=img_size, **options)
 
 
@@ -160,7 +163,9 @@ def from_model(
     img_size: int | None = None,
     **options: Any,
 ) -> Encoder:
-    """The encoder of a model with a plain ViT; see `load_encoder`."""
+    """The encoder of a model; see `load_encoder`."""
+    if model.config.encoder == "hybrid":
+        return Encoder(_hybrid(model, branch, img_size, **options), name=name).eval()
     config, state = model.config, to_timm(model, branch=branch)
     has_norm = "norm.weight" in state
     vit = build_vit(config, final_norm=has_norm, img_size=img_size, **options)
@@ -168,6 +173,25 @@ def from_model(
     state["pos_embed"] = interpolate_positions(state["pos_embed"], grid)
     vit.load_state_dict(state, strict=True)
     return Encoder(vit, name=name).eval()
+
+
+def _hybrid(
+    model: CMAE, branch: Branch, img_size: int | None, *, drop_path_rate: float = 0.0
+) -> HybridEncoder:
+    """A hybrid encoder at another image size, with stochastic depth."""
+    source = model.encoder if branch == "online" else model.target_encoder
+    if not isinstance(source, HybridEncoder):
+        raise CmaeError(f"branch={branch!r}: this model has no such branch; choose 'online'.")
+    config = replace(source.config, img_size=img_size or source.config.img_size)
+    state = source.state_dict()
+    has_norm = "norm.weight" in state
+    state["pos_embed"] = interpolate_positions(state["pos_embed"], config.grid, num_prefix_tokens=0)
+    encoder = HybridEncoder(config, final_norm=has_norm)
+    if source.fuse is None:
+        encoder.drop_features()
+    encoder.load_state_dict(state)
+    set_drop_path(encoder, drop_path_rate)
+    return encoder
 
 
 def build_vit(
@@ -189,15 +213,16 @@ def build_vit(
 
 
 def interpolate_positions(
-    table: Float[Tensor, "1 T D"], grid: tuple[int, int]
+    table: Float[Tensor, "1 T D"], grid: tuple[int, int], *, num_prefix_tokens: int = 1
 ) -> Float[Tensor, "1 U D"]:
     """Position embeddings for another grid: the cls token's stays, the others' bicubic, as MAE does it.
 
     Args:
-        table: Embeddings of the cls token and a square grid of patches.
+        table: Embeddings of the prefix tokens and a square grid of patches.
         grid: Rows and columns wanted.
+        num_prefix_tokens: 1 for a cls token, 0 for none.
     """
-    cls, patches = table[:, :1], table[:, 1:]
+    cls, patches = table[:, :num_prefix_tokens], table[:, num_prefix_tokens:]
     side = round(patches.shape[1] ** 0.5)
     if (side, side) == grid:
         return table
@@ -242,10 +267,11 @@ def _load_any(path: Path) -> CMAE:
     if path.is_dir() or not path.is_file():
         return load_model(path)
     state = read_file(path)
-    if is_checkpoint(state) or "patch_embed.proj.weight" in state:
+    names = ("patch_embed.proj.weight", "patch_embed1.proj.weight")
+    if is_checkpoint(state) or any(name in state for name in names):
         return load_model(path)
     # The authors' own weights take BGR; `cmae import` has an option for others.
-    for convert in (from_mae, partial(from_authors, channel_order="bgr")):
+    for convert in (from_mae, from_convmae, partial(from_authors, channel_order="bgr")):
         try:
             return convert(state)
         except ValueError:

@@ -15,6 +15,7 @@ from timm.optim.lars import Lars
 from torch import Tensor, nn
 
 from cmae.errors import CmaeError
+from cmae.model.hybrid import HybridEncoder
 from cmae.train.evaluation.encoders import Encoder
 from cmae.train.finetune.config import FinetuneConfig
 
@@ -26,7 +27,8 @@ class Classifier(nn.Module):
     """Pooled tokens of an encoder, a norm, and a linear layer.
 
     Args:
-        encoder: Its own final norm is taken away, or bypassed, where the head has one of its own.
+        encoder: Its own final norm is taken away where the head has one of its own. A hybrid encoder no
+            longer adds its stages' features to the tokens, as in ConvMAE's fine-tuning and linear probe.
         num_classes: Width of the output.
         pool: 'mean' of the patch tokens, or 'cls'.
         head: 'norm' for a LayerNorm, 'batch_norm' for a batch norm without affine after the encoder's own
@@ -45,10 +47,10 @@ class Classifier(nn.Module):
     ) -> None:
         super().__init__()
         vit = encoder.vit
-        if not isinstance(vit, VisionTransformer):
-            raise CmaeError(
-                f"{encoder.name}: a hybrid encoder cannot be fine-tuned yet; only a ViT"
-            )
+        assert isinstance(vit, VisionTransformer | HybridEncoder)
+        if isinstance(vit, HybridEncoder):
+            vit.drop_features()
+            vit.pos_embed.requires_grad_(True)
         if pool == "cls" and not encoder.has_cls:
             raise CmaeError(f"{encoder.name} has no cls token: take pool=mean")
         self.encoder, self.pool = encoder, pool
@@ -80,7 +82,7 @@ class Classifier(nn.Module):
         return logits
 
 
-def freeze(vit: VisionTransformer, blocks: float | None) -> None:
+def freeze(vit: VisionTransformer | HybridEncoder, blocks: float | None) -> None:
     """Leave only the last blocks to the optimiser; 0.5 is the MLP of the last one. None: everything.
 
     Raises:
@@ -104,15 +106,13 @@ def freeze(vit: VisionTransformer, blocks: float | None) -> None:
 
 
 def layer_of(name: str, depth: int) -> int:
-    """Place of a parameter for layer decay: 0 for embeddings, 1.. for blocks, depth + 1 for the head."""
+    """Place for layer decay: 0 for embeddings and stages, 1.. for blocks, depth + 1 for the head."""
     inner = name.removeprefix("encoder.vit.")
     if inner == name:
         return depth + 1
-    if inner in ("cls_token", "pos_embed", "reg_token") or inner.startswith("patch_embed"):
-        return 0
     if inner.startswith("blocks."):
         return int(inner.split(".")[1]) + 1
-    return depth + 1
+    return depth + 1 if inner.startswith(("norm.", "fc_norm.")) else 0
 
 
 def parameter_groups(

@@ -81,6 +81,18 @@ def test_it_learns_what_the_gratings_are(encoder: str, small_shards: str, tmp_pa
     assert losses[-1] < 0.7 * losses[0]
 
 
+def test_a_hybrid_encoder_learns_too(small_shards: str, tmp_path: Path) -> None:
+    """With stochastic depth in its stages, at another image size than it was pretrained at."""
+    hybrid = replace(SMALL, encoder="hybrid", patch_size=16, mask_ratio=0.5, mask_unit=1)
+    save_model(build_model(hybrid, seed=0), tmp_path / "model.pt")
+    config = settings(str(tmp_path / "model.pt"), small_shards, tmp_path / "out", img_size=48)
+    outcome = finetune(replace(config, mixup=0.0, cutmix=0.0, epochs=8))
+    assert outcome.exit_code == 0
+    records = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    losses = [record["total"] for record in records if "total" in record]
+    assert losses[-1] < losses[0]
+
+
 def test_an_interrupted_run_ends_as_an_undisturbed_one(
     encoder: str, small_shards: str, tmp_path: Path
 ) -> None:

@@ -12,19 +12,20 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from cmae.errors import CmaeError
-from cmae.model import CMAE, load_model, to_timm
+from cmae.model import CMAE, load_model, to_convmae, to_timm
 from cmae.model.export.huggingface import preprocessor, to_vit, to_vit_mae
 from cmae.model.export.stored import list_checkpoints
 from cmae.paths import check_output
 from cmae.pipeline.formats.atomic import atomic_write
 from cmae.train.commands.weights.card import model_card
-from cmae.train.evaluation.encoders import build_vit
+from cmae.train.evaluation.encoders import from_model
 from cmae.train.loop.checkpoint import write_atomically
 from cmae.train.monitor.console import PlainConsole
 
-Format = Literal["timm", "huggingface", "huggingface_mae", "onnx", "torch_export"]
+Format = Literal["timm", "convmae", "huggingface", "huggingface_mae", "onnx", "torch_export"]
 FORMATS: dict[Format, str] = {
     "timm": "a file with timm's names; with the suffix .safetensors it is one",
+    "convmae": "of a hybrid encoder: a file with ConvMAE's names, with the pixel decoder",
     "huggingface": "a folder for ViTModel: config.json, model.safetensors, preprocessor_config.json",
     "huggingface_mae": "a folder for ViTMAEForPreTraining, with the pixel decoder",
     "onnx": "a file .onnx: images (B, 3, S, S) normalised -> tokens (B, N + 1, D); needs onnx and onnxscript",
@@ -53,6 +54,7 @@ def export_weights(
     model = load_model(checkpoint)
     write: dict[str, Callable[[], str]] = {
         "timm": lambda: _write_timm(model, out, branch),
+        "convmae": lambda: _write_convmae(model, out, branch),
         "huggingface": lambda: _write_folder(out, *to_vit(model, branch=branch), model),
         "huggingface_mae": lambda: _write_mae(model, out, branch),
         "onnx": lambda: _write_onnx(_program(model, branch), model, out),
@@ -74,6 +76,8 @@ def export_weights(
 USE: dict[str, str] = {
     "timm": "timm.create_model('vit_base_patch16_224', num_classes=0, checkpoint_path='{file}')\n"
     "cmae.model.load_model('{file}').features(images)        # safetensors: any size",
+    "convmae": "convvit_base_patch16(global_pool=True).load_state_dict(torch.load('{file}'), strict=False)\n"
+    "cmae.model.from_convmae(torch.load('{file}')).features(images)",
     "huggingface": "transformers.ViTModel.from_pretrained('{file}', add_pooling_layer=False)",
     "huggingface_mae": "transformers.ViTMAEForPreTraining.from_pretrained('{file}')",
     "onnx": "onnxruntime.InferenceSession('{file}').run(None, {{'images': normalised}})",
@@ -92,12 +96,23 @@ def describe(model: CMAE) -> str:
 
 
 def _write_timm(model: CMAE, out: Path, branch: Literal["online", "target"]) -> str:
-    state = to_timm(model, branch=branch)
+    notes = {"num_heads": str(model.config.num_heads)}
+    return _write_file(to_timm(model, branch=branch), out, notes, "timm")
+
+
+def _write_file(state: dict[str, Tensor], out: Path, notes: dict[str, str], names: str) -> str:
     if out.suffix == ".safetensors":
-        _save(state, out, {"num_heads": str(model.config.num_heads)})
+        _save(state, out, notes)
     else:
         write_atomically(out, state)
-    return f"{len(state)} tensors with timm's names"
+    return f"{len(state)} tensors with {names}'s names"
+
+
+def _write_convmae(model: CMAE, out: Path, branch: Literal["online", "target"]) -> str:
+    notes = {"num_heads": str(model.config.num_heads)}
+    if branch == "online" and model.pixel_decoder is not None:
+        notes["decoder_num_heads"] = str(model.config.decoder_num_heads)
+    return _write_file(to_convmae(model, branch=branch), out, notes, "ConvMAE")
 
 
 def _write_mae(model: CMAE, out: Path, branch: str) -> str:
@@ -145,10 +160,7 @@ class _Program(nn.Module):
 
 
 def _program(model: CMAE, branch: Literal["online", "target"]) -> _Program:
-    state = to_timm(model, branch=branch)
-    vit = build_vit(model.config, final_norm="norm.weight" in state)
-    vit.load_state_dict(state)
-    return _Program(vit).eval()
+    return _Program(from_model(model, name="export", branch=branch).vit).eval()
 
 
 def _example(model: CMAE, batch: int) -> Tensor:
