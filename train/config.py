@@ -51,6 +51,9 @@ class RunConfig:
     stay in host memory."""
     eval_centre_share: float = 0.875
     """Side of the centred square that is looked at over the image's shorter side."""
+    bands: str = ""
+    """Ranges of the metrics that are expected, drawn behind the curves of `loss.png` and `cmae report`: a
+    file that `cmae compare --write_bands` wrote from runs of several seeds, or 'demo'. Empty: none."""
     progress: bool = True
     """Show the live progress display on a terminal; without one, lines are printed instead."""
     wandb_project: str | None = None

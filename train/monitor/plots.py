@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from cmae.errors import CmaeError
+from cmae.train.monitor.bands import Band
 from cmae.train.monitor.metrics import read_metrics
 
 
@@ -52,9 +54,10 @@ PANELS = (
 _OLDER_NAMES = {"info_nce": "contrastive_raw"}
 _COLOURS = ("#1f5fa8", "#d9822b")
 _GRAY = "#8a8a8a"
+_EXPECTED = "expected"
 
 
-def loss_plot(metrics: Path, path: Path) -> None:
+def loss_plot(metrics: Path, path: Path, bands: Mapping[str, Band] | None = None) -> None:
     """Draw losses, similarities, learning rate and speed over the steps of a run.
 
     Terms that the model does not have (zero throughout) are left out.
@@ -62,6 +65,7 @@ def loss_plot(metrics: Path, path: Path) -> None:
     Args:
         metrics: File `metrics.jsonl` of a run.
         path: PNG to write.
+        bands: Ranges that are expected, by metric.
 
     Raises:
         CmaeError: there is no record yet.
@@ -73,21 +77,28 @@ def loss_plot(metrics: Path, path: Path) -> None:
     num_rows = -(-len(panels) // 3)
     figure = Figure(figsize=(12, 3.1 * num_rows), layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(num_rows, 3, squeeze=False).flat
+    grid = list(figure.subplots(num_rows, 3, squeeze=False).flat)
     for axes, panel in zip(grid, panels, strict=False):
-        _draw(axes, panel, records)
-    for axes in list(grid)[len(panels) :]:
+        _draw(axes, panel, records, bands or {})
+    for axes in grid[len(panels) :]:
         axes.remove()
     figure.savefig(path, dpi=120)
 
 
-def _draw(axes: Axes, panel: Panel, records: list[dict[str, float]]) -> None:
+def _draw(
+    axes: Axes, panel: Panel, records: list[dict[str, float]], bands: Mapping[str, Band]
+) -> None:
     steps = [record["step"] for record in records]
     for (key, label), colour in zip(panel.keys.items(), _COLOURS, strict=False):
         # What is not in every record (scores of an epoch) is joined over the others.
         points = [(step, one[key]) for step, one in zip(steps, records, strict=True) if key in one]
         if points:
             axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.8, label=label)
+            if band := [row for row in bands.get(key, ()) if row[0] <= steps[-1]]:
+                at, low, high = zip(*band, strict=True)
+                # The label of the first serves for both.
+                shown = _EXPECTED if key == next(iter(panel.keys)) else None
+                axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0, label=shown)
     axes.set_title(panel.title, fontsize=11, loc="left")
     axes.set_xlabel("step", fontsize=9, color=_GRAY)
     axes.tick_params(labelsize=9, colors=_GRAY)
@@ -95,7 +106,7 @@ def _draw(axes: Axes, panel: Panel, records: list[dict[str, float]]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     if panel.from_zero:
         axes.set_ylim(bottom=0)
-    if len(panel.keys) > 1:
+    if len(panel.keys) > 1 or any(key in bands for key in panel.keys):
         axes.legend(fontsize=9, frameon=False)
     if "images_per_s" in panel.keys:
         _draw_waiting(axes.twinx(), steps, records)

@@ -23,6 +23,7 @@ from cmae.pipeline.formats.atomic import atomic_write
 from cmae.train.config import Config
 from cmae.train.distributed import World
 from cmae.train.gpus import vendor_tflops
+from cmae.train.monitor.bands import load_bands, outside
 from cmae.train.monitor.console import labelled
 from cmae.train.monitor.gpu import gpu_reader
 from cmae.train.monitor.images import first_batch_grid, reconstruction_grid
@@ -64,6 +65,7 @@ class RunLog:
             read_gpu=gpu_reader(world.device),
         )
         self._resources = ExitStack()
+        self._bands = load_bands(config.run.bands)
         self._images = Sink("images", self._warn)
         self._skipped = Sink("skipped_steps", self._warn if world.is_main else print)
         self._seen_bad = 0
@@ -253,8 +255,11 @@ class RunLog:
         if not self._world.is_main:
             return
         out = self._config.run.out
-        if read_metrics(self._log.path):
-            self._images.run(lambda: loss_plot(self._log.path, out / "loss.png"))
+        records = read_metrics(self._log.path)
+        if records:
+            self._images.run(lambda: loss_plot(self._log.path, out / "loss.png", self._bands))
+        for line in outside(records, self._bands):
+            self._warn(f"outside the expected range ({self._config.run.bands}): {line}")
         if stopped:
             self._display.log(f"stopped at step {step}; run the same command again to continue")
         elif checkpoint is None:

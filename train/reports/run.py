@@ -23,6 +23,7 @@ from cmae.pipeline.bad_samples import LEDGER_FILE, read_ledger
 from cmae.pipeline.formats.atomic import atomic_write
 from cmae.train.evaluation.encoders import load_encoder
 from cmae.train.evaluation.knn import EvalImages, load_eval_images
+from cmae.train.monitor.bands import Band, load_bands
 from cmae.train.monitor.images import draw_reconstructions
 from cmae.train.monitor.metrics import read_metrics
 from cmae.train.monitor.plots import PANELS
@@ -220,8 +221,10 @@ def _facts(run: Run) -> list[tuple[str, str, str]]:
 def _charts(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
     charts = []
     names = labels_of(runs)
+    bands = _bands(runs[0]) if len(runs) == 1 else {}
     for panel in PANELS:
         lines: dict[str, list[tuple[float, float]]] = {}
+        band = bands.get(next(iter(panel.keys)), [])  # of the first line: the online encoder's
         for run, name in zip(runs, names, strict=True):
             for key, label in panel.keys.items():
                 points = [(one["step"], one[key]) for one in run.records if key in one]
@@ -230,8 +233,16 @@ def _charts(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
                     title += f", {label}" if len(runs) > 1 and len(panel.keys) > 1 else ""
                     lines[title] = points
         if lines and len(lines) <= 6:
-            charts.append((panel.title, curve_chart(lines, from_zero=panel.from_zero)))
+            chart = curve_chart(lines, from_zero=panel.from_zero, band=band)
+            charts.append((panel.title + ", with the expected range" * bool(band), chart))
     return charts
+
+
+def _bands(run: Run) -> dict[str, Band]:
+    """Ranges that are expected of a run; none where the file is gone."""
+    with suppress(CmaeError):
+        return load_bands(str(run.config.get("run", {}).get("bands") or ""))
+    return {}
 
 
 def _pictures(run: Run, shards: str, max_images: int) -> list[tuple[str, str, str]]:

@@ -171,6 +171,17 @@ def test_loss_plot_leaves_out_what_the_model_does_not_have(tmp_path: Path) -> No
     assert inks[1] > inks[0]
 
 
+def test_no_empty_panel_is_left(tmp_path: Path) -> None:
+    """Five panels in rows of three leave the last place of the second row white."""
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text(records(grad_norm=1.0, images_per_s=100.0, data_wait_pct=5.0))
+    loss_plot(metrics, tmp_path / "loss.png")
+    image = np.asarray(Image.open(tmp_path / "loss.png").convert("L"))
+    height, width = image.shape
+    assert (image[height // 2 + 5 :, 2 * width // 3 + 60 :] == 255).all()
+    assert (image[: height // 2 - 5, 2 * width // 3 + 60 :] < 250).any()
+
+
 def test_loss_plot_without_records_says_so(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"metrics\.jsonl.*log_every"):
         loss_plot(tmp_path / "metrics.jsonl", tmp_path / "loss.png")

@@ -39,6 +39,7 @@ from cmae.train.monitor.images import draw_reconstructions
 MARGIN = 0.03
 """By how much CMAE's k-NN accuracy must exceed every other; docs/results/demo.md has five seeds."""
 MAE = {
+    "run.bands": "",
     "model.contrastive_loss": "none",
     "model.mask_ratio": "0.75",
     "optim.lr_per_256": "4.0e-3",
@@ -69,6 +70,7 @@ def demo(out: Path = Path("runs/demo"), seed: int = 0) -> int:
         )
     settings = {
         "data.shards": str(out / "shards" / "train"),
+        "run.eval_shards": str(out / "shards" / "val"),
         "run.out": str(out),
         "seed": str(seed),
     }
@@ -153,7 +155,7 @@ def conclude(console: PlainConsole, accuracies: Accuracies, out: Path) -> int:
     for name, what in {
         "reconstruction.png": "original, masked input, reconstruction of validation tiles",
         "first_batch.png": "what the network was shown in its first step",
-        "loss.png": "losses, learning rate, speed",
+        "loss.png": "losses, accuracies on the way, learning rate, speed; shaded: what is expected",
         "metrics.jsonl": "the same as numbers; also: tensorboard --logdir " + str(out),
         "checkpoints": "weights, optimiser, place in the data",
         "mae": "the same of MAE",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from cmae.train.monitor.bands import make_bands, write_bands
 from cmae.train.monitor.console import PlainConsole
 from cmae.train.reports.run import (
     different_settings,
@@ -32,12 +33,13 @@ def report(folder: Path, *, shards: str | None, out: Path | None) -> int:
     return 0
 
 
-def compare(folders: Sequence[Path], *, out: Path | None) -> int:
+def compare(folders: Sequence[Path], *, out: Path | None, bands: Path | None = None) -> int:
     """Print what differs between runs; write a page of it where asked.
 
     Args:
         folders: Folders of the runs.
         out: HTML file; None: no page.
+        bands: YAML file for the range of each metric over the runs, for `run.bands`; None: none.
     """
     runs = [read_run(folder) for folder in folders]
     names, console = labels_of(runs), PlainConsole(highlight=False)
@@ -69,4 +71,7 @@ def compare(folders: Sequence[Path], *, out: Path | None) -> int:
     if out is not None:
         write_comparison(runs, out)
         PlainConsole(stderr=True).print(f"wrote {out}", soft_wrap=True)
+    if bands is not None:
+        write_bands(make_bands([run.records for run in runs]), bands)
+        PlainConsole(stderr=True).print(f"wrote {bands}", soft_wrap=True)
     return 0
