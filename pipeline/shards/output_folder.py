@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import json
 import logging
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from cmae.errors import CmaeError
 from cmae.pipeline.formats.atomic import atomic_write
 from cmae.pipeline.formats.dataset_folder import DATASET_FILE, read_dataset
-from cmae.pipeline.formats.shard_index import StaleIndexError, load_index
+from cmae.pipeline.formats.shard_index import StaleIndexError, index_path, load_index
 from cmae.printable import MAX_LINE, printable
 
 logger = logging.getLogger(__name__)
@@ -19,8 +22,6 @@ logger = logging.getLogger(__name__)
 
 def claim_folder(out: Path, settings: dict[str, Any]) -> None:
     """Make the folder, or refuse one with shards that these settings did not write.
-
-    What a killed run left half written is removed.
 
     Raises:
         CmaeError: It holds shards of another tool, source or setting.
@@ -46,8 +47,14 @@ def claim_folder(out: Path, settings: dict[str, Any]) -> None:
             f"{out} holds {len(foreign)} tar file(s) such as {foreign[0].name} and no {DATASET_FILE}: "
             "write to a folder of its own"
         )
-    for leftover in out.glob(".*.partial"):
-        leftover.unlink()
+
+
+def remove_leftovers(tars: Iterable[Path]) -> None:
+    """Remove what a killed run left half written of these shards; others may be at work beside them."""
+    for tar in tars:
+        for name in (tar.name, index_path(tar).name):
+            for leftover in tar.parent.glob(f".{glob.escape(name)}.*.partial"):
+                leftover.unlink(missing_ok=True)
 
 
 def mark_begun(out: Path, settings: dict[str, Any]) -> None:
@@ -105,11 +112,17 @@ def _parse_skipped(line: bytes) -> dict[str, Any] | None:
 def tidy_skipped(path: Path) -> list[dict[str, Any]]:
     """Sort the lines by shard and drop those of a shard that was begun twice; return those that are left.
 
-    Damaged lines are counted in a warning: the shards themselves say what is in them.
+    Lists that parts wrote beside it are taken in and removed. Damaged lines are counted in a warning: the
+    shards themselves say what is in them.
     """
-    if not path.exists():
+    # Parts first: what vanishes before it is read was taken in by another process, and is in `path` then.
+    parts = sorted(path.parent.glob(f"{path.stem}.*-of-*{path.suffix}"))
+    stored = []
+    for source in (*parts, path):
+        with contextlib.suppress(FileNotFoundError):
+            stored += [line for line in source.read_bytes().split(b"\n") if line.strip()]
+    if not stored and not path.exists():
         return []
-    stored = [line for line in path.read_bytes().split(b"\n") if line.strip()]
     lines = [one for line in stored if (one := _parse_skipped(line))]
     if len(lines) < len(stored):
         shown = printable(str(path), limit=MAX_LINE)
@@ -120,4 +133,6 @@ def tidy_skipped(path: Path) -> list[dict[str, Any]]:
     )
     with atomic_write(path) as file:
         file.writelines(json.dumps(line).encode() + b"\n" for line in unique)
+    for taken_in in parts:
+        taken_in.unlink(missing_ok=True)
     return unique

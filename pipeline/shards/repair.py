@@ -35,6 +35,7 @@ from cmae.pipeline.shards.output_folder import (
     is_finished,
     mark_begun,
     mark_complete,
+    remove_leftovers,
     write_json,
 )
 from cmae.pipeline.shards.recover import Damage
@@ -143,6 +144,7 @@ def repair_shards(
     digests = [tar_digest(path) for path in paths]
     settings = _settings(paths, digests, policy)
     claim_folder(out, settings)
+    remove_leftovers(out / path.name for path in paths)
     mark_begun(out, settings)
     classes = _common_classes(paths)
     stop = threading.Event()

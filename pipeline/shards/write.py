@@ -28,7 +28,7 @@ import PIL
 from cmae.errors import CmaeError
 from cmae.paths import expand_home
 from cmae.pipeline.formats.atomic import atomic_write
-from cmae.pipeline.formats.dataset_folder import CLASSES_FILE, SKIPPED_FILE
+from cmae.pipeline.formats.dataset_folder import CLASSES_FILE, DATASET_FILE, SKIPPED_FILE
 from cmae.pipeline.formats.images.jpeg import BadImageError, JpegInfo, inspect_decodable
 from cmae.pipeline.formats.members.labels import NO_LABEL
 from cmae.pipeline.formats.members.member_counts import IMAGE, LABEL, MemberCounts, sum_members
@@ -51,6 +51,7 @@ from cmae.pipeline.shards.output_folder import (
     is_finished,
     mark_begun,
     mark_complete,
+    remove_leftovers,
     tidy_skipped,
     write_json,
 )
@@ -72,6 +73,8 @@ class WriteReport(NamedTuple):
     """Images that were encoded again, in this run or before, by setting."""
     files: MemberCounts
     """What became of every file of the source."""
+    num_missing: int = 0
+    """Shards that other parts have yet to write; while there are any, the counts are of this part alone."""
 
 
 class _Shard(NamedTuple):
@@ -96,12 +99,16 @@ def write_shards(
     max_size: int | None = None,
     quality: int = 95,
     workers: int | None = None,
+    num_parts: int = 1,
+    part: int = 0,
     progress: Callable[[int], None] = no_progress,
 ) -> WriteReport:
     """Copy the images into ustar shards `<folder>-000000.tar` and index them; can be stopped and run again.
 
     A shard has its name only when it is complete, and is finished when its index is there too. Running again
-    with the same source and settings writes what is missing.
+    with the same source and settings writes what is missing. Several machines that see the same source and
+    folder may write a part each, in any order: the bytes do not depend on their number, and whichever ends
+    last writes `dataset.json`.
 
     Args:
         source: Images of `scan_image_folder` or `read_image_list`.
@@ -116,6 +123,8 @@ def write_shards(
         quality: JPEG quality, 1..100, of the images that are downscaled.
         workers: Threads. They gain up to about 5000 images/s (the tar library's Python); disks are slower.
             Resizing gives up the interpreter lock: 20 ms of a core for each image that is downscaled.
+        num_parts: Number of machines that write to the folder.
+        part: This one among them, from 0. It writes each shard whose number leaves this remainder.
         progress: Called with the number of images done since the last call, from any thread.
 
     Raises:
@@ -127,6 +136,10 @@ def write_shards(
     if samples_per_shard < 1 or (max_shard_bytes is not None and max_shard_bytes < 1):
         raise CmaeError(
             f"samples_per_shard={samples_per_shard} and max_shard_bytes={max_shard_bytes} must be at least 1"
+        )
+    if not 0 <= part < num_parts:
+        raise CmaeError(
+            f"part={part} of num_parts={num_parts}: parts are counted from 0 to num_parts - 1"
         )
     check_downscale(max_size, quality)
     out = expand_home(out_dir).absolute()
@@ -141,15 +154,46 @@ def write_shards(
     }
     claim_folder(out, settings)
     shards = list(_plan_shards(source.images, out, settings))
-    todo = [shard for shard in shards if not is_finished(shard.path)]
+    own = shards[part::num_parts]
+    todo = [shard for shard in own if not is_finished(shard.path)]
+    remove_leftovers(shard.path for shard in todo)
     check_space(out, sum(shard.num_bytes for shard in todo))
-    progress(len(source.images) - sum(len(shard.images) for shard in todo))
-    mark_begun(out, settings)
+    progress(sum(len(shard.images) for shard in own) - sum(len(shard.images) for shard in todo))
+    if todo or not (out / DATASET_FILE).exists():
+        mark_begun(out, settings)
     if source.classes:
         write_json(out / CLASSES_FILE, list(source.classes))
-    writer = _ShardWriter(out / SKIPPED_FILE, settings, strict=strict, progress=progress)
+    skipped = out / SKIPPED_FILE
+    if num_parts > 1:  # several machines cannot append to one file
+        skipped = skipped.with_name(f"{skipped.stem}.{part}-of-{num_parts}{skipped.suffix}")
+    writer = _ShardWriter(skipped, settings, strict=strict, progress=progress)
     run_threads(writer.write, todo, workers=workers, stop=writer.stop)
-    return _finish(out, settings, shards, source, num_already_written=len(shards) - len(todo))
+    num_already_written = len(own) - len(todo)
+    missing = [shard for shard in shards if shard not in own and not is_finished(shard.path)]
+    if missing:
+        return _report_part(own, skipped, num_already_written, len(missing))
+    return _finish(out, settings, shards, source, num_already_written=num_already_written)
+
+
+def _report_part(
+    own: Sequence[_Shard], skipped_path: Path, num_already_written: int, num_missing: int
+) -> WriteReport:
+    """Counts of one part, whose folder is not complete yet."""
+    num_skipped = len(tidy_skipped(skipped_path))
+    images = [image for shard in own for image in shard.images]
+    files = MemberCounts()
+    if images:
+        files.add(IMAGE, images[0].path, len(images))
+    return WriteReport(
+        num_shards=len(own),
+        num_already_written=num_already_written,
+        num_samples=len(images) - num_skipped,
+        num_skipped=num_skipped,
+        num_bytes=sum(shard.path.stat().st_size for shard in own),
+        downscaled=sum_counts(load_index(shard.path).downscaled for shard in own),
+        files=files,
+        num_missing=num_missing,
+    )
 
 
 class _ShardWriter:

@@ -55,9 +55,22 @@ def assert_equal(a: ShardIndex, b: ShardIndex) -> None:
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
 
 
-def write(root: Path, out: Path, *, samples_per_shard: int = 5, seed: int = 0) -> WriteReport:
+def write(
+    root: Path,
+    out: Path,
+    *,
+    samples_per_shard: int = 5,
+    seed: int = 0,
+    num_parts: int = 1,
+    part: int = 0,
+) -> WriteReport:
     return write_shards(
-        scan_image_folder(root), out, samples_per_shard=samples_per_shard, seed=seed
+        scan_image_folder(root),
+        out,
+        samples_per_shard=samples_per_shard,
+        seed=seed,
+        num_parts=num_parts,
+        part=part,
     )
 
 

@@ -48,6 +48,8 @@ def write(
     max_size: int | None = None,
     quality: int = 95,
     workers: int | None = None,
+    num_parts: int = 1,
+    part: int = 0,
 ) -> int:
     """Copy a folder of JPEGs, one subfolder a class, into shards with their indices.
 
@@ -69,6 +71,9 @@ def write(
             smaller; null copies every file.
         quality: JPEG quality, 1..100, of the images that are downscaled.
         workers: Threads; null means one for each CPU core, at most 16.
+        num_parts: Number of machines that write to `out`, each a part, such as a Slurm array's size; the
+            shards do not depend on it.
+        part: This machine's part, from 0, such as $SLURM_ARRAY_TASK_ID or $JOB_COMPLETION_INDEX.
     """
     from cmae.pipeline.formats.dataset_folder import SKIPPED_FILE
     from cmae.pipeline.formats.presized import downscaled_line
@@ -77,7 +82,7 @@ def write(
     start = time.perf_counter()
     source = _read_source(images, list_file, layout)
     try:
-        with _progress("writing images", len(source.images)) as advance:
+        with _progress("writing images", len(source.images) // max(1, num_parts)) as advance:
             report = write_shards(
                 source,
                 out,
@@ -89,6 +94,8 @@ def write(
                 max_size=max_size,
                 quality=quality,
                 workers=workers,
+                num_parts=num_parts,
+                part=part,
                 progress=advance,
             )
     except KeyboardInterrupt:
@@ -104,6 +111,11 @@ def write(
         f"{_count(report.num_samples, 'image')}{classes} in {_count(report.num_shards, 'shard')}, "
         f"{_gib(report.num_bytes)}, {seconds:.1f} s: {out}"
     )
+    if report.num_missing:
+        _print(
+            f"part {part} of {num_parts} is done; other parts have yet to write "
+            f"{_count(report.num_missing, 'shard')}, and the last to end writes dataset.json"
+        )
     if report.downscaled:
         _print(downscaled_line(report.downscaled, report.num_samples))
     if report.num_already_written:

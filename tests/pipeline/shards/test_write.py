@@ -5,6 +5,7 @@ import shutil
 import tarfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import webdataset as wds
 from support.shard_data import NUM_IMAGES, contents, jpeg, read_with_webdataset, tars, write
 
+from cmae.errors import CmaeError
 from cmae.pipeline.formats.shard_index import build_index, index_path, load_index
 from cmae.pipeline.formats.shard_tar import ShardTar
 from cmae.pipeline.formats.tar import iter_records
@@ -41,7 +43,8 @@ def test_webdataset_reads_back_every_byte_and_label(images: Path, tmp_path: Path
     out = tmp_path / "train"
     report = write(images, out)
     num_bytes = sum(path.stat().st_size for path in tars(out))
-    assert report[:-1] == (5, 0, NUM_IMAGES, 0, num_bytes, {})
+    assert report[:6] == (5, 0, NUM_IMAGES, 0, num_bytes, {})
+    assert report.num_missing == 0
     assert report.files.counts == {"image": NUM_IMAGES}
     assert [path.name for path in tars(out)] == [f"train-{i:06d}.tar" for i in range(5)]
     classes = json.loads((out / "classes.json").read_text())
@@ -82,6 +85,67 @@ def test_same_seed_same_bytes_and_other_seed_other_order(images: Path, tmp_path:
     a, b, c = (contents(tmp_path / name / "train") for name in "abc")
     assert a == b
     assert a["train-000000.tar"] != c["train-000000.tar"]
+
+
+class TestParts:
+    """Several machines write to one folder."""
+
+    @pytest.mark.parametrize("num_parts", [2, 3, 8])
+    def test_any_number_in_any_order_writes_the_same_bytes(
+        self, images: Path, tmp_path: Path, num_parts: int
+    ) -> None:
+        (images / "bee" / "bad.jpg").write_bytes(b"<html>")
+        (images / "ant" / "bad.jpg").write_bytes(b"<html>")
+        write(images, tmp_path / "one" / "train")
+        for part in reversed(range(num_parts)):
+            report = write(images, tmp_path / "many" / "train", num_parts=num_parts, part=part)
+            assert (report.num_missing == 0) == (part == 0)
+        assert contents(tmp_path / "many" / "train") == contents(tmp_path / "one" / "train")
+        assert (report.num_shards, report.num_skipped) == (6, 2)
+
+    def test_at_the_same_time(self, images: Path, tmp_path: Path) -> None:
+        (images / "bee" / "bad.jpg").write_bytes(b"<html>")
+        write(images, tmp_path / "one" / "train")
+        with ThreadPoolExecutor(4) as pool:
+            parts = [
+                pool.submit(write, images, tmp_path / "many" / "train", num_parts=4, part=part)
+                for part in range(4)
+            ]
+            reports = [part.result() for part in parts]
+        assert contents(tmp_path / "many" / "train") == contents(tmp_path / "one" / "train")
+        assert any(report.num_missing == 0 for report in reports)
+
+    def test_a_part_begun_again_writes_what_it_lacks_and_leaves_the_others_alone(
+        self, images: Path, tmp_path: Path
+    ) -> None:
+        out = tmp_path / "train"
+        write(images, tmp_path / "one" / "train")
+        for part in range(2):
+            write(images, out, num_parts=2, part=part)
+        (out / "train-000002.tar").unlink()
+        mine, others = (
+            out / ".train-000002.tar.1234abcd.partial",
+            out / ".train-000003.tar.12.partial",
+        )
+        mine.write_bytes(b"half")
+        others.write_bytes(b"half")
+        assert write(images, out, num_parts=2, part=0).num_already_written == 2
+        assert not mine.exists()
+        assert others.exists()
+        others.unlink()
+        assert contents(out) == contents(tmp_path / "one" / "train")
+
+    def test_an_unfinished_folder_says_so(self, images: Path, tmp_path: Path) -> None:
+        report = write(images, tmp_path / "train", num_parts=3, part=1)
+        assert (report.num_shards, report.num_missing) == (2, 3)
+        assert json.loads((tmp_path / "train" / "dataset.json").read_text())["complete"] is False
+
+    @pytest.mark.parametrize(("num_parts", "part"), [(2, 2), (2, -1), (0, 0)])
+    def test_a_part_that_there_is_not_is_refused(
+        self, images: Path, tmp_path: Path, num_parts: int, part: int
+    ) -> None:
+        with pytest.raises(CmaeError, match="num_parts"):
+            write(images, tmp_path / "train", num_parts=num_parts, part=part)
 
 
 def test_unshuffled_shards_follow_the_source(images: Path, tmp_path: Path) -> None:
