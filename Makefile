@@ -6,7 +6,7 @@ JOBS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 STAMP := $(VENV)/.installed
 export PYTHONSAFEPATH = 1
 
-.PHONY: help setup check test test-fast fuzz demo bench docs clean
+.PHONY: help setup check test test-fast fuzz demo bench docs lock images clean
 
 help:  ## what each target does
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -27,6 +27,7 @@ check: $(STAMP)  ## format, lint, types, import rules, spelling
 	$(BIN)/mypy --config-file benchmarks/mypy.ini benchmarks
 	$(BIN)/lint-imports
 	$(BIN)/codespell
+	$(BIN)/hadolint docker/Dockerfile
 
 test: $(STAMP)  ## all tests that this machine can run
 	$(BIN)/pytest -n $(JOBS) --dist worksteal --durations 15
@@ -50,6 +51,12 @@ bench: $(STAMP)  ## all CPU benchmarks, under 15 minutes -> benchmarks/results, 
 
 docs: $(STAMP)  ## tables, plots, the list of settings and printed output in README and docs
 	$(BIN)/python -m lib.pages
+
+lock: $(STAMP)  ## pin what the images install (docker/locks) from pyproject.toml
+	$(BIN)/python docker/lock.py
+
+images:  ## build the images and start them for real, with docker, podman or buildah
+	docker/try.sh
 
 clean:  ## remove the environment, runs and caches
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache

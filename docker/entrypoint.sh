@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# One entrypoint for both images: `pretrain` starts one process per GPU, everything else runs as it is.
+# One entrypoint for all images: `pretrain` starts one process per GPU, everything else runs as it is.
 #   NPROC_PER_NODE   processes on this node (default: its GPUs; 1 without any)
 #   NNODES NODE_RANK MASTER_ADDR MASTER_PORT   as torchrun's flags of the same names
 set -euo pipefail
 
 # DALI and torch each start a pool; without this every rank takes all cores for itself.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-# Time to write a checkpoint after SIGTERM before torchrun kills; below the grace period of the launcher.
+# Time to write a checkpoint after SIGTERM before the launcher kills; below the grace period of the launcher.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240}"
 
 if [ "${1:-}" != pretrain ]; then
@@ -18,6 +18,5 @@ nnodes="${NNODES:-1}"
 if [ "$nproc" -eq 1 ] && [ "$nnodes" -eq 1 ]; then
     exec python3 -m cmae.train "$@"
 fi
-exec torchrun --nnodes "$nnodes" --nproc-per-node "$nproc" --node-rank "${NODE_RANK:-0}" \
-    --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}" \
-    -m cmae.train "$@"
+exec python3 -m cmae.train launch --nnodes "$nnodes" --nproc-per-node "$nproc" --node-rank "${NODE_RANK:-0}" \
+    --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}" "$@"

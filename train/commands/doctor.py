@@ -10,7 +10,7 @@ import resource
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib import metadata
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -42,9 +42,17 @@ class Check(NamedTuple):
     fix: str = ""
 
 
-def doctor() -> int:
-    """Check this machine: packages, GPU, memory, limits. Exit code 1 if something needed does not work."""
-    checks = collect_checks()
+QUICK = ("python", "torch", "CUDA", "memory", "/dev/shm", "disk")
+"""Checks that take no more than the import of torch: what may change while a container runs."""
+
+
+def doctor(*, quick: bool = False) -> int:
+    """Check this machine: packages, GPU, memory, limits. Exit code 1 if something needed does not work.
+
+    Args:
+        quick: Only what may change while a container runs; nothing is decoded.
+    """
+    checks = collect_checks(QUICK if quick else None)
     table = Table(title="cmae doctor", title_justify="left")
     for column in ("check", "found", "status", "what to do"):
         table.add_column(column, overflow="fold")
@@ -59,8 +67,8 @@ def doctor() -> int:
     return 1 if failed else 0
 
 
-def collect_checks() -> list[Check]:
-    """Run all checks; one that breaks becomes a failed row and does not stop the others."""
+def collect_checks(names: Collection[str] | None = None) -> list[Check]:
+    """Run checks, all or those named; one that breaks becomes a failed row and does not stop the others."""
     single: dict[str, Callable[[], Check]] = {
         "python": check_python,
         "torch": check_torch,
@@ -84,6 +92,8 @@ def collect_checks() -> list[Check]:
     }
     checks: list[Check] = []
     for name, run in single.items():
+        if names is not None and name not in names:
+            continue
         try:
             checks.append(run())
             if name == "CUDA":

@@ -50,6 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     prog = " ".join(["cmae", *_named(words, COMMANDS)])
     with _lasting_output() as keep_stdout:
         try:
+            if words[:1] == ["launch"] and not {"-h", "--help"} & set(words[1:2]):
+                from cmae.train.commands.launch import launch
+
+                return launch(words[1:])
             parsed = build_parser().parse_args(words)
             if not parsed.only_shows:
                 keep_stdout()

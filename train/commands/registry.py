@@ -372,14 +372,33 @@ def _report(parser: Parser) -> Run:
     return run
 
 
+def _launch(parser: Parser) -> Run:
+    # `main` hands the words over as they are: they are torchrun's and another command's.
+    parser.add_argument(
+        "words", nargs="*", help="flags of torchrun (torchrun --help), then a command with its own"
+    )
+
+    def run(parsed: Namespace) -> int:
+        from cmae.train.commands.launch import launch
+
+        return launch(parsed.words)
+
+    return run
+
+
 def _compare_runs(parser: Parser) -> Run:
     parser.add_argument("runs", type=Path, nargs="+", help="folders of two to six runs")
     parser.add_argument("--html", type=Path, help="page to write, with the curves over each other")
+    parser.add_argument(
+        "--write_bands",
+        type=Path,
+        help="YAML file to write: the range of each metric over runs of several seeds, for run.bands",
+    )
 
     def run(parsed: Namespace) -> int:
         from cmae.train.commands.look.report import compare
 
-        return compare(parsed.runs, out=parsed.html)
+        return compare(parsed.runs, out=parsed.html, bands=parsed.write_bands)
 
     return run
 
@@ -417,10 +436,16 @@ def _demo(parser: Parser) -> Run:
 
 
 def _doctor(parser: Parser) -> Run:
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="only what may change while a container runs: for a health check",
+    )
+
     def run(parsed: Namespace) -> int:
         from cmae.train.commands.doctor import doctor
 
-        return doctor()
+        return doctor(quick=parsed.quick)
 
     return run
 
@@ -686,6 +711,14 @@ COMMANDS: dict[str, Command] = {
         "Example: cmae finetune --recipe finetune_vit_b --encoder runs/vit_b --train "
         "'/data/imagenet/train-*.tar' --val '/data/imagenet/val-*.tar' --out runs/finetune. The same command "
         "continues the run after any interruption.",
+    ),
+    "launch": Command(
+        "start a command on all GPUs of this node, as torchrun does",
+        _launch,
+        "Start a command on every process of this node: torchrun's flags first, then a command of cmae with "
+        "its own. Unlike torchrun's, the exit code tells what happened: 75 if it was stopped and wrote a "
+        "checkpoint, else that of the first process that failed. Example: cmae launch --nproc-per-node 8 "
+        "pretrain --recipe cmae_vit_b --data.shards '/data/imagenet/train-*.tar'",
     ),
     "sweep": Command(
         "a recipe with one setting changed at a time, several seeds, one table",

@@ -6,6 +6,7 @@ import pytest
 
 from cmae.train.commands import doctor
 from cmae.train.commands.doctor import Check
+from cmae.train.commands.main import main
 
 GIB = 2**30
 
@@ -17,11 +18,20 @@ def test_the_doctor_finds_this_environment_ready(capsys: pytest.CaptureFixture[s
         assert name in printed
 
 
+def test_a_quick_look_decodes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a container's health check calls every few minutes."""
+    for name in ("check_dali", "check_gpu_decode", "check_nvjpeg"):
+        monkeypatch.setattr(doctor, name, lambda: pytest.fail("slow"))
+    names = [check.name for check in doctor.collect_checks(doctor.QUICK)]
+    assert {"python", "torch", "CUDA", "memory", "/dev/shm", "disk"} <= set(names)
+    assert main(["doctor", "--quick"]) == 0
+
+
 def test_the_exit_code_is_1_only_for_failures(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [Check("a", "x", "ok"), Check("b", "[y]", "warn", "do this")]
-    monkeypatch.setattr(doctor, "collect_checks", lambda: rows)
+    monkeypatch.setattr(doctor, "collect_checks", lambda names: rows)
     assert doctor.doctor() == 0
     rows.append(Check("c", "z", "fail", "do that"))
     assert doctor.doctor() == 1
