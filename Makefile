@@ -6,7 +6,7 @@ JOBS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 STAMP := $(VENV)/.installed
 export PYTHONSAFEPATH = 1
 
-.PHONY: help setup check test test-fast fuzz demo bench docs lock images clean
+.PHONY: help setup check test test-fast test-lowest fuzz demo bench docs lock images clean
 
 help:  ## what each target does
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -34,6 +34,13 @@ test: $(STAMP)  ## all tests that this machine can run
 
 test-fast: $(STAMP)  ## the tests that take no more than seconds each
 	$(BIN)/pytest -n $(JOBS) --dist worksteal -m 'not slow'
+
+LOWEST ?= .venv-lowest
+test-lowest: $(STAMP)  ## the fast tests with the oldest versions that pyproject.toml allows (6 GB more)
+	$(BIN)/python -m uv venv --quiet --allow-existing --python $(PYTHON) $(LOWEST)
+	$(BIN)/python -m uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct -e '.[demo,s3,gs]'
+	$(BIN)/python -m uv pip install --quiet --python $(LOWEST)/bin/python pytest pytest-xdist hypothesis 'moto[server]>=5'
+	$(LOWEST)/bin/pytest -n $(JOBS) --dist worksteal -m 'not slow'
 
 FUZZ_S ?= 600
 fuzz: export PYTHONPATH = tests:.

@@ -21,6 +21,15 @@ KEPT = re.compile(r"(pytorch-)?(torch|triton)|nvidia-|cuda-|numpy$|apex$")
 """Beginnings of the names of packages that a base's own build is kept of."""
 SOURCE = Path(__file__).resolve().parent.parent
 LOCKS = SOURCE / "docker" / "locks"
+LOCK_OF = {"gpu": "gpu", "cpu": "cpu", "nvidia": "cpu"}
+"""Lock of each image; NVIDIA's base brings torch and all of CUDA, so it takes the one without them."""
+BROUGHT = {
+    "torch": ("torch",),
+    "torchvision": ("torchvision",),
+    "triton": ("triton", "pytorch-triton"),
+}
+"""What the base of the image `nvidia` must bring, under one of these names."""
+IMPORTED = "torch, torchvision, timm, webdataset, nvidia.dali, cmae.model, cmae.pipeline"
 
 _LIST = """
 import json
@@ -59,7 +68,10 @@ def main(image: str, venv: Path) -> None:
         print(
             "kept from the base:", *(f"{name}=={version}" for name, version in sorted(kept.items()))
         )
-    lines = (LOCKS / f"{image}.txt").read_text().splitlines()
+    missing = [name for name, names in BROUGHT.items() if not any(one in kept for one in names)]
+    if image == "nvidia" and missing:
+        sys.exit(f"the base brings no {', '.join(missing)}: give NVIDIA's PyTorch image as BASE")
+    lines = (LOCKS / f"{LOCK_OF[image]}.txt").read_text().splitlines()
     wanted = [line for line in lines if (name := name_of(line)) and name not in kept]
     with tempfile.NamedTemporaryFile("w", suffix=".txt", delete=False) as file:
         file.write("\n".join(wanted) + "\n")
@@ -69,12 +81,13 @@ def main(image: str, venv: Path) -> None:
     subprocess.run([*install, "--requirements", file.name], check=True)
     subprocess.run([*install, str(SOURCE)], check=True)
     without = LOCKS / f"{image}.without"
-    left_out = (
-        {name_of(line) for line in without.read_text().splitlines()} if without.is_file() else set()
-    )
-    if image == "nvidia":
-        left_out = set()  # the base must bring them
+    lines = without.read_text().splitlines() if without.is_file() else []
+    left_out = {name_of(line) for line in lines}
+    if "pytorch-triton" in kept:
+        left_out.add("triton")
     subprocess.run([python, "-c", _DECLARED, " ".join(sorted(left_out))], check=True)
+    # What was kept has needs of its own.
+    subprocess.run([python, "-c", f"import {IMPORTED}"], check=True)
 
 
 def normal(name: str) -> str:

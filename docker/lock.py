@@ -10,7 +10,7 @@ DOCKER = Path(__file__).resolve().parent
 LOCKS = DOCKER / "locks"
 EXTRAS = ("demo", "s3", "gs", "wandb")
 OLDEST_PYTHON = "3.11"
-IMAGES = ("gpu", "cpu", "nvidia")
+IMAGES = ("gpu", "cpu")  # nvidia takes cpu's: its base brings torch and all of CUDA
 
 
 def main() -> int:

@@ -6,7 +6,7 @@ No spills, shared memory that fits, enough warps side by side, tensor cores, wid
 from __future__ import annotations
 
 import re
-from importlib import import_module
+from importlib import import_module, metadata
 
 import pytest
 import torch
@@ -23,7 +23,13 @@ block_mask, color_jitter, info_nce, masked_mse, patch_gather = (
     for name in ("block_mask", "color_jitter", "info_nce", "masked_mse", "patch_gather")
 )
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 leaves nothing to compile")
+pytestmark = [
+    pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 leaves nothing to compile"),
+    pytest.mark.skipif(
+        tuple(map(int, metadata.version("triton").split(".")[:2])) < (3, 8),
+        reason="what is asked of the machine code is what Triton 3.8 makes; older ones use other registers",
+    ),
+]
 
 SLOW = [pytest.param(capability, marks=pytest.mark.slow) for capability in (86, 89, 100)]
 CAPABILITIES = [80, 90, *SLOW]

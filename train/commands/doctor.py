@@ -9,8 +9,9 @@ import platform
 import resource
 import shutil
 import sys
+import tempfile
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -42,7 +43,7 @@ class Check(NamedTuple):
     fix: str = ""
 
 
-QUICK = ("python", "torch", "CUDA", "memory", "/dev/shm", "disk")
+QUICK = ("python", "torch", "CUDA", "memory", "/dev/shm", "disk", "caches")
 """Checks that take no more than the import of torch: what may change while a container runs."""
 
 
@@ -88,6 +89,7 @@ def collect_checks(names: Collection[str] | None = None) -> list[Check]:
         "/dev/shm": check_shared_memory,
         "open files": check_open_files,
         "disk": check_disk,
+        "caches": check_caches,
         "OMP_NUM_THREADS": check_omp_threads,
     }
     checks: list[Check] = []
@@ -384,6 +386,23 @@ def check_disk(folder: str = ".", *, free: int | None = None) -> Check:
     if left < 20 * _GIB:
         return Check("disk", found, "warn", "a ViT-B checkpoint takes 2 GiB: make room")
     return Check("disk", found, "ok")
+
+
+_CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME")
+
+
+def check_caches(environment: Mapping[str, str] = os.environ) -> Check:
+    """Folders for compiled kernels can be written: torch asks for one when it is imported beside Triton."""
+    named = {name: Path(environment[name]) for name in _CACHES if environment.get(name)}
+    for name, folder in named.items() or {"HOME": Path.home()}.items():
+        existing = next(one for one in (folder, *folder.parents) if one.exists())
+        try:
+            tempfile.TemporaryFile(dir=existing).close()
+        except OSError:
+            fix = f"make {folder} writable, or mount a volume there; imports of torch fail without"
+            return Check("caches", f"{name}={folder} cannot be written", "fail", fix)
+    found = ", ".join(str(folder) for folder in named.values()) or "in the home folder"
+    return Check("caches", found, "ok")
 
 
 def check_omp_threads(environment: dict[str, str] | None = None) -> Check:

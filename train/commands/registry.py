@@ -8,6 +8,8 @@ from inspect import getdoc, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
+from cmae.errors import CmaeError
+
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
@@ -441,8 +443,26 @@ def _doctor(parser: Parser) -> Run:
         action="store_true",
         help="only what may change while a container runs: for a health check",
     )
+    parser.add_argument(
+        "--all_ranks",
+        action="store_true",
+        help="all machines together, started by a launcher: cmae launch --nnodes 4 ... doctor --all_ranks. "
+        "What differs between them, the rate of an all-reduce, and what the next two flags ask for",
+    )
+    parser.add_argument(
+        "--shards", help="with --all_ranks: local shards; each rank reads up to 256 MB of one"
+    )
+    parser.add_argument(
+        "--runs", type=Path, help="with --all_ranks: folder that all nodes must share and write to"
+    )
 
     def run(parsed: Namespace) -> int:
+        if not parsed.all_ranks and (parsed.shards or parsed.runs):
+            raise CmaeError("--shards and --runs belong to --all_ranks: add it")
+        if parsed.all_ranks:
+            from cmae.train.commands.cluster import check_all_ranks
+
+            return check_all_ranks(shards=parsed.shards, runs=parsed.runs)
         from cmae.train.commands.doctor import doctor
 
         return doctor(quick=parsed.quick)

@@ -27,6 +27,15 @@ def test_a_quick_look_decodes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["doctor", "--quick"]) == 0
 
 
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    """As in a container with a read-only root and no volume for it."""
+    assert doctor.check_caches({"TRITON_CACHE_DIR": str(tmp_path / "not" / "yet")}).status == "ok"
+    found = doctor.check_caches({"TORCHINDUCTOR_CACHE_DIR": "/proc/inductor"})
+    assert found.status == "fail"
+    assert "TORCHINDUCTOR_CACHE_DIR=/proc/inductor" in found.found
+    assert "mount a volume" in found.fix
+
+
 def test_the_exit_code_is_1_only_for_failures(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
