@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One entrypoint for all images: `pretrain` starts one process per GPU, everything else runs as it is.
+# One entrypoint for all images: `pretrain` and `finetune` start one process per GPU, everything else runs as it is.
 #   NPROC_PER_NODE   processes on this node (default: its GPUs; 1 without any)
 #   NNODES NODE_RANK MASTER_ADDR MASTER_PORT   as torchrun's flags of the same names
 set -euo pipefail
@@ -9,9 +9,10 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # Time to write a checkpoint after SIGTERM before the launcher kills; below the grace period of the launcher.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240}"
 
-if [ "${1:-}" != pretrain ]; then
-    exec python3 -m cmae.train "$@"
-fi
+case "${1:-}" in
+    pretrain | finetune) ;;
+    *) exec python3 -m cmae.train "$@" ;;
+esac
 gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())')
 nproc="${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}"
 nnodes="${NNODES:-1}"

@@ -4,7 +4,7 @@
 #
 #   docker/try.sh [cpu|gpu|nvidia ...]        default: cpu gpu
 #
-#   ENGINE       docker, podman or buildah; default: the first of them that is installed
+#   ENGINE       docker, podman or buildah; default: the first of them that works
 #   BASE_cpu, BASE_gpu, BASE_nvidia           base images; nvidia has no default and is left out without one
 #   BUILD_FLAGS, RUN_FLAGS                    more flags of `build` and `run`
 #   WORK         folder for volumes and logs; default: a temporary one, removed at the end
@@ -14,10 +14,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 engine="${ENGINE:-}"
-for name in docker podman buildah; do
-    if [ -z "$engine" ] && command -v "$name" > /dev/null; then engine=$name; fi
+for name in docker podman buildah; do  # docker may be a client without its daemon
+    if [ -z "$engine" ] && command -v "$name" > /dev/null && "$name" info > /dev/null 2>&1; then engine=$name; fi
 done
-if [ -z "$engine" ]; then echo "skipped: neither docker, podman nor buildah is installed"; exit 77; fi
+if [ -z "$engine" ]; then echo "skipped: neither docker, podman nor buildah is installed and works"; exit 77; fi
 
 work="${WORK:-$(mktemp -d)}"
 mkdir -p "$work"
@@ -26,6 +26,7 @@ failed=0
 read -ra build_flags <<< "${BUILD_FLAGS:-}"
 read -ra run_flags <<< "${RUN_FLAGS:-}"
 
+# shellcheck disable=SC2329  # `step` calls the functions below by name
 say() { printf '%s\n' "$*"; }
 now() { date +%s; }
 
@@ -90,7 +91,7 @@ stopped() {
         if [ -s "$work/$image/stopped/metrics.jsonl" ] || ! kill -0 "$pid" 2> /dev/null; then break; fi
         sleep 0.2
     done
-    if [ "$engine" = buildah ]; then kill -TERM "$(pgrep -n -f 'run.out /runs/stopped' || echo $pid)"
+    if [ "$engine" = buildah ]; then kill -TERM "$(pgrep -n -f 'run.out /runs/stopped' || echo "$pid")"
     else "$engine" kill --signal TERM "$name" > /dev/null; fi
     wait "$pid" || code=$?
     return "$code"
