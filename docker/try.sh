@@ -26,7 +26,6 @@ failed=0
 read -ra build_flags <<< "${BUILD_FLAGS:-}"
 read -ra run_flags <<< "${RUN_FLAGS:-}"
 
-# shellcheck disable=SC2329  # `step` calls the functions below by name
 say() { printf '%s\n' "$*"; }
 now() { date +%s; }
 
