@@ -185,9 +185,8 @@ def test_a_stream_that_breaks_goes_on_without_losing_or_repeating_a_byte(
     server.fail("a.tar", fault, times=1, after=3 if has_ranges else 0)
     with open_stream(file) as stream:
         assert stream.read(1_000) + stream.read() == content
-    if (
-        has_ranges
-    ):  # one part again, of fifteen; more only where a busy machine ran into the timeout
+    if has_ranges:
+        # One part again, of fifteen; more only where a busy machine ran into the timeout.
         assert remote.num_retries >= 1
         assert server.bytes_asked("a.tar") <= SIZE + remote.num_retries * PART + 1
     elif fault != "too_long":  # there all bytes came before the connection broke
