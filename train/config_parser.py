@@ -212,7 +212,7 @@ class _OldOption(argparse.Action):
 
 
 def recipe_names(folder: str = ".") -> list[str]:
-    """Names of the recipes that ship with the package: of pretraining, or those of 'evaluation'."""
+    """Names of the files that ship with the package: recipes of pretraining, or those in a folder of them."""
     return sorted(
         Path(entry.name).stem
         for entry in _recipes_of(folder).iterdir()

@@ -16,6 +16,7 @@ from torch import Tensor
 from cmae.errors import CmaeError
 from cmae.model.cmae import CMAE
 from cmae.model.config import STANDARD_MEAN, STANDARD_STD, ModelConfig
+from cmae.model.hybrid import Encoder
 from cmae.model.pixels import renormalisation
 
 StateDict = dict[str, Tensor]
@@ -136,13 +137,24 @@ def to_timm(model: CMAE, *, branch: Literal["online", "target"] = "online") -> S
             f"encoder={model.config.encoder!r} has no timm counterpart; export it with "
             "ConvMAE's names (to_convmae, `cmae export --to convmae`)."
         )
-    encoder = {"online": model.encoder, "target": model.target_encoder}.get(branch)
-    if encoder is None:
-        raise CmaeError(f"branch={branch!r}: this model has no such branch; choose 'online'.")
-    state = {key: value.detach().clone() for key, value in encoder.state_dict().items()}
+    state = {
+        key: value.detach().clone() for key, value in encoder_of(model, branch).state_dict().items()
+    }
     check_finite(state, "the model")
     fold_normalisation(state, "patch_embed.proj", model.config)
     return state
+
+
+def encoder_of(model: CMAE, branch: str) -> Encoder:
+    """The encoder of a branch: 'online', or 'target' for its moving average.
+
+    Raises:
+        CmaeError: There is no such branch.
+    """
+    encoder: Encoder | None = {"online": model.encoder, "target": model.target_encoder}.get(branch)
+    if encoder is None:
+        raise CmaeError(f"branch={branch!r}: this model has no such branch; choose 'online'.")
+    return encoder
 
 
 def fold_normalisation(state: StateDict, patch: str, config: ModelConfig) -> None:

@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from torch import nn
+
 from cmae.errors import CmaeError
 from cmae.model.cmae import CMAE
 from cmae.model.config import ModelConfig
@@ -17,6 +19,7 @@ from cmae.model.export.checkpoints import (
     check_finite,
     count_blocks,
     decoder_fields,
+    encoder_of,
     fold_normalisation,
     load_renamed,
     published_heads,
@@ -118,12 +121,9 @@ def to_convmae(model: CMAE, *, branch: Literal["online", "target"] = "online") -
         raise CmaeError(
             f"encoder={model.config.encoder!r} has no counterpart in ConvMAE; only 'hybrid': use to_timm."
         )
-    encoder = {"online": model.encoder, "target": model.target_encoder}.get(branch)
-    if encoder is None:
-        raise CmaeError(f"branch={branch!r}: this model has no such branch; choose 'online'.")
-    parts = {"encoder": encoder}
+    parts: dict[str, nn.Module] = {"encoder": encoder_of(model, branch)}
     if branch == "online" and model.pixel_decoder is not None:
-        parts["pixel_decoder"] = model.pixel_decoder  # type: ignore[assignment]
+        parts["pixel_decoder"] = model.pixel_decoder
     state = {}
     for part, module in parts.items():
         for key, value in module.state_dict().items():

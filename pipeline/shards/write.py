@@ -169,9 +169,9 @@ def write_shards(
     writer = _ShardWriter(skipped, settings, strict=strict, progress=progress)
     run_threads(writer.write, todo, workers=workers, stop=writer.stop)
     num_already_written = len(own) - len(todo)
-    missing = [shard for shard in shards if shard not in own and not is_finished(shard.path)]
-    if missing:
-        return _report_part(own, skipped, num_already_written, len(missing))
+    others = (shard for shard in shards if shard.number % num_parts != part)
+    if num_missing := sum(not is_finished(shard.path) for shard in others):
+        return _report_part(own, skipped, num_already_written, num_missing)
     return _finish(out, settings, shards, source, num_already_written=num_already_written)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import platform
 import secrets
+import shutil
 import socket
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from rich.table import Table
@@ -70,8 +72,6 @@ def check_all_ranks(*, shards: str | None, runs: Path | None) -> int:
             _look_at(runs, token),
         )
         reports: list[RankReport] = gather_values(own, world)
-        if world.world_size > 1:
-            dist.barrier()
         if token is not None and world.is_main:
             token.unlink(missing_ok=True)
         if not world.is_main:
@@ -103,10 +103,9 @@ def _wait(world: World, values: Tensor) -> None:
 
 def _facts(world: World) -> dict[str, str]:
     """Versions and limits of this machine."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     shared = Path("/dev/shm")
     facts: dict[str, Any] = {
-        "python": ".".join(map(str, sys.version_info[:3])),
+        "python": platform.python_version(),
         "torch": torch.__version__,
         "CUDA": torch.version.cuda,
         "triton": package_version("triton"),
@@ -117,30 +116,26 @@ def _facts(world: World) -> dict[str, str]:
         "GPU": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None,
         "cores": f"{usable_cores():g}",
         "quota": None if (quota := cgroup_limit()) is None else f"{quota:g} cores",
-        "memory": f"{memory / 2**30:.0f} GiB",
-        "/dev/shm": f"{_size_of(shared) / 2**30:.1f} GiB" if shared.is_dir() else None,
+        "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
+        "/dev/shm": f"{shutil.disk_usage(shared).total / 2**30:.1f} GiB"
+        if shared.is_dir()
+        else None,
     }
     if world.device.type == "cuda":
         facts["clock"] = f"{torch.cuda.clock_rate(world.device)} MHz"
     return {name: "-" if value is None else str(value) for name, value in facts.items()}
 
 
-def _size_of(folder: Path) -> int:
-    found = os.statvfs(folder)
-    return found.f_frsize * found.f_blocks
-
-
 def _put_token(runs: Path | None, world: World) -> Path | None:
     """A file that the first rank leaves for the others, named the same on all."""
     if runs is None:
         return None
-    token: Path = runs / from_main(f".cmae-doctor-{secrets.token_hex(4)}", world)
+    name = f".cmae-doctor-{secrets.token_hex(4)}"
     if world.is_main:
         with suppress(OSError):  # every rank tells that it does not see it
             runs.mkdir(parents=True, exist_ok=True)
-            token.touch()
-    if world.world_size > 1:
-        dist.barrier()
+            (runs / name).touch()
+    token: Path = runs / from_main(name, world)  # the others have the name once the file is there
     return token
 
 

@@ -33,13 +33,14 @@ def launch(words: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser, run
 
-    place = command_place(words, get_args_parser()._option_string_actions)
+    parser = get_args_parser()
+    place = command_place(words, parser._option_string_actions)
     if place is None:
         raise CmaeError(
             "name a command after torchrun's flags, such as: cmae launch --nproc-per-node 8 "
             "pretrain --recipe cmae_vit_b"
         )
-    parsed = get_args_parser().parse_args([*words[:place], "-m", "cmae.train", *words[place:]])
+    parsed = parser.parse_args([*words[:place], "-m", "cmae.train", *words[place:]])
     try:
         run(parsed)
     except SignalException as error:

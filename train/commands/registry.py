@@ -329,9 +329,9 @@ def _classify(parser: Parser) -> Run:
 
 
 def _sweep(parser: Parser) -> Run:
-    from cmae.train.commands.sweep import sweep_names
+    from cmae.train.config_parser import recipe_names
 
-    parser.add_argument("file", help=f"YAML file, or one of: {', '.join(sweep_names())}")
+    parser.add_argument("file", help=f"YAML file, or one of: {', '.join(recipe_names('sweeps'))}")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0")
     parser.add_argument("--out", type=Path, help="folder; default: runs/NAME")
     parser.add_argument("--train", type=str, help="labelled tars, for k-NN and the probe")

@@ -22,7 +22,7 @@ from cmae.model.export.stored import list_checkpoints
 from cmae.paths import expand_home
 from cmae.pipeline.formats.atomic import atomic_write
 from cmae.train.bench.tables import markdown
-from cmae.train.config_parser import RECIPES, load_recipe, nearest
+from cmae.train.config_parser import RECIPES, load_recipe, nearest, recipe_names
 from cmae.train.distributed import World
 from cmae.train.evaluation.encoders import load_encoder
 from cmae.train.evaluation.features import Features, Images, compute_features
@@ -150,13 +150,6 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
 
 
-def sweep_names() -> list[str]:
-    """Names of the sweep files that ship with the package."""
-    return sorted(
-        Path(one.name).stem for one in (RECIPES / "sweeps").iterdir() if one.name.endswith(".yaml")
-    )
-
-
 def read_sweep(file: str, settings: Sequence[str] = ()) -> Sweep:
     """A sweep file's content, with more settings.
 
@@ -170,8 +163,9 @@ def read_sweep(file: str, settings: Sequence[str] = ()) -> Sweep:
     path = expand_home(file)
     source = path if path.is_file() else RECIPES / "sweeps" / f"{file}.yaml"
     if not source.is_file():
+        names = recipe_names("sweeps")
         raise CmaeError(
-            f"{file}: give a YAML file, or one of {', '.join(sweep_names())}{nearest(file, sweep_names())}"
+            f"{file}: give a YAML file, or one of {', '.join(names)}{nearest(file, names)}"
         )
     try:
         content = yaml.safe_load(source.read_text(encoding="utf-8"))

@@ -27,6 +27,7 @@ from cmae.model import (
     to_timm,
 )
 from cmae.model.config import STANDARD_MEAN, STANDARD_STD
+from cmae.model.export.checkpoints import encoder_of
 from cmae.model.export.stored import is_checkpoint, read_file
 from cmae.model.hybrid import HybridEncoder, set_drop_path
 from cmae.train.config_parser import load_recipe, nearest, recipe_names
@@ -179,9 +180,8 @@ def _hybrid(
     model: CMAE, branch: Branch, img_size: int | None, *, drop_path_rate: float = 0.0
 ) -> HybridEncoder:
     """A hybrid encoder at another image size, with stochastic depth."""
-    source = model.encoder if branch == "online" else model.target_encoder
-    if not isinstance(source, HybridEncoder):
-        raise CmaeError(f"branch={branch!r}: this model has no such branch; choose 'online'.")
+    source = encoder_of(model, branch)
+    assert isinstance(source, HybridEncoder)
     config = replace(source.config, img_size=img_size or source.config.img_size)
     state = source.state_dict()
     has_norm = "norm.weight" in state

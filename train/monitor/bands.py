@@ -11,7 +11,7 @@ import yaml
 
 from cmae.errors import CmaeError
 from cmae.paths import expand_home
-from cmae.train.config_parser import RECIPES, nearest
+from cmae.train.config_parser import RECIPES, nearest, recipe_names
 
 Band = list[tuple[float, float, float]]
 """(step, low, high), by step."""
@@ -36,13 +36,6 @@ METRICS = (
 """Metrics that have bands: what learning decides, and not the machine."""
 
 
-def band_names() -> list[str]:
-    """Names of the files that ship with the package."""
-    return sorted(
-        Path(one.name).stem for one in (RECIPES / "bands").iterdir() if one.name.endswith(".yaml")
-    )
-
-
 def load_bands(name: str) -> dict[str, Band]:
     """Bands by metric.
 
@@ -60,7 +53,7 @@ def load_bands(name: str) -> dict[str, Band]:
     if not source.is_file():
         raise CmaeError(
             f"run.bands={name}: it must be a file that `cmae compare --write_bands` wrote, or one of "
-            f"{', '.join(band_names())}{nearest(name, band_names())}",
+            f"{', '.join(recipe_names('bands'))}{nearest(name, recipe_names('bands'))}",
             key="run.bands",
         )
     try:

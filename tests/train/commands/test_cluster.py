@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support.ranks import start_two_ranks
 
 from cmae.train.commands.cluster import RankReport, all_reduce_rate, find_problems
 from cmae.train.commands.main import main
@@ -70,19 +68,9 @@ def test_alone_it_looks_at_this_machine(
 
 @pytest.mark.slow
 def test_two_ranks_measure_their_all_reduce_and_share_a_folder(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "cmae.train",
-        "launch",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]
-    command += ["doctor", "--all_ranks", "--runs", str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "over gloo" in done.stdout
-    assert "GB/s" in done.stdout
+    process = start_two_ranks("doctor", "--all_ranks", "--runs", str(tmp_path))
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "over gloo" in printed
+    assert "GB/s" in printed
     assert list(tmp_path.iterdir()) == []

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from support.ranks import start_two_ranks
 from support.tiny_runs import arguments
 from torch.distributed.run import get_args_parser
 
@@ -38,23 +36,9 @@ def test_a_command_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert "name a command after torchrun's flags" in capsys.readouterr().err
 
 
-def start(*words: str) -> subprocess.Popen[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "cmae.train",
-        "launch",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-    return subprocess.Popen([*command, *words], env=environment, stderr=subprocess.PIPE, text=True)
-
-
 @pytest.mark.slow
 def test_a_wrong_flag_ends_with_2_as_without_it() -> None:
-    process = start("pretrain", "--no.such", "1")
+    process = start_two_ranks("pretrain", "--no.such", "1")
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2
     assert "there is no option --no.such" in errors
@@ -64,7 +48,7 @@ def test_a_wrong_flag_ends_with_2_as_without_it() -> None:
 @pytest.mark.slow
 def test_a_stopped_run_ends_with_75(small_shards: str, tmp_path: Path) -> None:
     words = arguments(small_shards, tmp_path, **{"optim.total_steps": 1_000_000})
-    process = start("pretrain", *words)
+    process = start_two_ranks("pretrain", *words)
     metrics = tmp_path / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (metrics.is_file() and metrics.stat().st_size):

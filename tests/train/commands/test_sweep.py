@@ -13,7 +13,8 @@ from support.tiny_runs import arguments
 
 from cmae.errors import CmaeError
 from cmae.train.commands.main import main
-from cmae.train.commands.sweep import METRICS, _config, read_sweep, summarise, sweep_names
+from cmae.train.commands.sweep import METRICS, _config, read_sweep, summarise
+from cmae.train.config_parser import recipe_names
 
 Capture = pytest.CaptureFixture[str]
 
@@ -73,7 +74,7 @@ def test_differences_are_by_seed_with_their_error() -> None:
     assert math.isnan(alone.deviation)
 
 
-@pytest.mark.parametrize("name", sweep_names())
+@pytest.mark.parametrize("name", recipe_names("sweeps"))
 def test_every_variant_of_a_shipped_sweep_is_a_configuration(name: str, tmp_path: Path) -> None:
     sweep = read_sweep(name, ["data.shards=x.tar"])
     configs = [_config(sweep, variant, seed=0, out=tmp_path) for variant in sweep.variants]

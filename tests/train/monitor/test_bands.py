@@ -13,8 +13,8 @@ from support.tiny_runs import run
 
 from cmae.errors import CmaeError
 from cmae.train.commands.main import main
-from cmae.train.config_parser import load_recipe
-from cmae.train.monitor.bands import band_names, load_bands, make_bands, outside, write_bands
+from cmae.train.config_parser import load_recipe, recipe_names
+from cmae.train.monitor.bands import load_bands, make_bands, outside, write_bands
 from cmae.train.monitor.plots import loss_plot
 
 Capture = pytest.CaptureFixture[str]
@@ -106,7 +106,7 @@ def test_an_unknown_name_is_refused_with_those_that_there_are() -> None:
 
 
 def test_shipped_bands_belong_to_recipes_and_contain_what_they_judge() -> None:
-    assert band_names() == ["demo"]
+    assert recipe_names("bands") == ["demo"]
     assert load_recipe("demo").run.bands == "demo"
     bands = load_bands("demo")
     assert {"total", "knn_online", "linear_target", "rankme_online"} <= set(bands)
