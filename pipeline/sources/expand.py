@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +94,11 @@ def _expand_one(pattern: str, storage_options: Mapping[str, Any]) -> list[str]:
     shards: list[str] = []
     missing: list[str] = []
     if _num_expanded(pattern) > MAX_SHARDS:
-        raise CmaeError(
-            f"shards={redact(pattern)!r} names more than {MAX_SHARDS} files: correct the range in braces"
-        )
+        raise _too_many(pattern)
     num_listed = 0
-    for url in _expand_braces(pattern):
+    for number, url in enumerate(_expand_braces(pattern)):
+        if number >= MAX_SHARDS:  # of braces whose ends are braces: {{1,2}..{5,600}}
+            raise _too_many(pattern)
         is_file = url.startswith("file:")
         if is_file:
             # What is left is a path, whatever it begins with: `file:pipe:...` is no command.
@@ -122,6 +122,12 @@ def _expand_one(pattern: str, storage_options: Mapping[str, Any]) -> list[str]:
     if missing:
         raise CmaeError(_nothing_found(pattern, missing, num_found=len(shards)))
     return shards
+
+
+def _too_many(pattern: str) -> CmaeError:
+    return CmaeError(
+        f"shards={redact(pattern)!r} names more than {MAX_SHARDS} files: correct the range in braces"
+    )
 
 
 def _as_path(name: str) -> str:
@@ -176,15 +182,18 @@ def _tars_of(found: Sequence[str], where: str) -> list[str]:
     return tars or compressed
 
 
-def _expand_braces(text: str) -> list[str]:
-    """Expand number ranges and comma lists, leftmost varying slowest; other braces (awk in a pipe) stay."""
+def _expand_braces(text: str) -> Iterator[str]:
+    """Expand number ranges and comma lists, leftmost varying slowest; other braces (awk in a pipe) stay.
+
+    One string at a time, as the caller may stop early.
+    """
     match = _BRACES.search(text)
     if match is None:
-        return [text]
+        yield text
+        return
     before, after = text[: match.start()], text[match.end() :]
-    return [
-        full for choice in _choices(match[1]) for full in _expand_braces(before + choice + after)
-    ]
+    for choice in _choices(match[1]):
+        yield from _expand_braces(before + choice + after)
 
 
 def _num_expanded(text: str) -> int:
@@ -215,13 +224,19 @@ def _is_compressed(shard: str) -> bool:
     return _COMPRESSED_NAME.search(address.lower()) is not None
 
 
-def _choices(inside: str) -> list[str]:
+def _choices(inside: str) -> Iterator[str]:
     bounds = _RANGE.match(inside)
     if bounds is None:
-        return inside.split(",")
+        yield from inside.split(",")
+        return
+    if max(len(bounds[1]), len(bounds[2])) > _MAX_DIGITS:
+        raise CmaeError(
+            f"shards: the range {{{inside[:60]}}} has a number of more than {_MAX_DIGITS} digits: correct it"
+        )
     first, last = int(bounds[1]), int(bounds[2])
     step = 1 if last >= first else -1
-    return [f"{number:0{len(bounds[1])}d}" for number in range(first, last + step, step)]
+    for number in range(first, last + step, step):
+        yield f"{number:0{len(bounds[1])}d}"
 
 
 def _nothing_found(pattern: str, missing: list[str], *, num_found: int) -> str:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from cmae.errors import CmaeError
 from cmae.pipeline.remote.schemes import is_local
+from cmae.pipeline.sources import expand
 from cmae.pipeline.sources.expand import expand_shards
 
 
@@ -129,6 +131,32 @@ def test_compressed_tars_beside_others_are_named(
 def test_braces_that_name_too_many_files_are_refused_before_they_are_made(pattern: str) -> None:
     with pytest.raises(ValueError, match="names more than"):
         expand_shards(pattern)
+
+
+@pytest.mark.parametrize("start", ["x-", "http://h/x-"])
+def test_a_range_whose_ends_are_braces_is_bounded(start: str) -> None:
+    with pytest.raises(CmaeError, match=r"names more than|are missing"):
+        expand_shards(start + "{{1,2}..{3,999999999999}}.tar")
+    with pytest.raises(CmaeError, match="more than 18 digits"):
+        expand_shards(start + "{{1,2}..{3," + "9" * 5000 + "}}.tar")
+
+
+def test_the_search_for_missing_files_ends_before_all_names_are_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = 0
+
+    def counted(text: str) -> Iterator[str]:
+        nonlocal made
+        for name in expand_braces(text):
+            made += 1
+            yield name
+
+    expand_braces = expand._expand_braces
+    monkeypatch.setattr(expand, "_expand_braces", counted)
+    with pytest.raises(CmaeError, match="others were not looked for"):
+        expand_shards("-{000..003}.-{" * 9 + "s}n-y000..{000..00" * 4 + "}.tar")
+    assert made < 4**9, "all 262,144 names"
 
 
 def test_no_file_name_is_taken_for_a_command(
