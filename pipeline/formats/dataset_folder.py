@@ -13,6 +13,8 @@ from cmae.pipeline.formats.presized import downscaled_line, sum_counts
 CLASSES_FILE = "classes.json"
 DATASET_FILE = "dataset.json"
 SKIPPED_FILE = "skipped.jsonl"
+DIGESTS_FILE = "SHA256SUMS"
+"""Digest of every tar, as `sha256sum -c SHA256SUMS` reads it."""
 
 MAX_JSON_BYTES = 256 << 20
 """Larger files beside the shards are refused."""

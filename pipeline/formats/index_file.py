@@ -112,6 +112,8 @@ def _missing(columns: Columns, dtypes: Mapping[str, type[np.generic]]) -> str:
     lengths = {columns[name].shape for name in dtypes}
     if len(lengths) > 1 or any(len(shape) != 1 for shape in lengths):
         return f"columns have the shapes {sorted(lengths)}"
+    if columns.get("tar_sha256", np.empty(32)).shape != (32,):
+        return "tar_sha256 is not 32 bytes"
     names = (*_PAIRS, ("member_fates", "member_examples"))
     for one, other in names:
         if one in columns and columns[one].shape != columns.get(other, np.empty(())).shape:

@@ -89,6 +89,8 @@ class ShardIndex:
     """Images that `cmae shards write --max-size` has re-encoded, by setting; see `summarise_marks`."""
     members: MemberCounts = field(default_factory=MemberCounts)
     """What became of every entry of the tar; empty in an index that an earlier version made."""
+    tar_sha256: bytes = b""
+    """SHA-256 of the whole tar, from whoever wrote it; empty where the tar was made elsewhere."""
 
     def __len__(self) -> int:
         return len(self.byte_offset)
@@ -106,6 +108,7 @@ class ShardIndex:
         tar_path: str | Path,
         marks: Iterable[str] = (),
         members: MemberCounts | None = None,
+        tar_sha256: bytes = b"",
     ) -> ShardIndex:
         """Turn rows into columns; size and digest are read from the finished tar.
 
@@ -114,6 +117,7 @@ class ShardIndex:
             tar_path: Path of the finished tar.
             marks: `downscale_mark` of the images.
             members: Counts of all entries of the tar.
+            tar_sha256: SHA-256 of the tar, where it is known.
         """
         columns = list(zip(*rows, strict=True)) or [()] * len(COLUMNS)
         arrays = {
@@ -126,6 +130,7 @@ class ShardIndex:
             tar_digest=tar_digest(tar_path),
             downscaled=summarise_marks(marks),
             members=members or MemberCounts(),
+            tar_sha256=tar_sha256,
         )
 
 
@@ -236,6 +241,8 @@ def save_index(index: ShardIndex, path: str | Path) -> None:
         columns["presized_settings"] = np.asarray(list(index.downscaled), np.str_)
         columns["presized_counts"] = np.asarray(list(index.downscaled.values()), np.int64)
     columns |= {name: np.asarray(values) for name, values in to_arrays(index.members).items()}
+    if index.tar_sha256:
+        columns["tar_sha256"] = np.frombuffer(index.tar_sha256, np.uint8)
     # A quarter of numpy's UCS-4.
     columns["keys"] = np.char.encode(index.keys, "utf-8", "surrogateescape")
     try:
@@ -295,6 +302,7 @@ def _from_columns(columns: Columns) -> ShardIndex:
     keys = _decode_keys(columns.pop("keys"))
     size, digest = int(columns.pop("tar_size").item()), str(columns.pop("tar_digest"))
     downscaled, members = downscaled_counts(columns), member_counts(columns)
+    sha256 = columns.get("tar_sha256", np.empty(0, np.uint8)).astype(np.uint8).tobytes()
     arrays = {name: columns[name] for name in COLUMNS if name != "keys"}
     return ShardIndex(
         keys=keys,
@@ -303,6 +311,7 @@ def _from_columns(columns: Columns) -> ShardIndex:
         tar_digest=digest,
         downscaled=downscaled,
         members=members,
+        tar_sha256=sha256,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tarfile
 from typing import IO
 
@@ -29,6 +30,8 @@ class ShardTar:
         self._file = file
         self.size = 0
         """Bytes written."""
+        self.sha256 = hashlib.sha256()
+        """Digest of the bytes written."""
 
     def add(self, name: str, data: bytes) -> int:
         """Append a regular file; return the byte offset of its payload."""
@@ -41,6 +44,7 @@ class ShardTar:
     def add_raw(self, data: bytes) -> None:
         """Append whole blocks of a tar as they are."""
         self._file.write(data)
+        self.sha256.update(data)
         self.size += len(data)
 
     def end(self) -> None:

@@ -113,7 +113,7 @@ def iter_tar(stream: IO[bytes], *, name: str) -> Iterator[TarMember]:
     return (member for member in iter_entries(stream, name=name) if not member.fault)
 
 
-def iter_entries(stream: IO[bytes], *, name: str) -> Iterator[TarMember]:
+def iter_entries(stream: IO[bytes], *, name: str, with_data: bool = True) -> Iterator[TarMember]:
     """Yield every entry of a tar, in order; 3 to 7 times faster than `tarfile`.
 
     Reads ustar, GNU long names and pax headers, from anything with `read`, pipes included. The two zero
@@ -123,6 +123,7 @@ def iter_entries(stream: IO[bytes], *, name: str) -> Iterator[TarMember]:
     Args:
         stream: Positioned at the first header; `read(n)` gives fewer than n bytes only at the end.
         name: What errors call the stream.
+        with_data: False passes over all payloads, for which `stream` must be able to seek.
 
     Raises:
         TarError: A header with a wrong checksum, a member cut short, or a hole of zeros.
@@ -147,11 +148,11 @@ def iter_entries(stream: IO[bytes], *, name: str) -> Iterator[TarMember]:
             size = ahead.size
         member = member if is_header else ahead.name or member
         data = b""
-        if is_header or (is_read(member) and size <= MAX_MEMBER_BYTES):
+        if is_header or (with_data and is_read(member) and size <= MAX_MEMBER_BYTES):
             data = _read(stream, size)
             there = len(data)
         else:
-            there = _skip(stream, size)
+            there = _skip(stream, size, seek_above=_CHUNK if with_data else 0)
         if there != size:
             raise TarError(
                 f"{name}: truncated: {printable(member)} needs {size} bytes from byte {byte_offset}, "
@@ -223,10 +224,10 @@ def _read(stream: IO[bytes], size: int) -> bytes:
     return b"".join(parts)
 
 
-def _skip(stream: IO[bytes], size: int) -> int:
+def _skip(stream: IO[bytes], size: int, *, seek_above: int) -> int:
     """Pass over bytes; return how many there were."""
     # Not everything that webdataset opens has all of a file's methods.
-    if size > _CHUNK and getattr(stream, "seekable", bool)():
+    if size > seek_above and getattr(stream, "seekable", bool)():
         here = stream.tell()
         end = stream.seek(0, os.SEEK_END)
         return stream.seek(min(here + size, end)) - here

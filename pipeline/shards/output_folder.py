@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import hashlib
 import json
 import logging
 import shutil
@@ -13,7 +14,7 @@ from typing import Any
 
 from cmae.errors import CmaeError
 from cmae.pipeline.formats.atomic import atomic_write
-from cmae.pipeline.formats.dataset_folder import DATASET_FILE, read_dataset
+from cmae.pipeline.formats.dataset_folder import DATASET_FILE, DIGESTS_FILE, read_dataset
 from cmae.pipeline.formats.shard_index import StaleIndexError, index_path, load_index
 from cmae.printable import MAX_LINE, printable
 
@@ -65,6 +66,17 @@ def mark_begun(out: Path, settings: dict[str, Any]) -> None:
 def mark_complete(out: Path, settings: dict[str, Any], facts: dict[str, Any]) -> None:
     """Write down that every shard is there, and what they hold together."""
     write_json(out / DATASET_FILE, {"complete": True, **facts, "settings": settings})
+
+
+def write_digests(out: Path, tars: Iterable[Path]) -> None:
+    """Write the digests of finished shards, taken as they were written, for `sha256sum -c`."""
+    with atomic_write(out / DIGESTS_FILE) as listing:
+        for tar in tars:
+            digest = load_index(tar).tar_sha256
+            if not digest:  # indexed again since, or by an earlier version
+                with open(tar, "rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").digest()
+            listing.write(f"{digest.hex()}  {tar.name}\n".encode())
 
 
 def is_finished(tar_path: Path) -> bool:

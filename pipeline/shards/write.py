@@ -1,10 +1,11 @@
-"""Make shards: a folder of JPEGs becomes WebDataset tars, each with its index beside it.
+"""Make shards: a folder or archive of JPEGs becomes WebDataset tars, each with its index beside it.
 
 A written folder holds
 
     train-000000.tar, train-000000.index.npz, ...   named after the folder
     classes.json    class names in the order of the labels (absent for unlabelled images)
     dataset.json    counts and settings; "complete" is false until the last shard is written
+    SHA256SUMS      digest of every tar, for `sha256sum -c`
     skipped.jsonl   one line for each source file that is not a JPEG we can decode (absent if there is none)
 
 JPEG bytes are copied; only `max_size` has large images encoded again, and those are labelled in each file,
@@ -44,7 +45,7 @@ from cmae.pipeline.formats.shard_index import (
 )
 from cmae.pipeline.formats.shard_tar import ShardTar, padded
 from cmae.pipeline.formats.tar import TAR_BLOCK, TarRecord
-from cmae.pipeline.shards.image_folder import ImageSource, SourceImage
+from cmae.pipeline.shards.originals.source import Archive, ImageSource, SourceImage
 from cmae.pipeline.shards.output_folder import (
     check_space,
     claim_folder,
@@ -53,6 +54,7 @@ from cmae.pipeline.shards.output_folder import (
     mark_complete,
     remove_leftovers,
     tidy_skipped,
+    write_digests,
     write_json,
 )
 from cmae.pipeline.shards.presize import check_downscale, downscale_jpeg, needs_downscale
@@ -111,7 +113,7 @@ def write_shards(
     last writes `dataset.json`.
 
     Args:
-        source: Images of `scan_image_folder` or `read_image_list`.
+        source: Images of `scan_image_folder`, `scan_image_archive` or `read_image_list`.
         out_dir: A folder of its own; made if missing.
         samples_per_shard: Upper limit; samples are spread evenly over as few shards as it allows.
         max_shard_bytes: Upper limit on the tar's size, unless one image alone exceeds it.
@@ -166,7 +168,9 @@ def write_shards(
     skipped = out / SKIPPED_FILE
     if num_parts > 1:  # several machines cannot append to one file
         skipped = skipped.with_name(f"{skipped.stem}.{part}-of-{num_parts}{skipped.suffix}")
-    writer = _ShardWriter(skipped, settings, strict=strict, progress=progress)
+    writer = _ShardWriter(
+        skipped, settings, archive=source.archive, strict=strict, progress=progress
+    )
     run_threads(writer.write, todo, workers=workers, stop=writer.stop)
     num_already_written = len(own) - len(todo)
     others = (shard for shard in shards if shard.number % num_parts != part)
@@ -204,10 +208,12 @@ class _ShardWriter:
         skipped_path: Path,
         settings: dict[str, Any],
         *,
+        archive: Archive | None,
         strict: bool,
         progress: Callable[[int], None],
     ) -> None:
         self.stop = threading.Event()
+        self._archive = archive
         self._skipped_path = skipped_path
         self._skipped_lock = threading.Lock()
         self._settings = settings
@@ -225,7 +231,7 @@ class _ShardWriter:
                 if self.stop.is_set():
                     raise InterruptedError(f"{shard.path.name} was stopped")
                 try:
-                    data, info = self._prepare(_read_source(image))
+                    data, info = self._prepare(_read_source(image, self._archive))
                     rows.append(_add_to_tar(tar, image, data, info, members))
                     marks.append(downscale_mark(data))
                 except BadImageError as error:
@@ -238,7 +244,13 @@ class _ShardWriter:
             tar.end()
             # Before the shard takes its name: whatever stops us, no finished shard lacks its lines.
             self._append_skipped(skipped)
-        index = ShardIndex.from_rows(rows, tar_path=shard.path, marks=marks, members=members)
+        index = ShardIndex.from_rows(
+            rows,
+            tar_path=shard.path,
+            marks=marks,
+            members=members,
+            tar_sha256=tar.sha256.digest(),
+        )
         save_index(index, index_path(shard.path))
 
     def _prepare(self, data: bytes) -> tuple[bytes, JpegInfo]:
@@ -259,8 +271,11 @@ class _ShardWriter:
                 file.writelines(json.dumps(line) + "\n" for line in skipped)
 
 
-def _read_source(image: SourceImage) -> bytes:
-    data = Path(image.path).read_bytes()
+def _read_source(image: SourceImage, archive: Archive | None) -> bytes:
+    if archive is None:
+        data = Path(image.path).read_bytes()
+    else:
+        data = archive.read(image.byte_offset, image.num_bytes)
     if len(data) != image.num_bytes:
         raise CmaeError(
             f"{image.path} had {image.num_bytes} bytes when it was listed and has {len(data)} now: "
@@ -294,13 +309,19 @@ def _finish(
 ) -> WriteReport:
     skipped = tidy_skipped(out / SKIPPED_FILE)
     num_skipped = len(skipped)
+    indices = [load_index(shard.path) for shard in shards]
+    if (there := sum(map(len, indices))) != len(source.images) - num_skipped:
+        raise CmaeError(
+            f"{out} holds {there} images, and {len(source.images)} were to be written without the "
+            f"{num_skipped} of {SKIPPED_FILE}: remove the folder and write it again"
+        )
     report = WriteReport(
         num_shards=len(shards),
         num_already_written=num_already_written,
         num_samples=len(source.images) - num_skipped,
         num_skipped=num_skipped,
         num_bytes=sum(shard.path.stat().st_size for shard in shards),
-        downscaled=sum_counts(load_index(shard.path).downscaled for shard in shards),
+        downscaled=sum_counts(index.downscaled for index in indices),
         files=_account(source, skipped),
     )
     if not report.num_samples:
@@ -317,6 +338,7 @@ def _finish(
         "shards": f"{out.name}-{{000000..{len(shards) - 1:06d}}}.tar",
         "created_by": f"cmae {metadata.version('cmae')}, Pillow {PIL.__version__}",
     }
+    write_digests(out, (shard.path for shard in shards))
     mark_complete(out, settings, facts)
     return report
 

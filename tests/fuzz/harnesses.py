@@ -33,7 +33,7 @@ from cmae.pipeline.formats.shard_index import (
     save_index,
 )
 from cmae.pipeline.formats.tar import iter_records
-from cmae.pipeline.shards.image_folder import read_image_list
+from cmae.pipeline.shards.originals.image_folder import read_image_list
 from cmae.pipeline.shards.repair import repair_shards
 from cmae.pipeline.shards.verify import verify_shards
 from cmae.pipeline.sources.expand import expand_shards

@@ -12,7 +12,7 @@ import webdataset as wds
 from PIL import Image
 
 from cmae.pipeline.formats.shard_index import ShardIndex, build_index, index_path, save_index
-from cmae.pipeline.shards.image_folder import scan_image_folder
+from cmae.pipeline.shards.originals.image_folder import scan_image_folder
 from cmae.pipeline.shards.verify import VerifyReport
 from cmae.pipeline.shards.write import WriteReport, write_shards
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cmae.pipeline.formats.shard_index import build_index, index_path, load_index, save_index
-from cmae.pipeline.shards.image_folder import scan_image_folder
+from cmae.pipeline.shards.originals.image_folder import scan_image_folder
 from cmae.pipeline.shards.write import write_shards
 
 MAX_UNPACKED = 20_000

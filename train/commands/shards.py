@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from cmae.pipeline.remote.cache import ShardCache
     from cmae.pipeline.remote.client import RemoteFile
-    from cmae.pipeline.shards.image_folder import ImageSource
+    from cmae.pipeline.shards.originals.source import ImageSource
     from cmae.pipeline.shards.statistics import ShardStatistics
     from cmae.pipeline.shards.verify import Problem
 
@@ -39,6 +39,7 @@ def write(
     out: Path,
     *,
     list_file: Path | None = None,
+    devkit: Path | None = None,
     layout: Literal["auto", "classes", "flat"] = "auto",
     samples_per_shard: int = 1000,
     max_shard_mib: int | None = None,
@@ -51,15 +52,17 @@ def write(
     num_parts: int = 1,
     part: int = 0,
 ) -> int:
-    """Copy a folder of JPEGs, one subfolder a class, into shards with their indices.
+    """Copy the JPEGs of a folder, one subfolder a class, or of a tar, into shards with their indices.
 
     The bytes are copied as they are; only --max_size has large images encoded again, and labels them.
     Stop it at any time: the same command continues.
 
     Args:
-        images: Folder with one subfolder for each class; or with images only, for a set without labels.
+        images: Folder with one subfolder for each class; or with images only, for a set without labels. Or a
+            tar of such a folder, or of one tar for each class, such as ILSVRC2012_img_train.tar.
         out: Folder of its own for the shards. They are named after it: shards/train -> train-000000.tar.
         list_file: Lines `path<TAB or space>label` to write instead of all images; paths start at `images`.
+        devkit: ILSVRC2012_devkit_t12.tar.gz: labels for the images of ILSVRC2012_img_val.tar.
         layout: One class a subfolder (classes), or all images without labels (flat). With auto the folder
             decides, and images beside subfolders are an error that names both.
         samples_per_shard: Largest number of images in a shard.
@@ -80,7 +83,7 @@ def write(
     from cmae.pipeline.shards.write import write_shards
 
     start = time.perf_counter()
-    source = _read_source(images, list_file, layout)
+    source = _read_source(images, list_file, devkit, layout)
     try:
         with _progress("writing images", len(source.images) // max(1, num_parts)) as advance:
             report = write_shards(
@@ -350,15 +353,24 @@ def problem_line(problem: Problem) -> str:
 
 
 def _read_source(
-    images: Path, list_file: Path | None, layout: Literal["auto", "classes", "flat"]
+    images: Path,
+    list_file: Path | None,
+    devkit: Path | None,
+    layout: Literal["auto", "classes", "flat"],
 ) -> ImageSource:
-    from cmae.pipeline.shards.image_folder import read_image_list, scan_image_folder
+    from cmae.pipeline.shards.originals.image_archive import is_archive, scan_image_archive
+    from cmae.pipeline.shards.originals.image_folder import read_image_list, scan_image_folder
+    from cmae.pipeline.shards.originals.imagenet_devkit import label_validation
     from cmae.train.monitor.console import PlainConsole
 
+    if list_file is not None and devkit is not None:
+        raise CmaeError("--list_file and --devkit both say the labels: give one of them")
     with PlainConsole(stderr=True).status("looking for images"):
         if list_file is not None:
             return read_image_list(list_file, root=images)
-        return scan_image_folder(images, layout=layout)
+        scan = scan_image_archive if is_archive(images) else scan_image_folder
+        source = scan(images, layout=layout)
+        return source if devkit is None else label_validation(source, devkit)
 
 
 def _local_copies(

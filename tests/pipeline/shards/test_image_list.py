@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from support.shard_data import NUM_IMAGES, jpeg
 
-from cmae.pipeline.shards.image_folder import read_image_list, scan_image_folder
+from cmae.pipeline.shards.originals.image_folder import read_image_list, scan_image_folder
 
 
 def test_classes_are_numbered_as_imagefolder_numbers_them(images: Path) -> None:

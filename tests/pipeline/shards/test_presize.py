@@ -25,7 +25,7 @@ from cmae.pipeline.formats.shard_index import (
     load_index,
     save_index,
 )
-from cmae.pipeline.shards.image_folder import scan_image_folder
+from cmae.pipeline.shards.originals.image_folder import scan_image_folder
 from cmae.pipeline.shards.presize import downscale_jpeg, needs_downscale
 from cmae.pipeline.shards.verify import verify_shards
 from cmae.pipeline.shards.write import WriteReport, write_shards

@@ -8,7 +8,7 @@ from PIL import Image
 from support.shard_data import tars, write
 
 from cmae.pipeline.shards.contact_sheet import contact_sheet
-from cmae.pipeline.shards.image_folder import scan_image_folder
+from cmae.pipeline.shards.originals.image_folder import scan_image_folder
 from cmae.pipeline.shards.statistics import shard_statistics
 from cmae.pipeline.shards.write import write_shards
 

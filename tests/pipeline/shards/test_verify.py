@@ -10,7 +10,7 @@ from support.shard_data import jpeg, problem_lines, tars
 
 from cmae.pipeline.formats.images.jpeg import Decode
 from cmae.pipeline.formats.shard_index import build_index, index_path, load_index, save_index
-from cmae.pipeline.shards.image_folder import read_image_list
+from cmae.pipeline.shards.originals.image_folder import read_image_list
 from cmae.pipeline.shards.verify import verify_shards
 from cmae.pipeline.shards.write import write_shards
 

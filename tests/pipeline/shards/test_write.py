@@ -18,7 +18,8 @@ from cmae.pipeline.formats.shard_index import build_index, index_path, load_inde
 from cmae.pipeline.formats.shard_tar import ShardTar
 from cmae.pipeline.formats.tar import iter_records
 from cmae.pipeline.shards import output_folder
-from cmae.pipeline.shards.image_folder import ImageSource, scan_image_folder
+from cmae.pipeline.shards.originals.image_folder import scan_image_folder
+from cmae.pipeline.shards.originals.source import ImageSource
 from cmae.pipeline.shards.output_folder import tidy_skipped
 from cmae.pipeline.shards.verify import VerifyReport, verify_shards
 from cmae.pipeline.shards.write import write_shards
@@ -67,7 +68,7 @@ def test_the_index_written_along_is_the_one_built_afterwards(images: Path, tmp_p
     write(images, tmp_path / "out")
     for path in tars(tmp_path / "out"):
         written, built = load_index(path), build_index(path)
-        for name in written.__dataclass_fields__:
+        for name in written.__dataclass_fields__.keys() - {"tar_sha256"}:  # only the writer knows
             np.testing.assert_array_equal(getattr(written, name), getattr(built, name))
 
 

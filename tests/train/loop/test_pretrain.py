@@ -17,7 +17,7 @@ from support.tiny_runs import MODEL, arguments, run
 
 from cmae.model import ModelConfig, build_model, load_model
 from cmae.model.export.stored import list_checkpoints, load_checkpoint
-from cmae.pipeline.shards.image_folder import scan_image_folder
+from cmae.pipeline.shards.originals.image_folder import scan_image_folder
 from cmae.pipeline.shards.write import write_shards
 from cmae.train.commands.main import main
 from cmae.train.loop.checkpoint import hold_folder

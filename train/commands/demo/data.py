@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from cmae.errors import CmaeError
-from cmae.pipeline.shards.image_folder import scan_image_folder
+from cmae.pipeline.shards.originals.image_folder import scan_image_folder
 from cmae.pipeline.shards.write import write_shards
 
 PHOTOGRAPHS = (
