@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TypeVar
@@ -29,12 +28,12 @@ def run_threads(
     *,
     workers: int | None = None,
     progress: Callable[[int], None] = no_progress,
-    stop: threading.Event | None = None,
+    stop: Callable[[], None] | None = None,
 ) -> list[Result]:
     """Map over items with threads and return results in order; `progress(1)` after each.
 
     Threads suffice: reading and CRC32 release the interpreter lock. An exception, Ctrl-C included, drops
-    what has not started and sets `stop`, for functions that take long and look at it.
+    what has not started and calls `stop`, which has functions that take long return early.
     """
     require(workers is None or workers >= 1, "workers", workers, ">= 1, or null")
     with ThreadPoolExecutor(workers or default_workers()) as pool:
@@ -47,6 +46,6 @@ def run_threads(
             # Before the event: a thread that stops for it would take the next item.
             pool.shutdown(wait=False, cancel_futures=True)
             if stop is not None:
-                stop.set()
+                stop()
             raise
     return [future.result() for future in futures]

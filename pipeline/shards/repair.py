@@ -148,7 +148,7 @@ def repair_shards(
     mark_begun(out, settings)
     classes = _common_classes(paths)
     stop = threading.Event()
-    threads: dict[str, Any] = {"workers": workers, "progress": progress, "stop": stop}
+    threads: dict[str, Any] = {"workers": workers, "progress": progress, "stop": stop.set}
     looks = run_threads(lambda path: look(path, policy, stop), paths, **threads)
     plans = _Planner(looks, policy, num_classes=len(classes or ())).plans(paths, looks)
     if classes is not None:
@@ -415,7 +415,7 @@ def _finish(
     num_classes: int,
     workers: int | None,
     progress: Callable[[int], None],
-    stop: threading.Event,
+    stop: Callable[[], None],
 ) -> RepairReport:
     written = [out / path.name for path in paths if (out / path.name).exists()]
     num_samples = sum(plan.num_samples for plan in plans)

@@ -21,7 +21,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import PIL
@@ -29,7 +29,12 @@ import PIL
 from cmae.errors import CmaeError
 from cmae.paths import expand_home
 from cmae.pipeline.formats.atomic import atomic_write
-from cmae.pipeline.formats.dataset_folder import CLASSES_FILE, DATASET_FILE, SKIPPED_FILE
+from cmae.pipeline.formats.dataset_folder import (
+    CLASSES_FILE,
+    DATASET_FILE,
+    DIGESTS_FILE,
+    SKIPPED_FILE,
+)
 from cmae.pipeline.formats.images.jpeg import BadImageError, JpegInfo, inspect_decodable
 from cmae.pipeline.formats.members.labels import NO_LABEL
 from cmae.pipeline.formats.members.member_counts import IMAGE, LABEL, MemberCounts, sum_members
@@ -79,6 +84,16 @@ class WriteReport(NamedTuple):
     """Shards that other parts have yet to write; while there are any, the counts are of this part alone."""
 
 
+class Publisher(Protocol):
+    """Somewhere else that gets a copy of the folder."""
+
+    def put(self, path: Path) -> object:
+        """Copy a complete file, unless it is there already; from any thread."""
+
+    def close(self) -> None:
+        """End copies that are under way with an error."""
+
+
 class _Shard(NamedTuple):
     number: int
     path: Path
@@ -103,6 +118,7 @@ def write_shards(
     workers: int | None = None,
     num_parts: int = 1,
     part: int = 0,
+    publisher: Publisher | None = None,
     progress: Callable[[int], None] = no_progress,
 ) -> WriteReport:
     """Copy the images into ustar shards `<folder>-000000.tar` and index them; can be stopped and run again.
@@ -127,6 +143,8 @@ def write_shards(
             Resizing gives up the interpreter lock: 20 ms of a core for each image that is downscaled.
         num_parts: Number of machines that write to the folder.
         part: This one among them, from 0. It writes each shard whose number leaves this remainder.
+        publisher: Takes a copy of each file when it is complete: a shard before it counts as finished,
+            dataset.json last.
         progress: Called with the number of images done since the last call, from any thread.
 
     Raises:
@@ -157,10 +175,12 @@ def write_shards(
     claim_folder(out, settings)
     shards = list(_plan_shards(source.images, out, settings))
     own = shards[part::num_parts]
-    todo = [shard for shard in own if not is_finished(shard.path)]
+    finished = {shard.number for shard in own if is_finished(shard.path)}
+    done = [shard for shard in own if shard.number in finished]
+    todo = [shard for shard in own if shard.number not in finished]
     remove_leftovers(shard.path for shard in todo)
     check_space(out, sum(shard.num_bytes for shard in todo))
-    progress(sum(len(shard.images) for shard in own) - sum(len(shard.images) for shard in todo))
+    progress(sum(len(shard.images) for shard in done))
     if todo or not (out / DATASET_FILE).exists():
         mark_begun(out, settings)
     if source.classes:
@@ -169,14 +189,25 @@ def write_shards(
     if num_parts > 1:  # several machines cannot append to one file
         skipped = skipped.with_name(f"{skipped.stem}.{part}-of-{num_parts}{skipped.suffix}")
     writer = _ShardWriter(
-        skipped, settings, archive=source.archive, strict=strict, progress=progress
+        skipped,
+        settings,
+        archive=source.archive,
+        strict=strict,
+        publisher=publisher,
+        progress=progress,
     )
-    run_threads(writer.write, todo, workers=workers, stop=writer.stop)
-    num_already_written = len(own) - len(todo)
+    run_threads(writer.publish, done, workers=workers, stop=writer.end_early)
+    run_threads(writer.write, todo, workers=workers, stop=writer.end_early)
+    num_already_written = len(done)
     others = (shard for shard in shards if shard.number % num_parts != part)
     if num_missing := sum(not is_finished(shard.path) for shard in others):
         return _report_part(own, skipped, num_already_written, num_missing)
-    return _finish(out, settings, shards, source, num_already_written=num_already_written)
+    report = _finish(out, settings, shards, source, num_already_written=num_already_written)
+    if publisher is not None:
+        beside = (out / name for name in (CLASSES_FILE, SKIPPED_FILE, DIGESTS_FILE, DATASET_FILE))
+        for path in (*(index_path(shard.path) for shard in shards), *filter(Path.exists, beside)):
+            publisher.put(path)
+    return report
 
 
 def _report_part(
@@ -210,10 +241,12 @@ class _ShardWriter:
         *,
         archive: Archive | None,
         strict: bool,
+        publisher: Publisher | None,
         progress: Callable[[int], None],
     ) -> None:
         self.stop = threading.Event()
         self._archive = archive
+        self._publisher = publisher
         self._skipped_path = skipped_path
         self._skipped_lock = threading.Lock()
         self._settings = settings
@@ -251,7 +284,24 @@ class _ShardWriter:
             members=members,
             tar_sha256=tar.sha256.digest(),
         )
+        self._put(shard.path)  # first: to the other parts, a shard with an index is finished
         save_index(index, index_path(shard.path))
+        self._put(index_path(shard.path))
+
+    def publish(self, shard: _Shard) -> None:
+        """Publish a shard that an earlier run has finished."""
+        self._put(shard.path)
+        self._put(index_path(shard.path))
+
+    def end_early(self) -> None:
+        """Have all threads return soon."""
+        self.stop.set()
+        if self._publisher is not None:
+            self._publisher.close()
+
+    def _put(self, path: Path) -> None:
+        if self._publisher is not None:
+            self._publisher.put(path)
 
     def _prepare(self, data: bytes) -> tuple[bytes, JpegInfo]:
         """The bytes that go into the shard, and their header."""

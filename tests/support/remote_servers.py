@@ -122,6 +122,23 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer(with_body=True)
 
+    def do_PUT(self) -> None:
+        """Store what comes in chunks; `truncated` keeps half of it and says that all is well."""
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        fault = self.faulty.take_fault(f"PUT {self.path}")
+        self.faulty.requests.append(Request(f"PUT {self.path}", None, len(body)))
+        if fault in ("500", "503", "403"):
+            self._refuse(int(fault))
+            return
+        file = self.faulty.folder / self.path.lstrip("/")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(body[: len(body) // 2] if fault == "truncated" else body)
+        self._refuse(201)
+
     def _answer(self, *, with_body: bool) -> None:
         server = self.faulty
         time.sleep(server.latency_s)

@@ -26,9 +26,13 @@ if TYPE_CHECKING:
     from cmae.pipeline.shards.originals.source import ImageSource
     from cmae.pipeline.shards.statistics import ShardStatistics
     from cmae.pipeline.shards.verify import Problem
+    from cmae.pipeline.shards.write import WriteReport
 
 _MAX_LINES = 20
 """Problems that are printed; the rest are counted."""
+
+_UPLOAD_DEADLINE_S = 1800.0
+"""Longest time for one shard to reach the store, retries included."""
 
 _INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT."""
@@ -49,8 +53,11 @@ def write(
     max_size: int | None = None,
     quality: int = 95,
     workers: int | None = None,
-    num_parts: int = 1,
+    num_parts: int | None = None,
     part: int = 0,
+    on: Literal["here", "ray"] = "here",
+    upload: str | None = None,
+    storage_options: dict[str, Any] | None = None,
 ) -> int:
     """Copy the JPEGs of a folder, one subfolder a class, or of a tar, into shards with their indices.
 
@@ -75,32 +82,65 @@ def write(
         quality: JPEG quality, 1..100, of the images that are downscaled.
         workers: Threads; null means one for each CPU core, at most 16.
         num_parts: Number of machines that write to `out`, each a part, such as a Slurm array's size; the
-            shards do not depend on it.
+            shards do not depend on it. Null means one; with --on ray, one for each node.
         part: This machine's part, from 0, such as $SLURM_ARRAY_TASK_ID or $JOB_COMPLETION_INDEX.
+        on: This machine, or all nodes of a running Ray cluster (ray), which share `images` and `out`.
+        upload: Folder of a store, such as s3://bucket/train, that gets every shard as soon as it is written;
+            `out` keeps them too.
+        storage_options: Options of fsspec's file system for `upload`.
     """
-    from cmae.pipeline.formats.dataset_folder import SKIPPED_FILE
-    from cmae.pipeline.formats.presized import downscaled_line
+    from cmae.pipeline.remote.client import RemoteConfig
+    from cmae.pipeline.remote.upload import UploadFolder
+    from cmae.pipeline.shards.on_ray import write_shards_on_ray
+    from cmae.pipeline.shards.originals.find import find_images
     from cmae.pipeline.shards.write import write_shards
+    from cmae.train.monitor.console import PlainConsole
 
+    if on == "ray" and part:
+        raise CmaeError(
+            "--part is for machines that are started one by one: leave it out with --on ray"
+        )
     start = time.perf_counter()
-    source = _read_source(images, list_file, devkit, layout)
+    find = {"list_file": list_file, "devkit": devkit, "layout": layout}
+    settings = {
+        "samples_per_shard": samples_per_shard,
+        "max_shard_bytes": None if max_shard_mib is None else max_shard_mib * 2**20,
+        "seed": seed,
+        "shuffle": shuffle,
+        "strict": strict,
+        "max_size": max_size,
+        "quality": quality,
+    }
+    remote = RemoteConfig(storage_options=storage_options or {}, deadline_s=_UPLOAD_DEADLINE_S)
+    publisher = None if upload is None else UploadFolder(upload, remote)
+    with PlainConsole(stderr=True).status("looking for images"):
+        source = find_images(images, **find)  # type: ignore[arg-type]
+    num_images = len(source.images) // (1 if on == "ray" else max(1, num_parts or 1))
     try:
-        with _progress("writing images", len(source.images) // max(1, num_parts)) as advance:
-            report = write_shards(
-                source,
-                out,
-                samples_per_shard=samples_per_shard,
-                max_shard_bytes=None if max_shard_mib is None else max_shard_mib * 2**20,
-                seed=seed,
-                shuffle=shuffle,
-                strict=strict,
-                max_size=max_size,
-                quality=quality,
-                workers=workers,
-                num_parts=num_parts,
-                part=part,
-                progress=advance,
-            )
+        with _progress("writing images", num_images) as advance:
+            if on == "ray":
+                report = write_shards_on_ray(
+                    images,
+                    out,
+                    find=find,
+                    write=settings,
+                    upload=upload,
+                    remote=remote,
+                    num_parts=num_parts,
+                    workers=workers,
+                    progress=advance,
+                )
+            else:
+                report = write_shards(
+                    source,
+                    out,
+                    **settings,  # type: ignore[arg-type]
+                    workers=workers,
+                    num_parts=1 if num_parts is None else num_parts,
+                    part=part,
+                    publisher=publisher,
+                    progress=advance,
+                )
     except KeyboardInterrupt:
         _report(
             f"interrupted; finished shards stay in {out}: run the same command again to continue"
@@ -108,17 +148,26 @@ def write(
         return _INTERRUPTED
     except OSError as error:
         raise CmaeError(f"cannot write shards of {images} to {out}: {error}") from error
-    seconds = time.perf_counter() - start
-    classes = f", {len(source.classes)} classes" if source.classes else ""
-    _print(
-        f"{_count(report.num_samples, 'image')}{classes} in {_count(report.num_shards, 'shard')}, "
-        f"{_gib(report.num_bytes)}, {seconds:.1f} s: {out}"
-    )
+    _print_written(report, source, out, seconds=time.perf_counter() - start)
     if report.num_missing:
         _print(
             f"part {part} of {num_parts} is done; other parts have yet to write "
             f"{_count(report.num_missing, 'shard')}, and the last to end writes dataset.json"
         )
+    if publisher is not None:
+        _print(f"all of it is in {publisher.shown} too")
+    return 0
+
+
+def _print_written(report: WriteReport, source: ImageSource, out: Path, *, seconds: float) -> None:
+    from cmae.pipeline.formats.dataset_folder import SKIPPED_FILE
+    from cmae.pipeline.formats.presized import downscaled_line
+
+    classes = f", {len(source.classes)} classes" if source.classes else ""
+    _print(
+        f"{_count(report.num_samples, 'image')}{classes} in {_count(report.num_shards, 'shard')}, "
+        f"{_gib(report.num_bytes)}, {seconds:.1f} s: {out}"
+    )
     if report.downscaled:
         _print(downscaled_line(report.downscaled, report.num_samples))
     if report.num_already_written:
@@ -128,7 +177,6 @@ def write(
         _print(
             f"{_count(report.num_skipped, 'file')} skipped, no usable JPEG: see {out / SKIPPED_FILE}"
         )
-    return 0
 
 
 def index(
@@ -350,27 +398,6 @@ def problem_line(problem: Problem) -> str:
     """Shard, key and what is wrong."""
     key = f", {problem.key}" if problem.key else ""
     return f"{Path(problem.shard).name}{key}: {problem.what}"
-
-
-def _read_source(
-    images: Path,
-    list_file: Path | None,
-    devkit: Path | None,
-    layout: Literal["auto", "classes", "flat"],
-) -> ImageSource:
-    from cmae.pipeline.shards.originals.image_archive import is_archive, scan_image_archive
-    from cmae.pipeline.shards.originals.image_folder import read_image_list, scan_image_folder
-    from cmae.pipeline.shards.originals.imagenet_devkit import label_validation
-    from cmae.train.monitor.console import PlainConsole
-
-    if list_file is not None and devkit is not None:
-        raise CmaeError("--list_file and --devkit both say the labels: give one of them")
-    with PlainConsole(stderr=True).status("looking for images"):
-        if list_file is not None:
-            return read_image_list(list_file, root=images)
-        scan = scan_image_archive if is_archive(images) else scan_image_folder
-        source = scan(images, layout=layout)
-        return source if devkit is None else label_validation(source, devkit)
 
 
 def _local_copies(
