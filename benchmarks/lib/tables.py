@@ -34,6 +34,16 @@ def presized_table(result: Result) -> list[list[str]]:
     return rows
 
 
+def writers_table(result: Result) -> list[list[str]]:
+    """Writers of shards on the same files."""
+    rows = [["writer", "images/s", "CPU an image, ms", "bytes an image", "n"]]
+    for row in result["rows"]:
+        rate, cost = row["images_per_s"], row["cpu_ms_per_image"]
+        size = f"{row['bytes_per_image']:,.0f}"
+        rows.append([row["writer"], spread(rate, 0), spread(cost, 2), size, str(rate["n"])])
+    return rows
+
+
 def color_table(result: Result) -> list[list[str]]:
     """The colour chain of a batch on a GPU."""
     rows = [["colour", "images", "launches", "device, ms", "host, ms", "n"]]
@@ -102,6 +112,7 @@ def profile_table(result: Result) -> list[list[str]]:
 TABLES: dict[str, Callable[[Result], list[list[str]]]] = {
     **tables.TABLES,
     "presized": presized_table,
+    "writers": writers_table,
     "color": color_table,
     "growth": growth_table,
     "sweep": sweep_table,

@@ -20,6 +20,6 @@ def test_run_threads_keeps_order_and_drops_the_rest_after_an_error() -> None:
         done.append(x)
 
     with pytest.raises(KeyError):
-        run_threads(work, range(1000), workers=1, stop=stop)
+        run_threads(work, range(1000), workers=1, stop=stop.set)
     assert stop.is_set()
     assert len(done) <= 3
