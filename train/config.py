@@ -39,6 +39,11 @@ class RunConfig:
     """How many of the newest checkpoints are kept."""
     keep_every: int | None = None
     """Checkpoints whose step is a multiple of this are kept for good."""
+    keep_hours: float | None = None
+    """Checkpoints younger than this stay too. null: no matter how old."""
+    checkpoint_patience_min: float = 60.0
+    """Minutes for which checkpoints that the disk refuses are tried again, while the run goes on, before it
+    ends."""
     image_every: int | None = None
     """Optimiser steps between two pictures of original, masked and reconstruction."""
     eval_shards: str | list[str] = ""
@@ -69,6 +74,9 @@ class RunConfig:
         for name in ("stop_at_step", "keep_every", "image_every", "eval_every"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"run.{name}", value, ">= 1, or null")
+        hours, patience = self.keep_hours, self.checkpoint_patience_min
+        require(hours is None or hours > 0, "run.keep_hours", hours, "> 0, or null")
+        require(patience >= 0, "run.checkpoint_patience_min", patience, ">= 0")
         share = self.eval_centre_share
         require(0 < share <= 1, "run.eval_centre_share", share, "in (0, 1]")
 

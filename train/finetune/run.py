@@ -20,6 +20,9 @@ from cmae.pipeline import Loader, LoaderConfig, LoaderState, ViewConfig, build_l
 from cmae.pipeline.bad_samples import LEDGER_FILE, BadLimit
 from cmae.pipeline.formats.atomic import atomic_write
 from cmae.train.batch_split import BatchSplit
+from cmae.train.checkpoints.folder import Retention
+from cmae.train.checkpoints.lock import hold_folder
+from cmae.train.checkpoints.writer import Checkpointer
 from cmae.train.distributed import (
     World,
     from_main,
@@ -33,7 +36,6 @@ from cmae.train.evaluation.features import Images, count_images, open_images, re
 from cmae.train.finetune.classifier import Classifier
 from cmae.train.finetune.config import FinetuneConfig
 from cmae.train.finetune.trainer import Scores, Trainer, score, summarise
-from cmae.train.loop.checkpoint import Checkpointer, hold_folder
 from cmae.train.loop.pretrain import Outcome, StopSignals, TrainingError
 from cmae.train.loop.step_batches import StepBatches
 from cmae.train.monitor.metrics import Display, MetricLog
@@ -147,7 +149,7 @@ class _Run:
         config, trainer, total = self.config, self.trainer, self.trainer.total_steps
         checkpoints = None
         if self.world.is_main:
-            checkpoints = Checkpointer(config.out / "checkpoints", keep=1)
+            checkpoints = Checkpointer(config.out / "checkpoints", retention=Retention(1))
         path, saved = None, step
         while step < total:
             drawn = self.batches.next_batches(self.split.accumulation)

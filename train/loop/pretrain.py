@@ -22,16 +22,17 @@ from cmae.pipeline import FillProgress, Loader, LoaderState, build_loader
 from cmae.pipeline.bad_samples import LEDGER_FILE, BadLimit
 from cmae.pipeline.loader.loader import Wrap
 from cmae.train.batch_split import BatchSplit, split_batch
-from cmae.train.config import Config
-from cmae.train.distributed import World, from_main, gather_values, join_world, largest
-from cmae.train.evaluation.online import OnlineEvaluation
-from cmae.train.loop.checkpoint import (
-    Checkpointer,
+from cmae.train.checkpoints.folder import (
+    Retention,
     find_checkpoint,
-    hold_folder,
     origin_of,
     set_aside_newer,
 )
+from cmae.train.checkpoints.lock import hold_folder
+from cmae.train.checkpoints.writer import Checkpointer
+from cmae.train.config import Config
+from cmae.train.distributed import World, from_main, gather_values, join_world, largest
+from cmae.train.evaluation.online import OnlineEvaluation
 from cmae.train.loop.loader_settings import LoaderSettings, agree_on_decode, loader_settings
 from cmae.train.loop.resume_rules import check_changes
 from cmae.train.loop.schedules import build_schedule, ema_momentum
@@ -80,9 +81,9 @@ def pretrain(config: Config) -> Outcome:
         world = stack.enter_context(join_run(config))
         if world.is_main:
             stack.enter_context(hold_folder(config.run.out / "checkpoints"))
-        found = _agree_on_checkpoint(config, world)
-        resumed, changes = _load_complete(found, config) if found else (None, [])
         notes: list[str] = []
+        found = _agree_on_checkpoint(config, world, note=notes.append)
+        resumed, changes = _load_complete(found, config) if found else (None, [])
         before = resumed.get("micro_batch_size") if resumed else None
         split = split_batch(config, world, before=before, log=notes.append)
         cold_start = ColdStart(prints=world.is_main)
@@ -243,8 +244,8 @@ def _open_checkpoints(config: Config, run_log: RunLog) -> Checkpointer:
     run = config.run
     return Checkpointer(
         run.out / "checkpoints",
-        keep=run.keep_checkpoints,
-        keep_every=run.keep_every,
+        retention=Retention(run.keep_checkpoints, run.keep_every, run.keep_hours),
+        patience_s=60 * run.checkpoint_patience_min,
         warn=run_log.warn,
     )
 
@@ -257,11 +258,13 @@ def _beyond_the_schedule(path: Path | None, step: int, total_steps: int) -> str:
     )
 
 
-def _agree_on_checkpoint(config: Config, world: World) -> Path | None:
+def _agree_on_checkpoint(
+    config: Config, world: World, *, note: Callable[[str], None]
+) -> Path | None:
     """The checkpoint that the first rank finds; every rank must see the same file."""
     own = None
     if world.is_main:
-        own = find_checkpoint(config.run.resume, config.run.out / "checkpoints")
+        own = find_checkpoint(config.run.resume, config.run.out / "checkpoints", note=note)
     found: Path | None = from_main(own, world)
     missing = largest(int(found is not None and not found.is_file()), world)
     if missing:

@@ -19,7 +19,7 @@ from cmae.model.export.stored import (
     read_file,
 )
 from cmae.model.pos_embed import sincos_pos_embed
-from cmae.train.loop.checkpoint import write_atomically
+from cmae.train.checkpoints.writer import write_atomically
 
 # Fields that shape the function of a part, so that equal shapes of its tensors are not enough.
 _EVERYWHERE = ("pos_embed_order", "pixel_mean", "pixel_std")

@@ -19,8 +19,8 @@ from cmae.model import ModelConfig, build_model, load_model
 from cmae.model.export.stored import list_checkpoints, load_checkpoint
 from cmae.pipeline.shards.originals.image_folder import scan_image_folder
 from cmae.pipeline.shards.write import write_shards
+from cmae.train.checkpoints.lock import hold_folder
 from cmae.train.commands.main import main
-from cmae.train.loop.checkpoint import hold_folder
 from cmae.train.loop.pretrain import StopSignals
 from cmae.train.loop.weights import save_model
 from cmae.train.monitor.metrics import read_metrics

@@ -17,9 +17,9 @@ from cmae.model.export.huggingface import preprocessor, to_vit, to_vit_mae
 from cmae.model.export.stored import list_checkpoints
 from cmae.paths import check_output
 from cmae.pipeline.formats.atomic import atomic_write
+from cmae.train.checkpoints.writer import write_atomically
 from cmae.train.commands.weights.card import model_card
 from cmae.train.evaluation.encoders import from_model
-from cmae.train.loop.checkpoint import write_atomically
 from cmae.train.monitor.console import PlainConsole
 
 Format = Literal["timm", "convmae", "huggingface", "huggingface_mae", "onnx", "torch_export"]

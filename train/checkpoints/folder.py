@@ -1,0 +1,201 @@
+"""A folder of checkpoints: which one a run goes on from, which are set aside and why, which are retired."""
+
+from __future__ import annotations
+
+import time
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import chain, count
+from pathlib import Path
+from typing import Any
+
+from cmae.model.export.stored import CheckpointError, list_checkpoints, load_checkpoint
+from cmae.train.checkpoints.digest import DIGEST, content_digest
+
+SET_ASIDE = "set-aside"
+"""Folder, beside the checkpoints, of those that no run goes on from; nothing deletes them."""
+
+WHY_FILE = "why.txt"
+
+_CHUNK = 16 << 20
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay."""
+
+    keep: int = 3
+    """Number of the newest that stay."""
+    keep_every: int | None = None
+    """Period in steps of those that stay for good."""
+    keep_hours: float | None = None
+    """Age up to which all stay."""
+
+    def retired(self, paths: Sequence[Path], *, now: float | None = None) -> list[Path]:
+        """Those that may go, of checkpoints in the order of their steps.
+
+        Args:
+            paths: All of a run's checkpoints, oldest first.
+            now: Time in seconds since 1970; None: the present.
+        """
+        now = time.time() if now is None else now
+        return [path for path in paths[: -self.keep] if not self._stays(path, now)]
+
+    def _stays(self, path: Path, now: float) -> bool:
+        if self.keep_every and step_of(path) % self.keep_every == 0:
+            return True
+        if self.keep_hours is None:
+            return False
+        try:
+            return now - path.stat().st_mtime <= 3600 * self.keep_hours
+        except FileNotFoundError:  # somebody else removed it
+            return True
+
+
+def fault_of(path: Path) -> str:
+    """Why nothing can go on from a checkpoint: cut off, damaged or not one of ours; '' where it is whole.
+
+    Raises:
+        CheckpointError: The file cannot be read, which says nothing about what it holds.
+    """
+    try:
+        with open(path, "rb") as file:
+            while file.read(_CHUNK):
+                pass
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror or error}): give this user the right to, or have the "
+            "disk looked at. An older checkpoint is not taken for it, as that would lose steps",
+            key="run.resume",
+        ) from error
+    try:
+        state = load_checkpoint(path)
+    except CheckpointError as error:
+        return "not of this program" if "is not a cmae" in str(error) else "cut off or damaged"
+    if state.get("step") != step_of(path):
+        return f"named otherwise than its step, {state.get('step')!r}"
+    if DIGEST not in state:  # of an earlier version
+        return "" if _is_good_zip(path) else "cut off or damaged"
+    if state[DIGEST] != content_digest(state):
+        return "damaged: its contents do not have the digest that was written with them"
+    return ""
+
+
+def _is_good_zip(path: Path) -> bool:
+    """Whether the archive that torch writes has its end and its checksums fit: torch does not look."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except Exception:  # zipfile raises many things over damaged bytes
+        return False
+
+
+def find_checkpoint(
+    resume: str, folder: Path, *, note: Callable[[str], None] = lambda line: None
+) -> Path | None:
+    """The checkpoint that `run.resume` means: None starts afresh.
+
+    With 'auto', newer ones that are cut off, damaged or foreign are set aside for the newest whole one. After
+    a start from a named file, the same command goes on with what it has written since.
+
+    Args:
+        resume: Setting `run.resume`.
+        folder: Folder of the run's checkpoints, which this run holds.
+        note: Called with a line for each file that is set aside.
+
+    Raises:
+        CheckpointError: The file is missing or cannot be read, every checkpoint is damaged, or 'never' meets
+            a folder that holds checkpoints.
+    """
+    stored = list_checkpoints(folder)
+    newest = max(stored, default=None)
+    if resume == "auto":
+        return _newest_whole(stored, note)
+    if resume == "never":
+        if newest is not None:
+            raise CheckpointError(
+                f"run.resume is 'never', but {newest} exists; choose another run.out, delete the "
+                "folder, or set run.resume=auto to continue it"
+            )
+        return None
+    path = Path(resume)
+    if not path.is_file():
+        raise CheckpointError(
+            f"run.resume is {resume!r}: there is no such file; it must be 'auto', 'never' or the "
+            f"path of a checkpoint (the newest in {folder}: {newest})"
+        )
+    return _newest_descendant(path, stored) or path
+
+
+def _newest_whole(stored: Sequence[Path], note: Callable[[str], None]) -> Path | None:
+    faults: list[tuple[Path, str]] = []
+    for path in reversed(stored):
+        fault = fault_of(path)
+        if not fault:
+            for one, why in faults:
+                note(f"set aside, {why}: {set_aside(one, why)}; the run goes on from {path.name}")
+            return path
+        faults.append((path, fault))
+    if stored:
+        raise CheckpointError(
+            f"{stored[-1]} and the {len(stored) - 1} checkpoints before it are cut off or damaged: restore "
+            "one, or start afresh in another run.out",
+            key="run.resume",
+        )
+    return None
+
+
+def _newest_descendant(named: Path, stored: Sequence[Path]) -> Path | None:
+    """The newest checkpoint, if it comes from the named file by way of `run.resume`."""
+    newest = next((path for path in reversed(stored) if not fault_of(path)), None)
+    if newest is None or newest.resolve() == named.resolve():
+        return None
+    return newest if load_checkpoint(newest).get("origin") == str(named.resolve()) else None
+
+
+def origin_of(resume: str, resumed: Mapping[str, Any] | None) -> str:
+    """What a run's checkpoints note as `origin`: the file that `run.resume` named last, '' if it never did.
+
+    Args:
+        resume: Setting `run.resume` of this run.
+        resumed: Checkpoint that it goes on from.
+    """
+    if resume not in ("auto", "never"):
+        return str(Path(resume).resolve())
+    return "" if resumed is None else resumed.get("origin", "")
+
+
+def set_aside(path: Path, why: str) -> Path:
+    """Move a checkpoint out of the way of its run, and write down why; return its new path."""
+    place = path.parent / SET_ASIDE
+    place.mkdir(exist_ok=True)
+    names = chain([path.name], (f"{path.stem}.{number}.pt" for number in count(2)))
+    target = next(place / name for name in names if not (place / name).exists())
+    moved = path.rename(target)
+    with suppress(OSError), (place / WHY_FILE).open("a", encoding="utf-8") as file:
+        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {target.name}: {why}\n")
+    return moved
+
+
+def set_aside_newer(folder: Path, step: int) -> list[Path]:
+    """Move what a run passes over out of the way, so that names are the order of writing again.
+
+    Args:
+        folder: Folder of the run's checkpoints.
+        step: Number of steps that the run begins after.
+
+    Returns:
+        New paths of the checkpoints of later steps.
+    """
+    return [
+        set_aside(path, f"a run began after step {step}, and does not come from it")
+        for path in list_checkpoints(folder)
+        if step_of(path) > step
+    ]
+
+
+def step_of(path: Path) -> int:
+    """Number of steps in a checkpoint's name."""
+    return int(path.stem.removeprefix("step-"))
