@@ -162,7 +162,10 @@ class OptimConfig:
     gradient_compression: Literal["none", "fp16", "bf16"] = "none"
     """Number format of gradients on the wire between ranks."""
     max_skipped_steps: int = 20
-    """Stop after this many skipped steps in a row: the loss is no longer finite."""
+    """This many skipped steps in a row mean that the run has gone astray."""
+    max_rollbacks: int = 1
+    """How often a run that has gone astray begins again at its newest checkpoint, behind the samples that it
+    has seen since. Then, and without a checkpoint, it stops."""
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
@@ -176,6 +179,7 @@ class OptimConfig:
             "betas": (all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)"),
             "clip_grad": (self.clip_grad is None or self.clip_grad > 0, "> 0, or null"),
             "max_skipped_steps": (self.max_skipped_steps >= 1, ">= 1"),
+            "max_rollbacks": (self.max_rollbacks >= 0, ">= 0"),
         }
         for name, (ok, allowed) in checks.items():
             require(ok, f"optim.{name}", getattr(self, name), allowed)

@@ -11,7 +11,8 @@ from cmae.pipeline import Batch, LoaderState
 from cmae.train.config import OptimConfig
 from cmae.train.config_parser import parse_config
 from cmae.train.distributed import World
-from cmae.train.loop.pretrain import Outcome, pretrain
+from cmae.train.loop.pretrain import pretrain
+from cmae.train.loop.training import Outcome
 
 SMALL = ModelConfig(
     img_size=32,

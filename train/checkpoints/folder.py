@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ SET_ASIDE = "set-aside"
 WHY_FILE = "why.txt"
 
 _CHUNK = 16 << 20
+_NAME = re.compile(r"step-\d{8}\.pt")
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def fault_of(path: Path) -> str:
         state = load_checkpoint(path)
     except CheckpointError as error:
         return "not of this program" if "is not a cmae" in str(error) else "cut off or damaged"
-    if state.get("step") != step_of(path):
+    if _NAME.fullmatch(path.name) and state.get("step") != step_of(path):
         return f"named otherwise than its step, {state.get('step')!r}"
     if DIGEST not in state:  # of an earlier version
         return "" if _is_good_zip(path) else "cut off or damaged"

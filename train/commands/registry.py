@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
+from importlib import import_module
 from inspect import getdoc, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
@@ -564,29 +565,34 @@ def _export(parser: Parser) -> Run:
     return run
 
 
-def _shards(name: str) -> Callable[[Parser], Run]:
-    def build(parser: Parser) -> Run:
-        from cmae.train.commands import shards
+def _function(module: str, name: str) -> Callable[[Parser], Run]:
+    """A command that is a function of a module of this package, whose docstring is its help."""
 
-        function = getattr(shards, name)
+    def build(parser: Parser) -> Run:
+        function = getattr(import_module(f"cmae.train.commands.{module}"), name)
         parser.description = str(getdoc(function)).split("\n\nArgs:")[0]
         return _call(parser, function)
 
     return build
 
 
+_SEVERAL: dict[str, tuple[type, str]] = {
+    "shards": (
+        str,
+        "tar files, folders, quoted globs, URLs, or braces such as train-{000000..000099}.tar",
+    ),
+    "paths": (Path, "folders of runs, or checkpoints"),
+}
+
+
 def _call(parser: Parser, function: Callable[..., int]) -> Run:
-    """Take arguments and their help from a function; a parameter `shards` takes several words."""
+    """Take arguments and their help from a function; those of `_SEVERAL` take several words."""
     names = list(signature(function).parameters)
-    skip: set[str | int] = set()
-    if "shards" in names:
-        skip.add("shards")
-        parser.add_argument(
-            "shards",
-            nargs="+",
-            type=str,
-            help="tar files, folders, quoted globs, URLs, or braces such as train-{000000..000099}.tar",
-        )
+    skip: set[str | int] = {name for name in names if name in _SEVERAL}
+    for name in names:
+        if name in _SEVERAL:
+            kind, text = _SEVERAL[name]
+            parser.add_argument(name, nargs="+", type=kind, help=text)
     parser.add_function_arguments(function, as_group=False, as_positional=True, skip=skip)
 
     def run(parsed: Namespace) -> int:
@@ -614,19 +620,24 @@ COMMANDS: dict[str, Command] = {
         "write, index, verify, repair and inspect WebDataset shards",
         commands={
             "write": Command(
-                "copy a folder of JPEGs into shards with their indices", _shards("write")
+                "copy a folder of JPEGs into shards with their indices",
+                _function("shards", "write"),
             ),
             "index": Command(
-                "index shards made elsewhere, for reading at random", _shards("index")
+                "index shards made elsewhere, for reading at random", _function("shards", "index")
             ),
             "verify": Command(
                 "read every byte and compare it with the indices",
-                _shards("verify"),
+                _function("shards", "verify"),
                 only_shows=True,
             ),
-            "repair": Command("write clean copies of damaged shards", _shards("repair")),
+            "repair": Command(
+                "write clean copies of damaged shards", _function("shards", "repair")
+            ),
             "inspect": Command(
-                "print what shards hold; draw a contact sheet", _shards("inspect"), only_shows=True
+                "print what shards hold; draw a contact sheet",
+                _function("shards", "inspect"),
+                only_shows=True,
             ),
         },
     ),
@@ -796,6 +807,28 @@ COMMANDS: dict[str, Command] = {
         "image of original, masked and reconstruction",
         _reconstruct,
         "Draw original, masked input and reconstruction of image files.",
+    ),
+    "replay": Command(
+        "repeat one step of a run, and find where its numbers stop being finite",
+        _function("look.replay", "replay"),
+    ),
+    "checkpoint": Command(
+        "list, verify and prune the checkpoints of a run",
+        commands={
+            "ls": Command(
+                "what a run has kept, and what was set aside and why",
+                _function("weights.checkpoints", "ls"),
+                only_shows=True,
+            ),
+            "verify": Command(
+                "read checkpoints whole and compare them with their digests",
+                _function("weights.checkpoints", "verify"),
+                only_shows=True,
+            ),
+            "prune": Command(
+                "delete those that no rule keeps", _function("weights.checkpoints", "prune")
+            ),
+        },
     ),
     "import": Command(
         "weights of the authors' code, of MAE or of ConvMAE -> checkpoint",

@@ -36,8 +36,8 @@ from cmae.train.evaluation.features import Images, count_images, open_images, re
 from cmae.train.finetune.classifier import Classifier
 from cmae.train.finetune.config import FinetuneConfig
 from cmae.train.finetune.trainer import Scores, Trainer, score, summarise
-from cmae.train.loop.pretrain import Outcome, StopSignals, TrainingError
 from cmae.train.loop.step_batches import StepBatches
+from cmae.train.loop.training import Outcome, StopSignals, TrainingError
 from cmae.train.monitor.metrics import Display, MetricLog
 
 _MAY_CHANGE = {

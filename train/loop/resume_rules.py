@@ -94,6 +94,7 @@ RULES: dict[str, Rule] = {
     "optim.residual": Rule("applied", "from the next step on"),
     "optim.gradient_compression": Rule("applied", "from the next step on"),
     "optim.max_skipped_steps": Rule("applied", "counted anew"),
+    "optim.max_rollbacks": Rule("applied", "those that were made count"),
 }
 """By dotted name; 'section.*' is for the settings of a section that have no line of their own."""
 

@@ -30,7 +30,7 @@ from cmae.train.commands.main import main
 from cmae.train.config import RunConfig
 from cmae.train.config_parser import parse_config, read_recipe
 from cmae.train.distributed import join_world, threads_per_rank
-from cmae.train.loop.pretrain import TrainingError
+from cmae.train.loop.training import TrainingError
 from cmae.train.loop.weights import save_model
 from cmae.train.monitor.metrics import read_metrics
 from cmae.train.tuning.config import TuneConfig

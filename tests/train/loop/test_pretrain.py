@@ -21,7 +21,7 @@ from cmae.pipeline.shards.originals.image_folder import scan_image_folder
 from cmae.pipeline.shards.write import write_shards
 from cmae.train.checkpoints.lock import hold_folder
 from cmae.train.commands.main import main
-from cmae.train.loop.pretrain import StopSignals
+from cmae.train.loop.training import StopSignals
 from cmae.train.loop.weights import save_model
 from cmae.train.monitor.metrics import read_metrics
 
@@ -238,7 +238,7 @@ def test_a_second_run_in_one_folder_is_refused(
 ) -> None:
     with hold_folder(tmp_path / "checkpoints"):
         assert main(["pretrain", *arguments(small_shards, tmp_path)]) == 1
-    assert "another run writes checkpoints" in capsys.readouterr().err
+    assert "another run (process" in capsys.readouterr().err
 
 
 def test_pictures_that_cannot_be_drawn_cost_a_warning(

@@ -26,6 +26,7 @@ from cmae.pipeline.loader.loader import Loader
 from cmae.train.distributed import World
 from cmae.train.loop import pretrain
 from cmae.train.loop.step_batches import StepBatches
+from cmae.train.loop.training import TrainingError
 from cmae.train.monitor.metrics import read_metrics
 
 NUM = 40
@@ -85,7 +86,7 @@ def test_above_the_limit_a_checkpoint_is_written_and_the_run_ends(
     monkeypatch.setattr(pretrain, "BadLimit", partial(BadLimit, probation=30))
     shards, out = write_shard(tmp_path, [9, 14, 20]), tmp_path / "run"
     settings = {"optim.total_steps": 20, "run.checkpoint_every": 100}
-    with pytest.raises(pretrain.TrainingError, match=r"of (32|40) samples are bad.*shards repair"):
+    with pytest.raises(TrainingError, match=r"of (32|40) samples are bad.*shards repair"):
         run(shards, out, **settings)
     stopped = newest(out)
     assert stopped["step"] == stopped["data_health"]["samples"] // 8 == 3
