@@ -14,7 +14,7 @@ from cmae.model import ModelConfig
 from cmae.paths import expand_home
 from cmae.pipeline import LoaderConfig, ViewConfig
 from cmae.pipeline.loader.config import FROM_THE_RUN
-from cmae.pipeline.remote.schemes import redact_options, redact_shards
+from cmae.pipeline.remote.schemes import redact, redact_options, redact_shards
 
 COLLECTIVE_TIMEOUT_S = 600.0
 """How long a rank waits for the others; what a rank may wait for by itself must end earlier."""
@@ -41,6 +41,10 @@ class RunConfig:
     """Checkpoints whose step is a multiple of this are kept for good."""
     keep_hours: float | None = None
     """Checkpoints younger than this stay too. null: no matter how old."""
+    mirror: str | None = None
+    """Folder of a store, such as s3://bucket/runs/x, that gets a copy of every checkpoint and of the metrics
+    in the background. A node whose `out` holds no checkpoint goes on from there. Credentials come from the
+    environment or data.storage_options."""
     checkpoint_patience_min: float = 60.0
     """Minutes for which checkpoints that the disk refuses are tried again, while the run goes on, before it
     ends."""
@@ -251,6 +255,7 @@ class Config:
         plain: dict[str, Any] = _plain(asdict(self))
         data = plain["data"]
         data["shards"] = redact_shards(data["shards"])
+        plain["run"]["mirror"] = self.run.mirror and redact(self.run.mirror)
         data["storage_options"] = redact_options(data["storage_options"])
         for name in FROM_THE_RUN:
             del plain["data"][name]

@@ -10,7 +10,7 @@ from typing import Any
 from cmae.errors import CmaeError
 from cmae.pipeline.formats.parallel import no_progress
 from cmae.pipeline.remote.client import RemoteConfig
-from cmae.pipeline.remote.upload import UploadFolder
+from cmae.pipeline.remote.folder import RemoteFolder
 from cmae.pipeline.shards.originals.find import find_images
 from cmae.pipeline.shards.write import WriteReport, write_shards
 
@@ -113,7 +113,7 @@ def _write_part(
     remote: RemoteConfig | None,
     part: int,
 ) -> WriteReport:
-    publisher = UploadFolder(upload, remote or RemoteConfig()) if upload else None
+    publisher = RemoteFolder(upload, remote or RemoteConfig()) if upload else None
     return write_shards(find_images(images, **find), out, **write, part=part, publisher=publisher)
 
 

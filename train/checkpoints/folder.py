@@ -42,18 +42,21 @@ class Retention:
             paths: All of a run's checkpoints, oldest first.
             now: Time in seconds since 1970; None: the present.
         """
-        now = time.time() if now is None else now
-        return [path for path in paths[: -self.keep] if not self._stays(path, now)]
+        older = [path for path in paths[: -self.keep] if path.exists()]
+        return [path for path in older if not self.stays(step_of(path), path.stat().st_mtime, now)]
 
-    def _stays(self, path: Path, now: float) -> bool:
-        if self.keep_every and step_of(path) % self.keep_every == 0:
+    def stays(self, step: int, written: float, now: float | None = None) -> bool:
+        """Whether a checkpoint stays that is not one of the newest.
+
+        Args:
+            step: Its step.
+            written: Time in seconds since 1970.
+            now: The present; None: as the system has it.
+        """
+        if self.keep_every and step % self.keep_every == 0:
             return True
-        if self.keep_hours is None:
-            return False
-        try:
-            return now - path.stat().st_mtime <= 3600 * self.keep_hours
-        except FileNotFoundError:  # somebody else removed it
-            return True
+        now = time.time() if now is None else now
+        return self.keep_hours is not None and now - written <= 3600 * self.keep_hours
 
 
 def fault_of(path: Path) -> str:

@@ -50,8 +50,7 @@ class Checkpointer:
         retention: Rule for which of them stay.
         patience_s: Longest time from the first write that fails to one that succeeds.
         warn: Function that takes a line about a checkpoint that could not be written; from any thread.
-        written: Function that is called, from the background thread, with each checkpoint that was written
-            and those that were deleted for it.
+        written: Function that is called with each checkpoint that was written, from the background thread.
     """
 
     def __init__(
@@ -61,7 +60,7 @@ class Checkpointer:
         retention: Retention | None = None,
         patience_s: float = 3600.0,
         warn: Callable[[str], None] = print,
-        written: Callable[[Path, list[Path]], None] = lambda path, deleted: None,
+        written: Callable[[Path], None] = lambda path: None,
     ) -> None:
         self.folder = folder
         self.retention = retention or Retention()
@@ -165,8 +164,7 @@ class Checkpointer:
         try:
             state = _to_host(snapshot.state, snapshot.copied)
             write_atomically(path, {**state, DIGEST: content_digest(state)})
-            deleted = self.retention.retired(list_checkpoints(self.folder))
-            for one in deleted:
+            for one in self.retention.retired(list_checkpoints(self.folder)):
                 one.unlink(missing_ok=True)
         except (OSError, RuntimeError) as error:
             # torch's writer hides the system's error behind one of its own.
@@ -177,7 +175,7 @@ class Checkpointer:
                 key=str(path),
             )
         self._fails_since = None
-        self._written(path, deleted)
+        self._written(path)
         return None
 
     def _may_try_again(self, fault: CheckpointError) -> bool:

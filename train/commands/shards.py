@@ -90,7 +90,7 @@ def write(
         storage_options: Options of fsspec's file system for `upload`.
     """
     from cmae.pipeline.remote.client import RemoteConfig
-    from cmae.pipeline.remote.upload import UploadFolder
+    from cmae.pipeline.remote.folder import RemoteFolder
     from cmae.pipeline.shards.on_ray import write_shards_on_ray
     from cmae.pipeline.shards.originals.find import find_images
     from cmae.pipeline.shards.write import write_shards
@@ -112,7 +112,7 @@ def write(
         "quality": quality,
     }
     remote = RemoteConfig(storage_options=storage_options or {}, deadline_s=_UPLOAD_DEADLINE_S)
-    publisher = None if upload is None else UploadFolder(upload, remote)
+    publisher = None if upload is None else RemoteFolder(upload, remote)
     with PlainConsole(stderr=True).status("looking for images"):
         source = find_images(images, **find)  # type: ignore[arg-type]
     num_images = len(source.images) // (1 if on == "ray" else max(1, num_parts or 1))

@@ -25,6 +25,7 @@ from cmae.train.checkpoints.folder import (
     set_aside_newer,
 )
 from cmae.train.checkpoints.lock import hold_folder
+from cmae.train.checkpoints.mirror import fetch_newest, open_mirror
 from cmae.train.config import Config
 from cmae.train.distributed import World, from_main, gather_values, join_world, largest
 from cmae.train.evaluation.online import OnlineEvaluation
@@ -175,6 +176,12 @@ def _agree_on_checkpoint(
     """The checkpoint that the first rank finds; every rank must see the same file."""
     own = None
     if world.is_main:
+        if config.run.mirror is not None and config.run.resume in ("auto", "never"):
+            fetch_newest(
+                open_mirror(config.run.mirror, config.data.storage_options),
+                config.run.out,
+                note=note,
+            )
         own = find_checkpoint(config.run.resume, config.run.out / "checkpoints", note=note)
     found: Path | None = from_main(own, world)
     missing = largest(int(found is not None and not found.is_file()), world)

@@ -18,6 +18,7 @@ from cmae.model.export.stored import CheckpointError, list_checkpoints
 from cmae.pipeline import Batch, Loader
 from cmae.train.batch_split import BatchSplit
 from cmae.train.checkpoints.folder import Retention
+from cmae.train.checkpoints.mirror import Mirror, open_mirror
 from cmae.train.checkpoints.writer import Checkpointer
 from cmae.train.config import Config
 from cmae.train.distributed import World, from_main
@@ -107,7 +108,10 @@ class Training:
             config.run.eval_every or loader.steps_per_epoch or config.run.checkpoint_every
         )
         self._skipped = 0
-        self._checkpoints = _open_checkpoints(config, run.run_log) if run.world.is_main else None
+        self._mirror = _open_mirror(config, run.run_log) if run.world.is_main else None
+        self._checkpoints = (
+            _open_checkpoints(config, run.run_log, self._mirror) if run.world.is_main else None
+        )
         self._saved = step
         self._path: Path | None = None
         self._saves_first = saves_first
@@ -119,7 +123,7 @@ class Training:
             TrainingError: The loss is no longer finite, or too much of the data is bad.
             CheckpointError: The disk has refused every checkpoint for too long.
         """
-        with self._checkpoints or nullcontext():
+        with self._mirror or nullcontext(), self._checkpoints or nullcontext():
             if self._saves_first:
                 self._save()
             while self.step < self._last_step:
@@ -243,13 +247,31 @@ def _state_of(run: OpenRun) -> dict[str, Any]:
     }
 
 
-def _open_checkpoints(config: Config, run_log: RunLog) -> Checkpointer:
+def _open_mirror(config: Config, run_log: RunLog) -> Mirror | None:
+    run = config.run
+    if run.mirror is None:
+        return None
+    return Mirror(
+        open_mirror(run.mirror, config.data.storage_options),
+        run.out,
+        retention=_retention(config),
+        warn=run_log.warn,
+    )
+
+
+def _retention(config: Config) -> Retention:
+    run = config.run
+    return Retention(run.keep_checkpoints, run.keep_every, run.keep_hours)
+
+
+def _open_checkpoints(config: Config, run_log: RunLog, mirror: Mirror | None) -> Checkpointer:
     run = config.run
     return Checkpointer(
         run.out / "checkpoints",
-        retention=Retention(run.keep_checkpoints, run.keep_every, run.keep_hours),
+        retention=_retention(config),
         patience_s=60 * run.checkpoint_patience_min,
         warn=run_log.warn,
+        written=mirror.put if mirror else lambda path: None,
     )
 
 

@@ -319,12 +319,12 @@ def test_a_file_that_cannot_be_read_is_not_taken_for_a_damaged_one(
 
 
 def test_what_is_young_stays(tmp_path: Path) -> None:
-    paths = [Path(f"step-{step:08d}.pt") for step in range(1, 7)]
+    paths = [tmp_path / f"step-{step:08d}.pt" for step in range(1, 7)]
     for age, path in zip((9, 8, 5, 3, 2, 1), paths, strict=True):
-        (tmp_path / path).touch()
-        os.utime(tmp_path / path, (0, 100_000 - 3600 * age))
+        path.touch()
+        os.utime(path, (0, 100_000 - 3600 * age))
     rule = Retention(2, 3, 6.0)
-    retired = rule.retired([tmp_path / path for path in paths], now=100_000)
+    retired = rule.retired(paths, now=100_000)
     assert [path.name for path in retired] == ["step-00000001.pt", "step-00000002.pt"]
     assert Retention(2).retired(paths) == paths[:4]
 

@@ -15,7 +15,7 @@ from support.remote_servers import FaultyServer, serve, serve_s3
 from cmae.errors import CmaeError
 from cmae.pipeline.errors import RemoteError
 from cmae.pipeline.remote.client import RemoteConfig
-from cmae.pipeline.remote.upload import UploadFolder
+from cmae.pipeline.remote.folder import RemoteFolder
 from cmae.pipeline.shards.originals.image_folder import scan_image_folder
 from cmae.pipeline.shards.write import WriteReport, write_shards
 
@@ -27,8 +27,8 @@ def server(tmp_path: Path) -> Iterator[FaultyServer]:
         yield server
 
 
-def folder_of(server: FaultyServer, deadline_s: float = 20.0) -> UploadFolder:
-    return UploadFolder(f"{server.url}/train/", RemoteConfig(deadline_s=deadline_s))
+def folder_of(server: FaultyServer, deadline_s: float = 20.0) -> RemoteFolder:
+    return RemoteFolder(f"{server.url}/train/", RemoteConfig(deadline_s=deadline_s))
 
 
 def sent(server: FaultyServer) -> list[str]:
@@ -88,7 +88,7 @@ def test_closing_ends_a_transfer_that_hangs(server: FaultyServer, file: Path) ->
 
 def test_a_local_folder_is_no_store() -> None:
     with pytest.raises(CmaeError, match="no folder of a store"):
-        UploadFolder("/data/shards", RemoteConfig())
+        RemoteFolder("/data/shards", RemoteConfig())
 
 
 class _FullError(Exception):
@@ -109,7 +109,7 @@ def test_shards_go_to_s3_as_they_are_written_and_a_second_run_sends_the_rest(
 
     with serve_s3(tmp_path / "empty", "bucket") as options:
         store = fsspec.filesystem("s3", **options, use_listings_cache=False)
-        folder = UploadFolder("s3://bucket/train", RemoteConfig(storage_options=options))
+        folder = RemoteFolder("s3://bucket/train", RemoteConfig(storage_options=options))
 
         class Fails:
             """Takes two files, as a store does whose quota is used up."""
