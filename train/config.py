@@ -45,6 +45,10 @@ class RunConfig:
     """Folder of a store, such as s3://bucket/runs/x, that gets a copy of every checkpoint and of the metrics
     in the background. A node whose `out` holds no checkpoint goes on from there. Credentials come from the
     environment or data.storage_options."""
+    hang_s: float | None = 480.0
+    """Seconds without a step after which a run hangs: it names the rank that keeps the others, and ends with
+    exit code 75, to be started again. At least ten times the longest step, and data.remote_deadline_s. null:
+    never."""
     checkpoint_patience_min: float = 60.0
     """Minutes for which checkpoints that the disk refuses are tried again, while the run goes on, before it
     ends."""
@@ -80,6 +84,9 @@ class RunConfig:
             require(value is None or value >= 1, f"run.{name}", value, ">= 1, or null")
         hours, patience = self.keep_hours, self.checkpoint_patience_min
         require(hours is None or hours > 0, "run.keep_hours", hours, "> 0, or null")
+        hang = self.hang_s
+        allowed = f"> 0 and < {COLLECTIVE_TIMEOUT_S:g}, the timeout of collectives, or null"
+        require(hang is None or 0 < hang < COLLECTIVE_TIMEOUT_S, "run.hang_s", hang, allowed)
         require(patience >= 0, "run.checkpoint_patience_min", patience, ">= 0")
         share = self.eval_centre_share
         require(0 < share <= 1, "run.eval_centre_share", share, "in (0, 1]")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -40,6 +41,8 @@ def launch(words: Sequence[str]) -> int:
             "name a command after torchrun's flags, such as: cmae launch --nproc-per-node 8 "
             "pretrain --recipe cmae_vit_b"
         )
+    # Else ranks that are started again meet in the store of those before, find their addresses and hang.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     parsed = parser.parse_args([*words[:place], "-m", "cmae.train", *words[place:]])
     try:
         run(parsed)

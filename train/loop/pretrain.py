@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from cmae.train.loop.training import OpenRun, Outcome, RollBack, StopSignals, Tr
 from cmae.train.loop.weights import load_initial_weights
 from cmae.train.monitor.metrics import ColdStart
 from cmae.train.monitor.run_log import RunLog
+from cmae.train.monitor.watchdog import Watchdog
 from cmae.train.old_keys import update_keys
 
 
@@ -89,8 +91,18 @@ def open_run(config: Config, world: World, *, back: RollBack | None = None) -> I
         step = resumed["step"] if resumed else 0
         if step > total_steps:
             raise CheckpointError(_beyond_the_schedule(found, step, total_steps))
+        watchdog = stack.enter_context(
+            Watchdog(config.run.out, world.rank, limit_s=_hang_limit_s(config))
+        )
         run_log = stack.enter_context(
-            RunLog(config, world, start_step=step, total_steps=total_steps, loader=loader)
+            RunLog(
+                config,
+                world,
+                start_step=step,
+                total_steps=total_steps,
+                loader=loader,
+                doing=lambda: watchdog.doing,
+            )
         )
         run_log.opening(found, changes)
         for line in notes:
@@ -111,7 +123,9 @@ def open_run(config: Config, world: World, *, back: RollBack | None = None) -> I
         if resumed:
             train_step.load_state_dict(resumed)
         stop = stack.enter_context(StopSignals())
-        step_batches = _open_step_batches(config, world, loader, stop, resumed)
+        step_batches = _open_step_batches(
+            config, world, loader, stop, resumed, doing=partial(setattr, watchdog, "doing")
+        )
         origin = origin_of(config.run.resume, resumed)
         rollbacks = resumed.get("rollbacks", []) if resumed else []
         del resumed  # a second copy of all weights
@@ -126,10 +140,17 @@ def open_run(config: Config, world: World, *, back: RollBack | None = None) -> I
             run_log,
             origin,
             online,
+            watchdog,
             rollbacks,
         )
         # Saved at once after going back, or a kill would have it go astray again.
         yield Training(run, step, total_steps=total_steps, saves_first=back is not None)
+
+
+def _hang_limit_s(config: Config) -> float | None:
+    """A read that is tried again until its deadline does not hang."""
+    limit_s, deadline_s = config.run.hang_s, config.data.remote_deadline_s
+    return None if limit_s is None else max(limit_s, 1.1 * deadline_s)
 
 
 def _gone_back(step: int, back: RollBack, config: Config) -> str:
@@ -266,6 +287,7 @@ def _open_step_batches(
     loader: Loader,
     stop: StopSignals,
     resumed: dict[str, Any] | None,
+    doing: Callable[[str], None],
 ) -> StepBatches:
     return StepBatches(
         loader,
@@ -276,6 +298,7 @@ def _open_step_batches(
         stop_signal=lambda: stop.number,
         deadline_s=config.data.remote_deadline_s,
         counts=resumed.get("data_health") if resumed else None,
+        doing=doing,
     )
 
 

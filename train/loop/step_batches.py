@@ -44,6 +44,7 @@ class StepBatches:
         deadline_s: Longest time to wait for a step's batches where other ranks wait meanwhile; each batch may
             come in time, and all of them too late for the collective.
         counts: Counts in the checkpoint that the run continues; see `state_dict`.
+        doing: Function that is told what this rank does now.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class StepBatches:
         stop_signal: Callable[[], int],
         deadline_s: float = math.inf,
         counts: dict[str, int] | None = None,
+        doing: Callable[[str], object] = str,
     ) -> None:
         self._loader = loader
         self._world = world
@@ -64,6 +66,7 @@ class StepBatches:
         self._ledger = ledger
         self._global_batch_size = global_batch_size
         self._stop_signal = stop_signal
+        self._doing = doing
         self._deadline_s = deadline_s if world.world_size > 1 else math.inf
         self._bad_before = counts["bad"] if counts else 0
         self._state: LoaderState = loader.state
@@ -80,7 +83,9 @@ class StepBatches:
     def fetch_ahead(self, count: int) -> None:
         """Fetch the batches of the next step and ask the other ranks about theirs; nothing is given out."""
         if self._ahead is None:
+            self._doing("reading data")
             batches, error = self._fetch(count)
+            self._doing("in the step")
             own = (self._stop_signal(), self._loader.bad_samples, int(error != ""))
             self._ahead = _Fetched(batches, error, self._loader.state, Gathering(own, self._world))
 
@@ -89,7 +94,9 @@ class StepBatches:
         self.fetch_ahead(count)
         assert self._ahead is not None
         fetched, self._ahead = self._ahead, None
+        self._doing("waiting for the data of other ranks")
         signals, bad, failed = zip(*fetched.others.wait(), strict=True)
+        self._doing("in the step")
         # Where there is nobody to agree with, a signal is heard that came after the asking.
         self.signal = max(signals) if self._world.world_size > 1 else self._stop_signal()
         counts = {

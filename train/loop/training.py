@@ -27,6 +27,7 @@ from cmae.train.loop.schedules import build_schedule, ema_momentum
 from cmae.train.loop.step import TrainStep
 from cmae.train.loop.step_batches import StepBatches
 from cmae.train.monitor.run_log import RunLog
+from cmae.train.monitor.watchdog import Watchdog
 
 
 class TrainingError(CmaeError, RuntimeError):
@@ -78,6 +79,7 @@ class OpenRun:
     run_log: RunLog
     origin: str
     online: OnlineEvaluation | None
+    watchdog: Watchdog
     rollbacks: list[dict[str, Any]]
     """Those that were made before; see `RollBack.history`."""
 
@@ -153,6 +155,7 @@ class Training:
             with_norm=self._is_told(step + 1),
         )
         self.step += taken
+        run.watchdog.moved()
         return losses, taken
 
     def _is_scored(self, step: int) -> bool:
@@ -170,7 +173,8 @@ class Training:
         run.run_log.step(step, batches, losses)
         scores = {}
         if self._is_scored(step) and run.online is not None:
-            scores = run.online(run.train_step.model)
+            with run.watchdog.paused("evaluating"):
+                scores = run.online(run.train_step.model)
         if self._is_told(step):
             run.run_log.record(
                 step,
@@ -218,10 +222,11 @@ class Training:
 
     def _finish(self) -> Outcome:
         run = self._run
-        if self._checkpoints is not None:
-            if self._saved < self.step:
-                self._save()
-            self._checkpoints.wait()
+        with run.watchdog.paused("writing the last checkpoint"):
+            if self._checkpoints is not None:
+                if self._saved < self.step:
+                    self._save()
+                self._checkpoints.wait()
         if (failure := run.step_batches.failure) is not None:
             raise TrainingError(f"stopped at step {self.step} on all ranks: {failure}")
         stopped_by = run.step_batches.signal

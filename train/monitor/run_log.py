@@ -42,10 +42,18 @@ class RunLog:
         start_step: Step that the run begins after.
         total_steps: Length of the schedule.
         loader: Loader that is asked for its counters.
+        doing: Function that says what the loop does, for `cmae top` and the watchdog.
     """
 
     def __init__(
-        self, config: Config, world: World, *, start_step: int, total_steps: int, loader: Loader
+        self,
+        config: Config,
+        world: World,
+        *,
+        start_step: int,
+        total_steps: int,
+        loader: Loader,
+        doing: Callable[[], str] = str,
     ) -> None:
         self._config = config
         self._world = world
@@ -63,6 +71,7 @@ class RunLog:
             global_batch_size=config.optim.global_batch_size,
             snapshot=loader.snapshot,
             read_gpu=gpu_reader(world.device),
+            doing=doing,
         )
         self._resources = ExitStack()
         self._bands = load_bands(config.run.bands)

@@ -76,6 +76,8 @@ class RunStatus:
     """Why it failed."""
     process_space: str = ""
     """Where `pid` is this process's number; see `process_space` of train/machine.py."""
+    doing: str = ""
+    """What the loop does: reading data, waiting for others, in the step."""
     process_start: int = 0
     """When the process with this number began, in clock ticks; 0 = unknown."""
     format: int = _FORMAT
@@ -179,6 +181,7 @@ def _parse(values: dict[str, Any]) -> RunStatus:
         host=printable(status.host),
         device=printable(status.device),
         error=printable(status.error, limit=_MAX_ERROR),
+        doing=printable(status.doing),
     )
 
 
@@ -234,6 +237,7 @@ class StatusPublisher:
         global_batch_size: Images of a step over all ranks.
         snapshot: Function that reads the loader's counters.
         read_gpu: Function that reads the load of this rank's GPU, where there is one.
+        doing: Function that says what the loop does.
         every_s: Seconds between two writings.
     """
 
@@ -247,6 +251,7 @@ class StatusPublisher:
         global_batch_size: int,
         snapshot: Callable[[], LoaderSnapshot],
         read_gpu: Callable[[], dict[str, float]] = dict,
+        doing: Callable[[], str] = str,
         every_s: float = EVERY_S,
     ) -> None:
         self.loss: float | None = None
@@ -259,6 +264,7 @@ class StatusPublisher:
         self._process_start = process_start(os.getpid()) or 0
         self._global_batch_size = global_batch_size
         self._snapshot, self._read_gpu, self._every_s = snapshot, read_gpu, every_s
+        self._doing = doing
         # One assignment: the other thread sees both or none.
         self._last = (step, time.perf_counter())
         self._first: _Mark | None = None
@@ -342,6 +348,7 @@ class StatusPublisher:
             window=now.loader - before.loader if before else now.loader,
             gpu=self._read_gpu(),
             error=error,
+            doing=self._doing(),
         )
 
     def _window_start(self, first: _Mark, now: _Mark) -> _Mark:
