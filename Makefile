@@ -6,7 +6,7 @@ JOBS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 STAMP := $(VENV)/.installed
 export PYTHONSAFEPATH = 1
 
-.PHONY: help setup check test test-fast test-lowest fuzz demo bench docs lock images clean
+.PHONY: help setup check test test-fast test-lowest fuzz campaign demo bench docs lock images clean
 
 help:  ## what each target does
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -46,6 +46,11 @@ FUZZ_S ?= 600
 fuzz: export PYTHONPATH = tests:.
 fuzz: $(STAMP)  ## mutated inputs for every parser, FUZZ_S seconds in all -> runs/fuzz
 	$(BIN)/python -m tests.fuzz.run --seconds $(FUZZ_S)
+
+FAULTS ?= 200
+campaign: export PYTHONPATH = tests:.
+campaign: $(STAMP)  ## kills, torn files, full disks at random instants of small runs, FAULTS of them -> runs/campaign
+	$(BIN)/python -m tests.campaigns.run --faults $(FAULTS)
 
 demo: $(STAMP)  ## pretrain a micro CMAE on real photographs and look at what it learnt
 	$(BIN)/cmae demo
