@@ -71,6 +71,10 @@ class RunConfig:
     """Show the live progress display on a terminal; without one, lines are printed instead."""
     wandb_project: str | None = None
     """Weights & Biases project; needs the package `wandb`."""
+    mlflow_uri: str | None = None
+    """MLflow tracking server, such as http://host:5000; needs the extra `mlflow`."""
+    prometheus_port: int | None = None
+    """Port on which the first rank shows its newest metrics to Prometheus; needs the extra `prometheus`."""
 
     def __post_init__(self) -> None:
         """Find the home folder in paths, and refuse periods that are not positive."""
@@ -87,6 +91,10 @@ class RunConfig:
         hang = self.hang_s
         allowed = f"> 0 and < {COLLECTIVE_TIMEOUT_S:g}, the timeout of collectives, or null"
         require(hang is None or 0 < hang < COLLECTIVE_TIMEOUT_S, "run.hang_s", hang, allowed)
+        port = self.prometheus_port
+        require(
+            port is None or 0 < port < 1 << 16, "run.prometheus_port", port, "1 to 65535, or null"
+        )
         require(patience >= 0, "run.checkpoint_patience_min", patience, ">= 0")
         share = self.eval_centre_share
         require(0 < share <= 1, "run.eval_centre_share", share, "in (0, 1]")
@@ -262,7 +270,9 @@ class Config:
         plain: dict[str, Any] = _plain(asdict(self))
         data = plain["data"]
         data["shards"] = redact_shards(data["shards"])
-        plain["run"]["mirror"] = self.run.mirror and redact(self.run.mirror)
+        for name in ("mirror", "mlflow_uri"):
+            value = plain["run"][name]
+            plain["run"][name] = value and redact(value)
         data["storage_options"] = redact_options(data["storage_options"])
         for name in FROM_THE_RUN:
             del plain["data"][name]

@@ -7,8 +7,9 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,13 +19,13 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.text import Text
 from torch import Tensor
 
-from cmae.errors import CmaeError
 from cmae.model import Losses
 from cmae.pipeline import FillProgress
 from cmae.pipeline.formats.atomic import atomic_write
 from cmae.printable import MAX_LINE, printable
 from cmae.train.distributed import World, mean_over_ranks
 from cmae.train.monitor.console import PlainConsole
+from cmae.train.monitor.services.choose import Service
 from cmae.train.monitor.sinks import LastingStream, Sink
 from cmae.train.monitor.status import format_duration
 
@@ -63,7 +64,7 @@ class MetricWindow:
 
 
 class MetricLog:
-    """The records of one run: `metrics.jsonl`, TensorBoard events, and W&B where asked for.
+    """The records of one run: `metrics.jsonl`, TensorBoard events, and services where asked for.
 
     Records after `start_step`, left by a run that was killed, are removed: each step stands there once.
     """
@@ -73,8 +74,7 @@ class MetricLog:
         out: Path,
         *,
         start_step: int = 0,
-        wandb_project: str | None = None,
-        config: dict[str, Any] | None = None,
+        services: Mapping[str, Callable[[], Service]] | None = None,
         warn: Callable[[str], None] = print,
     ) -> None:
         self.path = out / "metrics.jsonl"
@@ -90,26 +90,25 @@ class MetricLog:
         self._board = Sink("TensorBoard", warn, reopen=lambda: self._open_board(out, None))
         self._writer: Any = None
         self._board.run(lambda: self._open_board(out, start_step + 1))
-        self._service = Sink("Weights & Biases", warn)
-        self._wandb: Any = None
-        if wandb_project:
-            _check_wandb(wandb_project)
-            self._service.run(lambda: self._open_wandb(wandb_project, out, config))
+        self._services: list[tuple[Sink, Service]] = []
+        for name, open_service in (services or {}).items():
+            self._open_service(name, open_service)
 
     def _open_board(self, out: Path, purge_step: int | None) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
         self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=purge_step)
 
-    def _open_wandb(self, project: str, out: Path, config: dict[str, Any] | None) -> None:
-        self._wandb = _start_wandb(project, out, config)
+    def _open_service(self, name: str, open_service: Callable[[], Service]) -> None:
+        sink = Sink(name, self._warn)
+        sink.run(lambda: self._services.append((sink, open_service())))
 
     def write(self, step: int, record: dict[str, float]) -> None:
         """Append one record to every sink; what the disk refuses now is tried again with the next record."""
         self._append(_to_line({"step": step, **record}))
         self._board.run(lambda: self._write_scalars(step, record))
-        if (service := self._wandb) is not None:
-            self._service.run(lambda: service.log(record, step=step))
+        for sink, service in self._services:
+            sink.run(partial(service.log, step, record))
 
     def _append(self, line: str) -> None:
         was_refused = bool(self._pending)
@@ -132,8 +131,8 @@ class MetricLog:
         """Flush and close every sink."""
         if self._writer is not None:
             self._board.run(self._writer.close)
-        if self._wandb is not None:
-            self._service.run(self._wandb.finish)
+        for sink, service in self._services:
+            sink.run(service.close)
 
 
 _MAX_PENDING = 100_000
@@ -213,38 +212,6 @@ def _append_whole(path: Path, data: bytes) -> None:
             with suppress(OSError):
                 os.truncate(path, end)
             raise
-
-
-def _check_wandb(project: str) -> None:
-    """Refuse a project whose package is missing.
-
-    Raises:
-        CmaeError: It is.
-    """
-    try:
-        import wandb  # noqa: F401
-    except ImportError as error:
-        raise CmaeError(
-            f"run.wandb_project is {project!r}, but the package wandb is not installed; "
-            "`pip install wandb`, or leave the key out"
-        ) from error
-
-
-def _start_wandb(project: str, out: Path, config: dict[str, Any] | None) -> Any:
-    import wandb
-
-    # An id of its own: two runs may have folders of one name.
-    stored = out / "wandb_id"
-    if not stored.is_file():
-        stored.write_text(wandb.util.generate_id(), encoding="utf-8")
-    return wandb.init(
-        project=project,
-        dir=str(out),
-        name=out.name,
-        id=stored.read_text(encoding="utf-8"),
-        config=config,
-        resume="allow",
-    )
 
 
 class Display:

@@ -29,6 +29,7 @@ from cmae.train.monitor.gpu import gpu_reader
 from cmae.train.monitor.images import first_batch_grid, reconstruction_grid
 from cmae.train.monitor.metrics import Display, MetricLog, MetricWindow, read_metrics
 from cmae.train.monitor.plots import loss_plot
+from cmae.train.monitor.services.choose import choose_services
 from cmae.train.monitor.sinks import Sink
 from cmae.train.monitor.status import StatusPublisher
 
@@ -96,8 +97,7 @@ class RunLog:
             self._log = MetricLog(
                 run.out,
                 start_step=self._start_step,
-                wandb_project=run.wandb_project,
-                config=config.to_dict(),
+                services=choose_services(run, config.to_dict()),
                 warn=self._warn,
             )
             self._resources.callback(self._log.close)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import math
 import os
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -170,7 +169,7 @@ def test_a_tensorboard_that_failed_is_opened_again(
 
 @pytest.mark.parametrize("fails_at", ["init", "log"])
 def test_a_service_that_does_not_answer_is_left_out_with_one_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: str
+    tmp_path: Path, fails_at: str
 ) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise RuntimeError("no answer")
@@ -178,15 +177,11 @@ def test_a_service_that_does_not_answer_is_left_out_with_one_warning(
     def accept(*_: Any, **__: Any) -> None:
         pass
 
-    actions = {"log": accept, "finish": accept}
+    actions = {"log": accept, "close": accept}
     service = SimpleNamespace(**actions | {fails_at: refuse})
-    wandb = SimpleNamespace(
-        util=SimpleNamespace(generate_id=lambda: "id"),
-        init=refuse if fails_at == "init" else lambda **_: service,
-    )
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    opens = refuse if fails_at == "init" else lambda: service
     warnings: list[str] = []
-    log = MetricLog(tmp_path, wandb_project="p", warn=warnings.append)
+    log = MetricLog(tmp_path, services={"Weights & Biases": opens}, warn=warnings.append)
     log.write(1, {"total": 1.0})
     log.close()
     assert len(warnings) == 1

@@ -137,6 +137,9 @@ def _quiet(config: Config, work: Path, start: Path | None) -> Config:
         bands="",
         progress=False,
         wandb_project=None,
+        mlflow_uri=None,
+        prometheus_port=None,
+        mirror=None,
     )
     return replace(config, run=run, init_from=None if start else config.init_from)
 
