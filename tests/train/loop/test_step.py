@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from support.tiny_runs import ALONE, OPTIM, SMALL, make_batch
 from torch import Tensor
 
 from cmae.model import Losses, ModelConfig, build_model
 from cmae.pipeline import Batch
 from cmae.train.config import SpeedConfig
-from cmae.train.distributed import World, join_world
+from cmae.train.distributed import World
 from cmae.train.loop.step import TrainStep
 
 
@@ -39,54 +35,6 @@ def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor])
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-10, msg=name)
-
-
-def run_rank(rank: int, world_size: int, port: int, norm: str, micro: int, out: Path) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    config = replace(SMALL, head_norm=norm)
-    with join_world("cpu") as world:
-        size = 8 // (world_size * micro)
-        batches = [
-            make_batch(config, (k * world_size + rank) * size, size, torch.float64)
-            for k in range(micro)
-        ]
-        losses, gradients = backward(config, world, batches)
-        torch.save((losses, gradients), out / f"rank{rank}.pt")
-
-
-def run_ranks(tmp_path: Path, *, norm: str, micro: int) -> list[tuple[Tensor, dict[str, Tensor]]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(run_rank, args=(2, port, norm, micro, tmp_path), nprocs=2)
-    return [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("norm", "micro"), [("batch", 1), ("layer", 2)])
-def test_two_ranks_equal_one_process_on_the_joined_batch(
-    tmp_path: Path, norm: str, micro: int
-) -> None:
-    config = replace(SMALL, head_norm=norm)
-    expected_losses, expected = backward(config, ALONE, [make_batch(config, 0, 8, torch.float64)])
-    results = run_ranks(tmp_path, norm=norm, micro=micro)
-    mean = torch.stack([losses for losses, _ in results]).mean(0)
-    for name in ("total", "reconstruction", "contrastive_raw", "contrastive"):
-        place = Losses._fields.index(name)
-        torch.testing.assert_close(mean[place], expected_losses[place], rtol=1e-5, atol=1e-6)
-    for _, gradients in results:
-        assert_same_gradients(gradients, expected)
-
-
-@pytest.mark.slow
-def test_ranks_have_different_positives(tmp_path: Path) -> None:
-    (first, _), (second, _) = run_ranks(tmp_path, norm="batch", micro=1)
-    assert (
-        first[Losses._fields.index("contrastive_raw")]
-        != second[Losses._fields.index("contrastive_raw")]
-    )
 
 
 @pytest.mark.parametrize("parts", [2, 4])
