@@ -65,6 +65,8 @@ class Checkpointer:
         self.folder = folder
         self.retention = retention or Retention()
         self._patience_s = patience_s
+        self.last_s: float | None = None
+        """Seconds that the last checkpoint took on its way to the disk, beside the training."""
         self._warn = warn
         self._written = written
         self._writer: threading.Thread | None = None
@@ -160,7 +162,7 @@ class Checkpointer:
 
     def _try(self, snapshot: _Snapshot) -> CheckpointError | None:
         """Write and retire; return what was in the way."""
-        path = snapshot.path
+        path, begun = snapshot.path, time.monotonic()
         try:
             state = _to_host(snapshot.state, snapshot.copied)
             write_atomically(path, {**state, DIGEST: content_digest(state)})
@@ -175,6 +177,7 @@ class Checkpointer:
                 key=str(path),
             )
         self._fails_since = None
+        self.last_s = time.monotonic() - begun
         self._written(path)
         return None
 

@@ -84,6 +84,9 @@ class TrainStep:
         self.network = _replicate(model, optim, world)
         self.grad_norm: Tensor | None = None
         """Norm of all gradients before clipping, of the last step that was asked for it; on the device."""
+        self._part_norms: dict[str, Tensor] = {}
+        self._clipped: Tensor | None = None
+        self._num_since = 0
         self._log = log
         self._is_pinned = False
 
@@ -131,9 +134,14 @@ class TrainStep:
         # The optimiser and this process learn of a bad gradient apart: the former on the device, the latter
         # by a copy that is asked for now and awaited when the optimiser's work is queued behind it.
         skipped = HostFlag(self.scaler._found_inf_per_device(self.optimizer).values())
+        if with_norm:
+            self._part_norms = _norms_of_parts(self.model)
         if self.clip_grad is not None:
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
             self.grad_norm = norm.detach()
+            is_above = (self.grad_norm > self.clip_grad).float()
+            self._clipped = is_above if self._clipped is None else self._clipped + is_above
+            self._num_since += 1
         elif with_norm:
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             self.grad_norm = torch.nn.utils.get_total_norm(gradients)
@@ -167,8 +175,20 @@ class TrainStep:
             self.target_copy.refresh()
 
     def vitals(self) -> dict[str, float]:
-        """`grad_norm` of the last step that took it, and in fp16 `loss_scale`. Waits for the device."""
-        found = {} if self.grad_norm is None else {"grad_norm": self.grad_norm.item()}
+        """Norms of the gradients of the last step that took them, over all and of each part of the model.
+
+        Also the share of steps since the last call whose gradients were clipped, and in fp16 `loss_scale`.
+        Waits for the device once or twice.
+        """
+        values = {} if self.grad_norm is None else {"grad_norm": self.grad_norm}
+        values |= {f"grad_norm_{name}": norm for name, norm in self._part_norms.items()}
+        if self._clipped is not None:
+            values["clipped_pct"] = 100 * self._clipped / self._num_since
+            self._clipped, self._num_since = None, 0
+        found = {}
+        if values:
+            numbers = torch.stack([value.float() for value in values.values()]).tolist()
+            found = dict(zip(values, numbers, strict=True))
         if self.precision == "fp16":
             found["loss_scale"] = self.scaler.get_scale()
         return found
@@ -308,6 +328,16 @@ class TrainStep:
     def _autocast(self) -> torch.autocast:
         enabled = self.dtype is not torch.float32
         return torch.autocast(self.world.device.type, dtype=self.dtype, enabled=enabled)
+
+
+def _norms_of_parts(model: CMAE) -> dict[str, Tensor]:
+    """Norm of the gradients of each part that is trained; on the device."""
+    found = {}
+    for name, part in model.named_children():
+        gradients = [value.grad for value in part.parameters() if value.grad is not None]
+        if gradients:
+            found[name] = torch.nn.utils.get_total_norm(gradients)
+    return found
 
 
 class HostFlag:

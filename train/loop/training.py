@@ -109,7 +109,7 @@ class Training:
         self._eval_every = (
             config.run.eval_every or loader.steps_per_epoch or config.run.checkpoint_every
         )
-        self._skipped = 0
+        self._skipped = self._num_skipped = 0
         self._mirror = _open_mirror(config, run.run_log) if run.world.is_main else None
         self._checkpoints = (
             _open_checkpoints(config, run.run_log, self._mirror) if run.world.is_main else None
@@ -181,12 +181,22 @@ class Training:
                 lr=self._schedule(step - 1),
                 epoch=batches[-1].epoch,
                 bad_samples=run.step_batches.bad_samples,
-                vitals=partial(_vitals, run.train_step, scores),
+                vitals=partial(self._vitals, scores),
             )
         if periods.image_every and step % periods.image_every == 0:
             run.run_log.draw_images(step, run.train_step.model, batches[0])
         if step % periods.checkpoint_every == 0 or step == self._last_step:
             self._save()
+
+    def _vitals(self, scores: dict[str, float]) -> dict[str, float]:
+        """What only the first rank is asked for: gradients, averages, checkpoints, scores."""
+        run, found = self._run, self._run.train_step.vitals()
+        if run.config.model.has_contrast:
+            found["ema_momentum"] = ema_momentum(run.config.model, self.step - 1, self.total_steps)
+        found["skipped_steps"] = self._num_skipped
+        if self._checkpoints is not None and self._checkpoints.last_s is not None:
+            found["checkpoint_s"] = self._checkpoints.last_s
+        return found | scores
 
     def _save(self) -> None:
         if self._checkpoints is not None:
@@ -201,6 +211,7 @@ class Training:
         """
         run, optim = self._run, self._run.config.optim
         self._skipped += 1
+        self._num_skipped += 1
         run.run_log.skipped(self.step, self._skipped, batches, losses)
         if self._skipped < optim.max_skipped_steps:
             return False
@@ -232,10 +243,6 @@ class Training:
         stopped_by = run.step_batches.signal
         run.run_log.closing(self.step, self._path, stopped=bool(stopped_by))
         return Outcome(self.step, self.total_steps, self._path, stopped_by or None)
-
-
-def _vitals(train_step: TrainStep, scores: dict[str, float]) -> dict[str, float]:
-    return train_step.vitals() | scores
 
 
 def _state_of(run: OpenRun) -> dict[str, Any]:

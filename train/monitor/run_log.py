@@ -79,6 +79,7 @@ class RunLog:
         self._images = Sink("images", self._warn)
         self._skipped = Sink("skipped_steps", self._warn if world.is_main else print)
         self._seen_bad = 0
+        self._first_host = 0
         self._reported_unpublished = False
 
     def __enter__(self) -> Self:
@@ -228,7 +229,10 @@ class RunLog:
             found["mfu_pct"] = 100 * tflops / self._vendor_tflops
         if device.type == "cuda":
             found["device_peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
-        found["host_gib"] = psutil.Process().memory_info().rss / 2**30
+        host = psutil.Process().memory_info().rss
+        self._first_host = self._first_host or host
+        found["host_gib"] = host / 2**30
+        found["host_growth_mib"] = (host - self._first_host) / 2**20
         return found
 
     def skipped(self, step: int, count: int, batches: Sequence[Batch], losses: Tensor) -> None:

@@ -153,3 +153,27 @@ def test_half_precision_steps_lower_the_loss_on_a_gpu(precision: str) -> None:
     )
     totals = [step([moved], lr=3e-3, momentum=0.996)[0][0].item() for _ in range(40)]
     assert min(totals[-5:]) < 0.8 * totals[0]
+
+
+def test_norms_of_the_parts_are_those_of_the_whole_and_clipped_steps_are_counted() -> None:
+    step = TrainStep(build_model(SMALL, seed=0), OPTIM, SpeedConfig(), ALONE)
+    step([make_batch(SMALL, 0, 8)], lr=1e-3, momentum=0.9, with_norm=True)
+    found = step.vitals()
+    parts = {name: value for name, value in found.items() if name.startswith("grad_norm_")}
+    assert {"grad_norm_encoder", "grad_norm_pixel_decoder"} <= parts.keys()
+    assert not any("target" in name for name in parts)
+    whole = sum(value**2 for value in parts.values()) ** 0.5
+    assert whole == pytest.approx(found["grad_norm"], rel=1e-5)
+    assert "clipped_pct" not in found
+    norm = found["grad_norm"]
+    step = TrainStep(
+        build_model(SMALL, seed=0), replace(OPTIM, clip_grad=norm / 2), SpeedConfig(), ALONE
+    )
+    step([make_batch(SMALL, 0, 8)], lr=0.0, momentum=0.9)
+    assert step.vitals()["clipped_pct"] == 100
+    step.clip_grad = 1e9
+    for _ in range(3):
+        step([make_batch(SMALL, 0, 8)], lr=0.0, momentum=0.9)
+    step.clip_grad = norm / 2
+    step([make_batch(SMALL, 0, 8)], lr=0.0, momentum=0.9)
+    assert step.vitals()["clipped_pct"] == 25
