@@ -14,6 +14,7 @@ from timm.models.vision_transformer import Attention  # type: ignore[attr-define
 from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 
 class LayerNorm(nn.LayerNorm):
@@ -40,6 +41,15 @@ class Block(TimmBlock):
 
     sdpa: SDPBackend | None = None
     """What computes softmax(q k) v; None leaves the choice to torch. `pin_sdpa` sets it."""
+
+    recomputes: bool = False
+    """Whether only the input is kept for the backward pass, which then runs the block again."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """Output of `forward`; see `recomputes`."""
+        if self.recomputes and torch.is_grad_enabled():
+            return checkpoint(super().__call__, *arguments, use_reentrant=False, **options)
+        return super().__call__(*arguments, **options)
 
     def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:  # type: ignore[override]
         """Output tokens."""

@@ -123,6 +123,7 @@ def step_precision(config: Config, capability: tuple[int, int] | None) -> Precis
         residual_bytes=HALF if config.optim.residual == "16bit" else FULL,
         fused=config.speed.resolved(capability).compile != "none",
         target_copy=config.speed.target_copy,
+        recompute=config.speed.recompute == "blocks",
     )
 
 

@@ -124,6 +124,9 @@ class SpeedConfig:
     sdpa: Literal["torch", "auto", "flash", "cudnn", "efficient", "math"] = "torch"
     """Attention kernel: torch's own choice, the fastest one by measurement of each shape at the start (a
     GPU only), or one for all shapes."""
+    recompute: Literal["none", "blocks"] = "none"
+    """'blocks' keeps each transformer block's input alone and computes the block again in the backward pass:
+    a third more operations, a fraction of the memory. The same results."""
     target_copy: bool = False
     """Keep a 16-bit copy of the target's matrices beside them, so that autocast does not cast them in every
     step. Same results; 2 bytes more for each of their weights."""

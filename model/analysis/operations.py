@@ -8,8 +8,8 @@ traffic and activations are only those of their matrix products.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from cmae.model.config import ModelConfig
 from cmae.model.hybrid import CONV_DEPTH, FIRST_STRIDE, stage_dims
@@ -29,6 +29,8 @@ class Precision:
     """Casts are fused into their neighbours, as torch.compile does."""
     target_copy: bool = False
     """16-bit weights of the target are kept, not cast in every step."""
+    recompute: bool = False
+    """Blocks keep their input alone, and are computed again in the backward pass."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,13 @@ class Operation:
     """Once in a step, by kernels of their own: weights cast to 16 bits, gradients cast back."""
     saved_bytes: float = 0.0
     """Kept for the backward pass, for one image."""
+    is_recomputed: bool = False
+    """Whether the backward pass computes it again first."""
 
     @property
     def backward_flops(self) -> float:
-        """Twice the forward pass where there is a backward pass."""
-        return 2 * self.flops if self.part != "target" else 0.0
+        """Twice the forward pass where there is a backward pass, and once more where it is recomputed."""
+        return (3 if self.is_recomputed else 2) * self.flops if self.part != "target" else 0.0
 
 
 def operations(
@@ -116,8 +120,11 @@ class _Counter:
         for index in range(config.depth):
             is_last = to_mean and not self.as_published and index == config.depth - 1
             tail = num_patches if is_last else num_tokens
-            yield from self.attention(part, num_tokens, num_tokens, dim, config.num_heads)
-            yield from self.mlp(part, tail, dim, config.mlp_ratio, is_mean=is_last)
+            block = [
+                *self.attention(part, num_tokens, num_tokens, dim, config.num_heads),
+                *self.mlp(part, tail, dim, config.mlp_ratio, is_mean=is_last),
+            ]
+            yield from self.block(part, block, num_tokens * dim, is_first=index == 0)
 
     def decoder(self, part: str, depth: int, *, only_masked: bool) -> Iterator[Operation]:
         """Embedding, blocks and norm; `only_masked`: the last block makes the masked tokens alone."""
@@ -129,9 +136,29 @@ class _Counter:
         for index in range(depth):
             is_last = only_masked and not self.as_published and index == depth - 1
             tail = config.num_mask if is_last else num_tokens
-            yield from self.attention(part, num_tokens, tail, dim, config.decoder_num_heads)
-            yield from self.mlp(part, tail, dim, config.decoder_mlp_ratio, is_mean=False)
+            block = [
+                *self.attention(part, num_tokens, tail, dim, config.decoder_num_heads),
+                *self.mlp(part, tail, dim, config.decoder_mlp_ratio, is_mean=False),
+            ]
+            yield from self.block(part, block, num_tokens * dim, is_first=index == 0)
         yield self.norm(part, tail, dim)
+
+    def block(
+        self, part: str, block: Sequence[Operation], num_values: int, *, is_first: bool
+    ) -> Iterator[Operation]:
+        """A block as it is or, where it is computed again, with its input alone kept.
+
+        One block of a part is whole in memory at a time, which its first one stands for.
+        """
+        if not self.precision.recompute or part == "target":
+            yield from block
+            return
+        kept = self.precision.residual_bytes * num_values
+        whole = sum(op.saved_bytes for op in block) if is_first else 0
+        yield Operation(part, "block's input", 0, 0, 0, saved_bytes=kept + whole)
+        for op in block:
+            back = op.backward_bytes + op.bytes
+            yield replace(op, saved_bytes=0, backward_bytes=back, is_recomputed=True)
 
     def decoder_head(self, part: str, num_rows: int, width_out: int) -> Operation:
         """A decoder's last layer, for the tokens that are read or, as published, for all."""

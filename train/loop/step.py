@@ -80,6 +80,7 @@ class TrainStep:
         self.scaler = _build_scaler(optim.precision, world.device)
         self.target_copy = _build_target_copy(model, speed, self.dtype)
         _set_residual(model, self.target_copy, self.dtype if optim.residual == "16bit" else None)
+        _set_recompute(model, speed.recompute)
         self._target_pass = _compile(model, self.target_copy, speed.compile)
         self.network = _replicate(model, optim, world)
         self.grad_norm: Tensor | None = None
@@ -377,6 +378,11 @@ def check_step(optim: OptimConfig, speed: SpeedConfig, world: World) -> None:
             "speed.target_copy is true, but with optim.precision fp32 there is nothing to cast; set it to "
             "false, or optim.precision to fp16 or bf16"
         )
+    if speed.recompute != "none" and speed.compile in WHOLE_BRANCHES:
+        raise CmaeError(
+            f"speed.recompute is {speed.recompute!r} and speed.compile {speed.compile!r}, which decides by "
+            "itself what is kept: set speed.compile to 'blocks' or 'none'"
+        )
     if speed.compile == "model_graphs" and device.type != "cuda":
         raise CmaeError(
             f"speed.compile is 'model_graphs', but this run is on {device.type}, which has no CUDA graphs; "
@@ -401,6 +407,13 @@ def _set_residual(model: CMAE, target_copy: TargetCopy | None, dtype: torch.dtyp
     set_residual_dtype(model, dtype)
     if target_copy is not None:
         set_residual_dtype(target_copy.encoder, dtype)
+
+
+def _set_recompute(model: CMAE, choice: str) -> None:
+    """Blocks of the online branch; the target has no backward pass, whose blocks ask for nothing."""
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.recomputes = choice == "blocks"
 
 
 def _compile(

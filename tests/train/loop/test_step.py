@@ -9,6 +9,7 @@ import torch
 from support.tiny_runs import ALONE, OPTIM, SMALL, make_batch
 from torch import Tensor
 
+from cmae.errors import CmaeError
 from cmae.model import Losses, ModelConfig, build_model
 from cmae.pipeline import Batch
 from cmae.train.config import SpeedConfig
@@ -177,3 +178,35 @@ def test_norms_of_the_parts_are_those_of_the_whole_and_clipped_steps_are_counted
     step.clip_grad = norm / 2
     step([make_batch(SMALL, 0, 8)], lr=0.0, momentum=0.9)
     assert step.vitals()["clipped_pct"] == 25
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("encoder", ["vit", "hybrid"])
+def test_blocks_that_are_computed_again_change_nothing(precision: str, encoder: str) -> None:
+    config = SMALL
+    if encoder == "hybrid":
+        config = replace(SMALL, encoder="hybrid", img_size=64, patch_size=16)
+    optim = replace(OPTIM, precision=precision)
+    results = []
+    for recompute in ("none", "blocks"):
+        speed = SpeedConfig(recompute=recompute)
+        step = TrainStep(build_model(config, seed=0), optim, speed, ALONE)
+        batch = make_batch(config, 0, 8)
+        if encoder == "hybrid":
+            big = batch.online.repeat(1, 2, 2, 1)
+            batch = replace(batch, online=big, target=big.flip(0))
+        losses = [step([batch], lr=1e-3, momentum=0.9)[0] for _ in range(3)]
+        results.append((torch.stack(losses), step.model.state_dict()))
+    assert torch.equal(results[0][0], results[1][0])
+    for name, value in results[0][1].items():
+        assert torch.equal(value, results[1][1][name]), name
+
+
+def test_blocks_that_are_computed_again_and_a_compiled_branch_do_not_go_together() -> None:
+    with pytest.raises(CmaeError, match=r"speed\.recompute.*speed\.compile to 'blocks'"):
+        TrainStep(
+            build_model(SMALL, seed=0),
+            OPTIM,
+            SpeedConfig(recompute="blocks", compile="model"),
+            ALONE,
+        )
