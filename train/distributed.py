@@ -127,6 +127,13 @@ def join_world(device: str = "auto", *, timeout_s: float = COLLECTIVE_TIMEOUT_S)
         dist.destroy_process_group()
 
 
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether a collective failed because a rank that takes part is gone or does not answer."""
+    text = str(error)
+    is_gloo = "gloo" in text and ("peer" in text or "imed out" in text)
+    return isinstance(error, dist.DistError) or is_gloo
+
+
 @contextmanager
 def _meeting(world_size: int) -> Iterator[None]:
     """Say what is waited for, when the other ranks are late.

@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -30,6 +31,8 @@ class Fault:
     inject: Inject
     kind: Kind = ONE
     needs_root: bool = False
+    rounding: float = 0.0
+    """Relative difference that losses may have after it."""
 
 
 def _at_random(run: Run, rng: random.Random) -> str:
@@ -200,6 +203,34 @@ def _bad_store(run: Run, rng: random.Random) -> str:
     return f"exit code {code}"
 
 
+def _node_leaves(run: Run, rng: random.Random) -> str:
+    """One of two nodes loses power, another comes later: the run goes on with one, then with two."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = [
+        *("--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "9"),
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "x"),
+        *("--rdzv-conf", "last_call_timeout=3"),
+    ]
+    run.start(flags)
+    first = run.process
+    run.start(flags)
+    leaves_at = rng.randrange(5, STEPS // 3)
+    run.wait_for_steps(leaves_at)
+    for process in run.processes():
+        process.kill()
+    run.process, lost = first, run.process
+    assert lost is not None
+    lost.wait()
+    run.wait_for_steps(2 * STEPS // 3)
+    run.start(flags)
+    second, run.process = run.process, first
+    assert second is not None
+    code = run.wait()
+    return f"after step {leaves_at}: exit codes {code}, {second.wait(timeout=60)}"
+
+
 FAULTS = {
     "kill -9": Fault(_signal(signal.SIGKILL)),
     "kill -9 of a rank": Fault(_kill_a_rank, TWO),
@@ -220,4 +251,5 @@ FAULTS = {
     "no file handles": Fault(_few_files),
     "out of memory": Fault(_little_memory),
     "store that fails": Fault(_bad_store),
+    "node leaves, node comes": Fault(_node_leaves, TWO, rounding=0.02),
 }

@@ -75,7 +75,7 @@ def _try(name: str, fault: Fault, seed: int, reference: Path, folder: Path) -> R
     try:
         where = fault.inject(run, rng)
         run.finish()
-        lost = differences(run.out, reference)
+        lost = differences(run.out, reference, rounding=fault.rounding)
     except Exception as error:  # told in the table, and the next fault is tried
         where += f" {type(error).__name__}: {error}"
     finally:

@@ -28,13 +28,27 @@ from cmae.train.checkpoints.folder import (
 from cmae.train.checkpoints.lock import hold_folder
 from cmae.train.checkpoints.mirror import fetch_newest, open_mirror
 from cmae.train.config import Config
-from cmae.train.distributed import World, from_main, gather_values, join_world, largest
+from cmae.train.distributed import (
+    World,
+    from_main,
+    gather_values,
+    is_lost_rank,
+    join_world,
+    largest,
+)
 from cmae.train.evaluation.online import OnlineEvaluation
 from cmae.train.loop.loader_settings import LoaderSettings, agree_on_decode, loader_settings
 from cmae.train.loop.resume_rules import check_changes
 from cmae.train.loop.step import TrainStep, check_step
 from cmae.train.loop.step_batches import StepBatches
-from cmae.train.loop.training import OpenRun, Outcome, RollBack, StopSignals, Training
+from cmae.train.loop.training import (
+    LostRankError,
+    OpenRun,
+    Outcome,
+    RollBack,
+    StopSignals,
+    Training,
+)
 from cmae.train.loop.weights import load_initial_weights
 from cmae.train.monitor.metrics import ColdStart
 from cmae.train.monitor.run_log import RunLog
@@ -49,7 +63,7 @@ def pretrain(config: Config) -> Outcome:
         CmaeError: Settings that do not fit each other, the data or the machine.
         TrainingError: The loss is no longer finite, or too much of the data is bad.
     """
-    with join_run(config) as world, ExitStack() as stack:
+    with join_run(config) as world, _one_line_for_a_lost_rank(world), ExitStack() as stack:
         if world.is_main:
             stack.enter_context(hold_folder(config.run.out / "checkpoints"))
         back: RollBack | None = None
@@ -59,6 +73,25 @@ def pretrain(config: Config) -> Outcome:
             if isinstance(ended, Outcome):
                 return ended
             back, config = ended, replace(config, run=replace(config.run, resume="auto"))
+
+
+@contextmanager
+def _one_line_for_a_lost_rank(world: World) -> Iterator[None]:
+    """Say what a collective's error means: another rank has ended, and its own message says why.
+
+    Raises:
+        TrainingError: Instead of the error of gloo or NCCL.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if world.world_size == 1 or not is_lost_rank(error):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise LostRankError(
+            f"rank {world.rank} lost another rank, whose own message says why ({reason}). The last "
+            "checkpoint is whole: the same command goes on from it"
+        ) from error
 
 
 @contextmanager

@@ -39,6 +39,10 @@ class TrainingError(CmaeError, RuntimeError):
     is_on_every_rank = True
 
 
+class LostRankError(CmaeError, RuntimeError):
+    """A collective failed because another rank has ended; every rank that is left has its own."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a run ended."""
