@@ -33,6 +33,7 @@ from cmae.pipeline.formats.shard_index import (
     save_index,
 )
 from cmae.pipeline.formats.tar import iter_records
+from cmae.pipeline.shards.originals.image_archive import scan_image_archive
 from cmae.pipeline.shards.originals.image_folder import read_image_list
 from cmae.pipeline.shards.repair import repair_shards
 from cmae.pipeline.shards.verify import verify_shards
@@ -218,6 +219,23 @@ def _checkpoint_config(data: bytes, folder: Path) -> None:
     load_model(folder / "c.pt")
 
 
+def _archive_bytes() -> bytes:
+    """A tar of tars, as ImageNet's are."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as outer:
+        for name in ("n1", "n2"):
+            inside = io.BytesIO()
+            with tarfile.open(fileobj=inside, mode="w") as tar:
+                for member in ("a.JPEG", "b.JPEG", "c.txt"):
+                    info = tarfile.TarInfo(f"{name}_{member}")
+                    info.size = 3
+                    tar.addfile(info, io.BytesIO(b"abc"))
+            info = tarfile.TarInfo(f"{name}.tar")
+            info.size = len(inside.getvalue())
+            outer.addfile(info, io.BytesIO(inside.getvalue()))
+    return packed.getvalue()
+
+
 def build_harnesses(folder: Path) -> dict[str, Harness]:
     """All parsers, by name.
 
@@ -244,6 +262,9 @@ def build_harnesses(folder: Path) -> dict[str, Harness]:
         ),
         "image list": Harness(
             lambda d, f: read_image_list(_write(f, "list.txt", d), root=f), [b"a.jpg 3\nb.jpg\t4\n"]
+        ),
+        "image archive": Harness(
+            lambda d, f: scan_image_archive(_write(f, "a.tar", d)), [_archive_bytes()]
         ),
         "urls": Harness(_urls, [b"-{000..003}.tar", b"*.tar", b"{a,b}/?.tar"]),
         "recipe": Harness(_recipe, [RECIPE], share=0.02),

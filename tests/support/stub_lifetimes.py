@@ -35,7 +35,7 @@ from cmae.pipeline.views.backend import ViewBackend, Views
 from cmae.pipeline.views.config import ViewConfig
 from cmae.pipeline.views.dali import DaliViews
 from cmae.pipeline.views.params import draw_view_params
-from cmae.train.loop.checkpoint import _to_host
+from cmae.train.checkpoints.writer import _to_host
 from cmae.train.loop.step import HostFlag
 from cmae.train.profiling.measure.phases import _copied_ahead
 

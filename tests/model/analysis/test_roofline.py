@@ -109,9 +109,8 @@ def test_estimated_activations_are_those_that_autograd_keeps(
     precision = Precision(recompute=recompute)
     listed_ops = list(operations(config, precision, num_keys=batch))
     saved = sum(op.saved_bytes for op in listed_ops)
-    if (
-        recompute
-    ):  # what is there while one block of each part is computed again is not seen by the hooks
+    if recompute:
+        # What is there while one block of each part is computed again is not seen by the hooks.
         whole = list(operations(config, Precision(), num_keys=batch))
         saved -= _one_block_of_each_part(listed_ops)
         assert saved < 0.6 * sum(op.saved_bytes for op in whole)
