@@ -67,6 +67,8 @@ class Mirror:
         self._next: Path | None = None
         self._condition = threading.Condition()
         self._is_closing = False
+        for leftover in (out / "checkpoints").glob(".mirror-*"):  # of a run that was killed
+            leftover.unlink(missing_ok=True)
         self._thread = threading.Thread(target=self._run, name="cmae-mirror", daemon=True)
         self._thread.start()
 

@@ -237,11 +237,11 @@ class Training:
 
     def _finish(self) -> Outcome:
         run = self._run
-        with run.watchdog.paused("writing the last checkpoint"):
-            if self._checkpoints is not None:
-                if self._saved < self.step:
-                    self._save()
-                self._checkpoints.wait()
+        run.watchdog.rest("writing the last checkpoint")
+        if self._checkpoints is not None:
+            if self._saved < self.step:
+                self._save()
+            self._checkpoints.wait()
         if (failure := run.step_batches.failure) is not None:
             raise TrainingError(f"stopped at step {self.step} on all ranks: {failure}")
         stopped_by = run.step_batches.signal

@@ -91,6 +91,10 @@ class Watchdog:
         finally:
             self.doing, self._moved_at = before, time.monotonic()
 
+    def rest(self, doing: str) -> None:
+        """No step comes any more: what is left may take its time."""
+        self.doing, self._moved_at = doing, None
+
     def _run(self) -> None:
         last = time.monotonic()
         while not self._stop.wait(_TICK_S):
