@@ -162,7 +162,7 @@ def _flipped_index(run: Run, rng: random.Random) -> str:
 
 
 def _few_files(run: Run, rng: random.Random) -> str:
-    limit = rng.randrange(12, 60)
+    limit = rng.randrange(6, 24)
     run.start(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit)))
     return f"{limit} file handles: exit code {run.wait()}"
 
