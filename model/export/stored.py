@@ -36,6 +36,10 @@ class CheckpointError(CmaeError):
     """A checkpoint that cannot be read, or does not fit the run."""
 
 
+class ForeignFileError(CheckpointError):
+    """A file that can be read, and is no checkpoint of this project."""
+
+
 def load_model(path: str | Path) -> CMAE:
     """A trained model on the CPU, in evaluation mode; `model.features(images)` gives its features.
 
@@ -107,7 +111,12 @@ def is_checkpoint(state: Mapping[str, Any]) -> bool:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints in a folder, oldest first."""
-    return sorted(path for path in folder.glob("step-*.pt") if _NAME.fullmatch(path.name))
+    return sorted(path for path in folder.glob("step-*.pt") if has_step_name(path))
+
+
+def has_step_name(path: Path) -> bool:
+    """Whether a file is named as the checkpoint of a step: `step-00001000.pt`."""
+    return _NAME.fullmatch(path.name) is not None
 
 
 def model_config(path: Path, stored: Mapping[str, Any]) -> ModelConfig:
@@ -213,8 +222,8 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {first[:200]}"
 
 
-def _not_ours(path: Path) -> CheckpointError:
-    return CheckpointError(
+def _not_ours(path: Path) -> ForeignFileError:
+    return ForeignFileError(
         f"{path} is not a cmae checkpoint of format {FORMAT}; weights of other projects go through "
         "`cmae import`"
     )

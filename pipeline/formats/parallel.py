@@ -13,9 +13,13 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+MAX_WORKERS = 16
+"""More threads only queue at the disk."""
+
+
 def default_workers() -> int:
-    """CPU cores this process may use, at most 16 (more only queue at the disk)."""
-    return min(16, len(os.sched_getaffinity(0)))
+    """CPU cores this process may use, at most MAX_WORKERS."""
+    return min(MAX_WORKERS, len(os.sched_getaffinity(0)))
 
 
 def no_progress(amount: int) -> None:

@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from cmae.errors import CmaeError
-from cmae.pipeline.formats.parallel import no_progress
+from cmae.pipeline.formats.parallel import MAX_WORKERS, no_progress
 from cmae.pipeline.remote.client import RemoteConfig
 from cmae.pipeline.remote.folder import RemoteFolder
 from cmae.pipeline.shards.originals.find import find_images
 from cmae.pipeline.shards.write import WriteReport, write_shards
-
-_MAX_WORKERS = 16
 
 
 def write_shards_on_ray(
@@ -52,7 +50,7 @@ def write_shards_on_ray(
     if not nodes:
         raise CmaeError("no node of the Ray cluster has a CPU to give: start nodes with --num-cpus")
     cores = int(min(node["Resources"]["CPU"] for node in nodes))
-    workers = min(workers or _MAX_WORKERS, cores)
+    workers = min(workers or MAX_WORKERS, cores)
     num_parts = num_parts or len(nodes)
     task = ray.remote(num_cpus=workers, scheduling_strategy="SPREAD")(_write_part)
     start = partial(

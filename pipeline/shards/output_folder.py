@@ -15,7 +15,7 @@ from typing import Any
 from cmae.errors import CmaeError
 from cmae.pipeline.formats.atomic import atomic_write
 from cmae.pipeline.formats.dataset_folder import DATASET_FILE, DIGESTS_FILE, read_dataset
-from cmae.pipeline.formats.shard_index import StaleIndexError, index_path, load_index
+from cmae.pipeline.formats.shard_index import ShardIndex, StaleIndexError, index_path, load_index
 from cmae.printable import MAX_LINE, printable
 
 logger = logging.getLogger(__name__)
@@ -68,11 +68,11 @@ def mark_complete(out: Path, settings: dict[str, Any], facts: dict[str, Any]) ->
     write_json(out / DATASET_FILE, {"complete": True, **facts, "settings": settings})
 
 
-def write_digests(out: Path, tars: Iterable[Path]) -> None:
+def write_digests(out: Path, shards: Iterable[tuple[Path, ShardIndex]]) -> None:
     """Write the digests of finished shards, taken as they were written, for `sha256sum -c`."""
     with atomic_write(out / DIGESTS_FILE) as listing:
-        for tar in tars:
-            digest = load_index(tar).tar_sha256
+        for tar, index in shards:
+            digest = index.tar_sha256
             if not digest:  # indexed again since, or by an earlier version
                 with open(tar, "rb") as file:
                     digest = hashlib.file_digest(file, "sha256").digest()

@@ -388,7 +388,7 @@ def _finish(
         "shards": f"{out.name}-{{000000..{len(shards) - 1:06d}}}.tar",
         "created_by": f"cmae {metadata.version('cmae')}, Pillow {PIL.__version__}",
     }
-    write_digests(out, (shard.path for shard in shards))
+    write_digests(out, zip((shard.path for shard in shards), indices, strict=True))
     mark_complete(out, settings, facts)
     return report
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +14,7 @@ from typing import Any
 
 import psutil
 import torch
-from support.shard_data import jpeg
+from support.shard_data import jpeg, write_tar
 from support.tiny_runs import arguments
 
 from cmae.model.export.stored import list_checkpoints, load_checkpoint
@@ -40,13 +38,11 @@ def write_shards(folder: Path) -> str:
     """Two shards of 20 images, indexed; returns their pattern."""
     folder.mkdir(parents=True)
     for number in range(2):
-        with tarfile.open(folder / f"small-{number:06d}.tar", "w") as tar:
-            for position in range(20):
-                data = jpeg(20 * number + position, (56, 48))
-                for name, content in ((f"{position:03d}.jpg", data), (f"{position:03d}.cls", b"1")):
-                    info = tarfile.TarInfo(name)
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
+        members: dict[str, bytes] = {}
+        for position in range(20):
+            members[f"{position:03d}.jpg"] = jpeg(20 * number + position, (56, 48))
+            members[f"{position:03d}.cls"] = b"1"
+        write_tar(folder / f"small-{number:06d}.tar", members)
     build_indices([str(path) for path in sorted(folder.glob("*.tar"))])
     return str(folder / "small-*.tar")
 

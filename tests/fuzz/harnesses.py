@@ -14,6 +14,7 @@ import torch
 import yaml
 from support.pipeline_data import jpeg, photo, write_tar
 from support.profile_data import decode_bound, loader
+from support.shard_data import pack_tar
 from support.tiny_runs import SMALL
 
 from cmae.errors import CmaeError
@@ -221,19 +222,13 @@ def _checkpoint_config(data: bytes, folder: Path) -> None:
 
 def _archive_bytes() -> bytes:
     """A tar of tars, as ImageNet's are."""
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w") as outer:
-        for name in ("n1", "n2"):
-            inside = io.BytesIO()
-            with tarfile.open(fileobj=inside, mode="w") as tar:
-                for member in ("a.JPEG", "b.JPEG", "c.txt"):
-                    info = tarfile.TarInfo(f"{name}_{member}")
-                    info.size = 3
-                    tar.addfile(info, io.BytesIO(b"abc"))
-            info = tarfile.TarInfo(f"{name}.tar")
-            info.size = len(inside.getvalue())
-            outer.addfile(info, io.BytesIO(inside.getvalue()))
-    return packed.getvalue()
+    names = ("a.JPEG", "b.JPEG", "c.txt")
+    return pack_tar(
+        {
+            f"{one}.tar": pack_tar({f"{one}_{name}": b"abc" for name in names})
+            for one in ("n1", "n2")
+        }
+    )
 
 
 def build_harnesses(folder: Path) -> dict[str, Harness]:

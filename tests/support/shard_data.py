@@ -26,14 +26,21 @@ def jpeg(seed: int, size: tuple[int, int] = (40, 30)) -> bytes:
     return buffer.getvalue()
 
 
-def write_tar(
-    path: Path, members: Mapping[str, bytes], *, tar_format: int = tarfile.USTAR_FORMAT
-) -> Path:
-    with tarfile.open(path, "w", format=tar_format) as tar:
+def pack_tar(members: Mapping[str, bytes], *, tar_format: int = tarfile.USTAR_FORMAT) -> bytes:
+    """A tar of these files, in this order."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tar_format) as tar:
         for name, data in members.items():
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def write_tar(
+    path: Path, members: Mapping[str, bytes], *, tar_format: int = tarfile.USTAR_FORMAT
+) -> Path:
+    path.write_bytes(pack_tar(members, tar_format=tar_format))
     return path
 
 

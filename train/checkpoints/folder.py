@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +11,13 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from cmae.model.export.stored import CheckpointError, list_checkpoints, load_checkpoint
+from cmae.model.export.stored import (
+    CheckpointError,
+    ForeignFileError,
+    has_step_name,
+    list_checkpoints,
+    load_checkpoint,
+)
 from cmae.train.checkpoints.digest import DIGEST, content_digest
 
 SET_ASIDE = "set-aside"
@@ -21,7 +26,6 @@ SET_ASIDE = "set-aside"
 WHY_FILE = "why.txt"
 
 _CHUNK = 16 << 20
-_NAME = re.compile(r"step-\d{8}\.pt")
 
 
 @dataclass(frozen=True)
@@ -77,15 +81,26 @@ def fault_of(path: Path) -> str:
         ) from error
     try:
         state = load_checkpoint(path)
-    except CheckpointError as error:
-        return "not of this program" if "is not a cmae" in str(error) else "cut off or damaged"
-    if _NAME.fullmatch(path.name) and state.get("step") != step_of(path):
+    except ForeignFileError:
+        return "not of this program"
+    except CheckpointError:
+        return "cut off or damaged"
+    if has_step_name(path) and state.get("step") != step_of(path):
         return f"named otherwise than its step, {state.get('step')!r}"
     if DIGEST not in state:  # of an earlier version
         return "" if _is_good_zip(path) else "cut off or damaged"
     if state[DIGEST] != content_digest(state):
         return "damaged: its contents do not have the digest that was written with them"
     return ""
+
+
+def newest_whole(stored: Sequence[Path]) -> Path | None:
+    """The last of these checkpoints that is whole; None where none is. Older ones are not looked at.
+
+    Raises:
+        CheckpointError: See `fault_of`.
+    """
+    return next((path for path in reversed(stored) if not fault_of(path)), None)
 
 
 def _is_good_zip(path: Path) -> bool:
@@ -154,7 +169,7 @@ def _newest_whole(stored: Sequence[Path], note: Callable[[str], None]) -> Path |
 
 def _newest_descendant(named: Path, stored: Sequence[Path]) -> Path | None:
     """The newest checkpoint, if it comes from the named file by way of `run.resume`."""
-    newest = next((path for path in reversed(stored) if not fault_of(path)), None)
+    newest = newest_whole(stored)
     if newest is None or newest.resolve() == named.resolve():
         return None
     return newest if load_checkpoint(newest).get("origin") == str(named.resolve()) else None

@@ -11,14 +11,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from cmae.model.export.stored import CheckpointError, list_checkpoints
 from cmae.pipeline.bad_samples import LEDGER_FILE
 from cmae.pipeline.errors import RemoteError
+from cmae.pipeline.formats.atomic import atomic_write
 from cmae.pipeline.remote.client import RemoteConfig
 from cmae.pipeline.remote.folder import RemoteFolder
-from cmae.train.checkpoints.folder import Retention, fault_of, step_of
+from cmae.train.checkpoints.folder import Retention, fault_of, newest_whole, step_of
 
 LISTING = "checkpoints.json"
 """What a mirror holds, written after the files: names, bytes, SHA-256."""
@@ -29,6 +30,8 @@ BESIDE = ("config.yaml", "metrics.jsonl", LEDGER_FILE)
 _MAX_LISTING = 16 << 20
 _MAX_BESIDE = 4 << 30
 _DEADLINE_S = 1800.0
+_PREFIX = ".mirror-"
+"""Of files that are there to be sent."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,29 @@ class _Stored:
     sha256: str
     written: float
     """Time in seconds since 1970."""
+
+
+class _Held(NamedTuple):
+    """A checkpoint that is to be sent, and where it stays until then though the run may delete its own."""
+
+    name: str
+    path: Path
+
+    @classmethod
+    def of(cls, checkpoint: Path) -> _Held:
+        """Hold it by a second link, or as it is where a file system has none."""
+        link = checkpoint.with_name(f"{_PREFIX}{checkpoint.name}")
+        link.unlink(missing_ok=True)
+        try:
+            os.link(checkpoint, link)
+        except OSError:
+            link = checkpoint
+        return cls(checkpoint.name, link)
+
+    def let_go(self) -> None:
+        """Remove the link."""
+        if self.path.name != self.name:
+            self.path.unlink(missing_ok=True)
 
 
 class Mirror:
@@ -64,25 +90,20 @@ class Mirror:
         self._out = out
         self._retention = retention
         self._warn = warn
-        self._next: Path | None = None
+        self._next: _Held | None = None
         self._condition = threading.Condition()
         self._is_closing = False
-        for leftover in (out / "checkpoints").glob(".mirror-*"):  # of a run that was killed
+        for leftover in (out / "checkpoints").glob(f"{_PREFIX}*"):  # of a run that was killed
             leftover.unlink(missing_ok=True)
         self._thread = threading.Thread(target=self._run, name="cmae-mirror", daemon=True)
         self._thread.start()
 
     def put(self, checkpoint: Path) -> None:
         """Copy a checkpoint soon; one that still waits for the store is left out for it."""
-        held = checkpoint.with_name(f".mirror-{checkpoint.name}")
-        held.unlink(missing_ok=True)
-        try:
-            os.link(checkpoint, held)  # it may be deleted while it is sent
-        except OSError:
-            held = checkpoint
+        held = _Held.of(checkpoint)
         with self._condition:
-            if self._next is not None and self._next.name.startswith(".mirror-"):
-                self._next.unlink(missing_ok=True)
+            if self._next is not None:
+                self._next.let_go()
             self._next = held
             self._condition.notify()
 
@@ -114,15 +135,14 @@ class Mirror:
             if held is None:
                 return
             try:
-                self._send(held, held.name.removeprefix(".mirror-"))
+                self._send(held.path, held.name)
             except BaseException as error:  # the run needs no mirror, and the next copy is tried
                 self._warn(
-                    f"{held.name.removeprefix('.mirror-')} is not in {self._folder.shown}: {error}. It is in "
-                    f"{self._out}, and the next one is tried"
+                    f"{held.name} is not in {self._folder.shown}: {error}. It is in {self._out}, and the "
+                    "next one is tried"
                 )
             finally:
-                if held.name.startswith(".mirror-"):
-                    held.unlink(missing_ok=True)
+                held.let_go()
 
     def _send(self, path: Path, name: str) -> None:
         with path.open("rb") as file:
@@ -151,7 +171,7 @@ class Mirror:
         self._put_copy(json.dumps([vars(one) for one in stored], indent=1).encode(), LISTING)
 
     def _put_copy(self, data: bytes, name: str) -> None:
-        path = self._out / "checkpoints" / f".mirror-{name}"
+        path = self._out / "checkpoints" / f"{_PREFIX}{name}"
         try:
             path.write_bytes(data)
             self._folder.put(path, name)
@@ -206,8 +226,8 @@ def fetch_newest(
         CheckpointError: Nothing is here, and the mirror cannot be read: a start would lose what it holds.
     """
     place = out / "checkpoints"
-    here = [path for path in list_checkpoints(place) if not fault_of(path)]
-    newest = step_of(here[-1]) if here else -1
+    here = newest_whole(list_checkpoints(place))
+    newest = -1 if here is None else step_of(here)
     try:
         stored = [one for one in read_listing(folder) if _step(one) > newest]
         for one in reversed(stored):
@@ -220,13 +240,13 @@ def fetch_newest(
             path.unlink(missing_ok=True)
             note(f"{folder.shown}/checkpoints/{one.name} is damaged, and passed over")
     except RemoteError as error:
-        if newest < 0:
+        if here is None:
             raise CheckpointError(
                 f"run.mirror cannot be read, and {place} holds no checkpoint, so that a start would begin at "
                 f"step 0: {error}",
                 key="run.mirror",
             ) from error
-        note(f"run.mirror cannot be read, and the run goes on from {here[-1].name}: {error}")
+        note(f"run.mirror cannot be read, and the run goes on from {here.name}: {error}")
         return None
     if stored:
         raise CheckpointError(
@@ -240,8 +260,12 @@ def fetch_newest(
 def _fetch_beside(folder: RemoteFolder, out: Path) -> None:
     """What the run has written so far, where this node has nothing of it."""
     for name in BESIDE:
-        if not (out / name).exists() and folder.read(name, limit=_MAX_BESIDE) is not None:
-            folder.get(name, out / name)
+        if (out / name).exists():
+            continue
+        content = folder.read(name, limit=_MAX_BESIDE)
+        if content is not None:
+            with atomic_write(out / name) as file:
+                file.write(content)
 
 
 def _step(stored: _Stored) -> int:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import subprocess
 import tarfile
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.io
-from support.shard_data import contents, jpeg, read_with_webdataset, tars
+from support.shard_data import contents, jpeg, pack_tar, read_with_webdataset, tars
 
 from cmae.errors import CmaeError
 from cmae.pipeline.formats.shard_index import load_index
@@ -25,17 +25,6 @@ from cmae.pipeline.shards.write import write_shards
 CLASSES = ("n01443537", "n01440764", "n15075141")
 
 
-def pack(files: Mapping[str, bytes]) -> bytes:
-    """A tar of these files, in this order."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return buffer.getvalue()
-
-
 def class_images(number: int) -> dict[str, bytes]:
     """Images of a class as ImageNet names them, by no means in the order of their names."""
     return {f"{CLASSES[number]}_{i}.JPEG": jpeg(10 * number + i) for i in (10, 9, 2)}
@@ -45,7 +34,7 @@ def class_images(number: int) -> dict[str, bytes]:
 def train(tmp_path: Path) -> Path:
     """ILSVRC2012_img_train.tar in small."""
     path = tmp_path / "ILSVRC2012_img_train.tar"
-    path.write_bytes(pack({f"{CLASSES[i]}.tar": pack(class_images(i)) for i in range(3)}))
+    path.write_bytes(pack_tar({f"{CLASSES[i]}.tar": pack_tar(class_images(i)) for i in range(3)}))
     return path
 
 
@@ -81,10 +70,10 @@ def test_shards_of_the_archive_are_those_of_the_unpacked_folder(
 
 
 def test_a_folder_around_the_classes_and_what_is_no_image_are_passed(tmp_path: Path) -> None:
-    files = {f"winter21_whole/{CLASSES[i]}.tar": pack(class_images(i)) for i in range(2)}
+    files = {f"winter21_whole/{CLASSES[i]}.tar": pack_tar(class_images(i)) for i in range(2)}
     files |= {"winter21_whole/.DS_Store": b"x", "./winter21_whole/readme.txt": b"hello"}
     path = tmp_path / "winter21_whole.tar"
-    path.write_bytes(pack(files))
+    path.write_bytes(pack_tar(files))
     source = scan_image_archive(path)
     assert source.classes == tuple(sorted(CLASSES[:2]))
     assert source.files.counts == {"image": 6, "hidden or side file": 1, "file named .txt": 1}
@@ -93,7 +82,7 @@ def test_a_folder_around_the_classes_and_what_is_no_image_are_passed(tmp_path: P
 
 def test_a_file_that_was_appended_again_counts_once(tmp_path: Path) -> None:
     path = tmp_path / "images.tar"
-    path.write_bytes(pack({"cat/1.jpg": jpeg(1), "dog/1.jpg": jpeg(2)}))
+    path.write_bytes(pack_tar({"cat/1.jpg": jpeg(1), "dog/1.jpg": jpeg(2)}))
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "1.jpg").write_bytes(jpeg(3))
     subprocess.run(["tar", "-C", tmp_path, "-rf", path, "cat/1.jpg"], check=True)
@@ -148,11 +137,14 @@ def test_shards_splits_and_empty_classes_are_refused(tmp_path: Path) -> None:
     for files, message in (
         ({"1.cls": b"0", "1.jpg": jpeg(0)}, "it is a shard already"),
         ({"set/train/c/1.jpg": jpeg(0), "set/val/c/1.jpg": jpeg(1)}, "holds splits"),
-        ({"cat/1.jpg": jpeg(0), "dog.tar": pack({})}, "1 of 2 class folders hold no image.*dog"),
+        (
+            {"cat/1.jpg": jpeg(0), "dog.tar": pack_tar({})},
+            "1 of 2 class folders hold no image.*dog",
+        ),
         ({"cat/1.jpg": jpeg(0), "1.jpg": jpeg(1)}, "can be read in two ways"),
         ({"a.txt": b""}, "holds no .jpg"),
     ):
-        path.write_bytes(pack(files))
+        path.write_bytes(pack_tar(files))
         with pytest.raises(CmaeError, match=message):
             scan_image_archive(path)
 
@@ -169,11 +161,7 @@ def make_devkit(path: Path, ids: list[int]) -> Path:
         f"{root}/meta.mat": meta.getvalue(),
         f"{root}/ILSVRC2012_validation_ground_truth.txt": truth,
     }
-    with tarfile.open(path, "w:gz") as tar:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
+    path.write_bytes(gzip.compress(pack_tar(files)))
     return path
 
 
@@ -182,7 +170,7 @@ def val(tmp_path: Path) -> Path:
     """ILSVRC2012_img_val.tar in small."""
     path = tmp_path / "ILSVRC2012_img_val.tar"
     names = [f"ILSVRC2012_val_{i:08d}.JPEG" for i in (3, 1, 2, 4)]
-    path.write_bytes(pack({name: jpeg(int(name[-7:-5])) for name in names}))
+    path.write_bytes(pack_tar({name: jpeg(int(name[-7:-5])) for name in names}))
     return path
 
 

@@ -6,18 +6,17 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from support.remote_servers import FaultyServer, serve, serve_s3
 from support.tiny_runs import run
 
-from cmae.model.export.stored import CheckpointError, list_checkpoints, load_checkpoint
+from cmae.model.export.stored import CheckpointError, list_checkpoints
 from cmae.pipeline.remote.client import RemoteConfig
 from cmae.pipeline.remote.folder import RemoteFolder
 from cmae.train.checkpoints import mirror
 from cmae.train.checkpoints.mirror import fetch_newest, read_listing
+from tests.campaigns.trial import differences
 
 
 @pytest.fixture
@@ -35,29 +34,10 @@ def names(server: FaultyServer) -> list[str]:
     return [one.name for one in read_listing(folder_of(server))]
 
 
-def equal(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
-    if isinstance(one, list):
-        return all(map(equal, one, other)) and len(one) == len(other)
-    return one == other
-
-
 def assert_same_end(one: Path, other: Path) -> None:
-    ends = [load_checkpoint(list_checkpoints(out / "checkpoints")[-1]) for out in (one, other)]
-    for name in ("step", "model", "optimizer", "scaler", "loader", "data_health"):
-        assert equal(ends[0][name], ends[1][name]), name
-    records = [
-        [
-            {key: value for key, value in json.loads(line).items() if key in ("step", "total")}
-            for line in (out / "metrics.jsonl").read_text().splitlines()
-        ]
-        for out in (one, other)
-    ]
-    assert records[0] == records[1]
-    assert [record["step"] for record in records[0]] == list(range(1, 9))
+    assert differences(one, other) == []
+    records = map(json.loads, (one / "metrics.jsonl").read_text().splitlines())
+    assert [record["step"] for record in records] == list(range(1, 9))
 
 
 def test_another_machine_ends_the_run_as_one_machine_would_have(

@@ -20,7 +20,7 @@ from cmae.model import CMAE, Losses
 from cmae.model.export.stored import list_checkpoints
 from cmae.paths import expand_home
 from cmae.pipeline import Batch
-from cmae.train.checkpoints.folder import fault_of, step_of
+from cmae.train.checkpoints.folder import newest_whole, step_of
 from cmae.train.config import Config, SpeedConfig
 from cmae.train.config_parser import load_recipe
 from cmae.train.distributed import World
@@ -114,9 +114,8 @@ def _checkpoint_before(run: Path, step: int) -> Path | None:
     """
     stored = list_checkpoints(run / "checkpoints")
     earlier = [path for path in stored if step_of(path) < step]
-    for path in reversed(earlier):
-        if not fault_of(path):
-            return path
+    if (found := newest_whole(earlier)) is not None:
+        return found
     if stored and step_of(stored[0]) > _MAX_SKIPPED:
         raise CmaeError(
             f"--step {step}: the oldest checkpoint of {run} is {stored[0].name}; from the start it would "

@@ -12,7 +12,7 @@ from cmae.errors import CmaeError, require
 from cmae.model.export.stored import list_checkpoints, load_checkpoint
 from cmae.paths import expand_home
 from cmae.train.checkpoints.digest import DIGEST
-from cmae.train.checkpoints.folder import SET_ASIDE, Retention, fault_of, step_of
+from cmae.train.checkpoints.folder import SET_ASIDE, WHY_FILE, Retention, fault_of, step_of
 from cmae.train.checkpoints.lock import hold_folder
 from cmae.train.monitor.console import PlainConsole
 
@@ -35,7 +35,7 @@ def ls(run: Path) -> int:
         table.add_row(name, step, f"{status.st_size / 2**20:.1f}", written)
     console = PlainConsole()
     console.print(table)
-    why = folder / SET_ASIDE / "why.txt"
+    why = folder / SET_ASIDE / WHY_FILE
     if why.is_file():
         for line in why.read_text(encoding="utf-8", errors="replace").splitlines():
             console.print(line, soft_wrap=True, markup=False)
