@@ -61,14 +61,14 @@ def test_a_cost_is_found_in_its_operation(
     jitter, spent = ImageColor._jitter, []
 
     def slow(*arguments: object) -> None:
-        spent.append(0.005)
+        spent.append(2**-8)  # s; sums of it are exact, however many there are
         jitter(*arguments)
 
     monkeypatch.setattr(ImageColor, "_jitter", slow)
     # CPU time is what was spent here, so that other work on the machine cannot be seen.
     monkeypatch.setattr(operations, "process_cpu_s", lambda: sum(spent))
     costs = {name: one.cpu_ms.value for name, one in measure(recorded).items()}
-    assert costs.pop("colour jitter") == pytest.approx(5)
+    assert costs.pop("colour jitter") == pytest.approx(1000 * 2**-8)
     assert list(costs.values()) == pytest.approx([0.0] * len(costs))
 
 
