@@ -202,7 +202,7 @@ class CMAE(nn.Module):
     def reset_target(self) -> None:
         """Make the target, if there is one, a copy of the online encoder and projector."""
         if self.config.has_contrast:
-            torch._foreach_copy_(*self._target_pairs())
+            torch._foreach_copy_(*self._find_target_pairs())
 
     @torch.no_grad()
     def reconstruct(self, online: Images, ids_keep: Int[Tensor, "B K"]) -> Float[Tensor, "B N row"]:

@@ -10,9 +10,9 @@ import torch
 from cmae.errors import CmaeError
 from cmae.model import ModelConfig
 from cmae.model.analysis.operations import FULL, HALF, Precision
-from cmae.model.analysis.roofline import Memory, count_memory
+from cmae.model.analysis.roofline import Memory, Shards, count_memory
 from cmae.train.config import Config
-from cmae.train.distributed import World, largest
+from cmae.train.distributed import World, largest, ranks_of_a_node
 from cmae.train.machine import compute_capability
 
 RESERVE = 0.08
@@ -79,7 +79,7 @@ def split_batch(
         check_norm_rows(config.model, split, num_ranks)
         return split
     share = _share(total, num_ranks)
-    memory = step_memory(config, world.device)
+    memory = step_memory(config, world.device, shards_of(config, num_ranks, ranks_of_a_node(world)))
     free = _free_bytes(world.device) if free_bytes is None else free_bytes
     # Ranks on unlike cards take what fits on the smallest.
     fits = -largest(-memory.largest_batch(free), world)
@@ -107,10 +107,29 @@ def split_batch(
     return split
 
 
-def step_memory(config: Config, device: torch.device) -> Memory:
+def shards_of(config: Config, num_ranks: int, per_node: int | None) -> Shards:
+    """Ranks among which speed.parallel shares out what each would hold.
+
+    Args:
+        config: Configuration of the run.
+        num_ranks: All ranks.
+        per_node: Ranks of a node; None where nodes differ, which 'hsdp' refuses.
+    """
+    inside = min(per_node or num_ranks, num_ranks)
+    ways = {
+        "ddp": Shards(),
+        "zero1": Shards(weights=1, moments=num_ranks),
+        "fsdp": Shards(weights=num_ranks, moments=num_ranks),
+        "hsdp": Shards(weights=inside, moments=inside),
+    }
+    return ways[config.speed.parallel]
+
+
+def step_memory(config: Config, device: torch.device, shards: Shards | None = None) -> Memory:
     """Memory of a step by the cost model: what autocast keeps on a GPU, twice that in fp32."""
     precision = step_precision(config, compute_capability(device))
-    memory = count_memory(config.model, precision, num_keys=config.optim.global_batch_size)
+    num_keys = config.optim.global_batch_size
+    memory = count_memory(config.model, precision, num_keys=num_keys, shards=shards)
     if config.optim.precision == "fp32":
         wide = memory.activations_per_image * FULL / HALF
         return replace(memory, activations_per_image=wide, cast_weights=0)

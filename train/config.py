@@ -127,6 +127,11 @@ class SpeedConfig:
     recompute: Literal["none", "blocks"] = "none"
     """'blocks' keeps each transformer block's input alone and computes the block again in the backward pass:
     a third more operations, a fraction of the memory. The same results."""
+    parallel: Literal["ddp", "zero1", "fsdp", "hsdp"] = "ddp"
+    """What each rank holds. 'ddp': everything. 'zero1': all weights, and the optimiser's state of its share
+    of them. 'fsdp': its share of weights, target, gradients and state, gathered block by block (FSDP2).
+    'hsdp': the same inside a node, and a copy on each node. Checkpoints are whole either way: a run goes on
+    with another. With one rank all of these are the same."""
     target_copy: bool = False
     """Keep a 16-bit copy of the target's matrices beside them, so that autocast does not cast them in every
     step. Same results; 2 bytes more for each of their weights."""

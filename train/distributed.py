@@ -50,6 +50,12 @@ def threads_per_rank(device_type: str = "cpu") -> int:
     return max(1, share - left_free)
 
 
+def ranks_of_a_node(world: World) -> int | None:
+    """Ranks on each node, as launchers say; None where nodes differ. A collective."""
+    found = set(gather_values(_number_from_environment("LOCAL_WORLD_SIZE", 1), world))
+    return found.pop() if len(found) == 1 else None
+
+
 _LAUNCHER = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 """What a launcher sets beside WORLD_SIZE."""
 
@@ -178,6 +184,10 @@ def _choose_device(device: str, local_rank: int) -> torch.device:
     return chosen
 
 
+# torch 2.14 renamed it.
+_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 class RowGatherer:
     """Rows of all ranks in one tensor, gathered while the caller goes on; without gradient.
 
@@ -197,7 +207,7 @@ class RowGatherer:
             return
         rows = rows.contiguous()
         gathered = rows.new_empty(self._world.world_size * len(rows), rows.shape[1])
-        work = dist.all_gather_into_tensor(gathered, rows, async_op=True)
+        work = _ALL_GATHER(gathered, rows, async_op=True)
         assert work is not None
         self._under_way.append((work, rows))  # NCCL still reads `rows`
         self._gathered.append(gathered)

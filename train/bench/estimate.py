@@ -15,7 +15,7 @@ import torch
 from cmae.errors import CmaeError
 from cmae.model import ModelConfig, count_multiply_adds
 from cmae.model.analysis.operations import PARTS, Operation, Precision, operations
-from cmae.model.analysis.roofline import count_memory, ema_bytes, optimizer_bytes
+from cmae.model.analysis.roofline import Shards, count_memory, ema_bytes, optimizer_bytes
 from cmae.printable import printable
 from cmae.train.batch_split import RESERVE, step_precision
 from cmae.train.config import Config
@@ -72,18 +72,28 @@ class Estimate:
         return self.images_per_s / self.ceiling_images_per_s
 
 
-def estimate_step(config: Config, gpu: Gpu, *, batch_size: int) -> Estimate:
-    """Operations, traffic, time and memory of one pass of `batch_size` images and one optimiser step."""
+def estimate_step(
+    config: Config, gpu: Gpu, *, batch_size: int, shards: Shards | None = None
+) -> Estimate:
+    """Operations, traffic, time and memory of one pass of `batch_size` images and one optimiser step.
+
+    Args:
+        config: Configuration of the run.
+        gpu: GPU to count for.
+        batch_size: Images of the pass.
+        shards: Ranks that share out what each would hold; None: each has all of it.
+    """
+    shards = shards or Shards()
     model = config.model
     precision = step_precision(config, gpu.capability)
     num_keys = max(config.optim.global_batch_size, batch_size)
     parts = _part_costs(model, precision, gpu, batch_size=batch_size, num_keys=num_keys)
-    moved = {"optimiser": optimizer_bytes(model)}
+    moved = {"optimiser": optimizer_bytes(model) / shards.moments}
     if model.has_contrast:
-        moved["EMA"] = ema_bytes(model, precision)
+        moved["EMA"] = ema_bytes(model, precision) / shards.weights
     for name, count in moved.items():
         parts.append(PartCost(name, 0.0, count / GB, count / gpu.gb_per_s / 1e6, "memory"))
-    memory = count_memory(model, precision, num_keys=num_keys)
+    memory = count_memory(model, precision, num_keys=num_keys, shards=shards)
     gflop = 2 * count_multiply_adds(model)["training_step"] / 1e9
     return Estimate(
         gpu=gpu,

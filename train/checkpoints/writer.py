@@ -79,17 +79,24 @@ class Checkpointer:
         for leftover in folder.glob(".step-*.partial"):  # of a run that was killed while writing
             leftover.unlink(missing_ok=True)
 
-    def save(self, step: int, state: dict[str, Any]) -> Path:
+    def save(self, step: int, state: dict[str, Any], *, is_copy: bool = False) -> Path:
         """Copy the state now, where it is, and write it in the background.
 
         A GPU's copy takes milliseconds and as much memory as the state; the way to the host is the writer's.
         While the write before it hangs or fails, this one takes its place as soon as it may.
 
+        Args:
+            step: Number of steps taken.
+            state: All that the checkpoint holds.
+            is_copy: Whether nothing changes the state's tensors any more, so that they need no copy.
+
         Raises:
             CheckpointError: Nothing could be written for `patience_s`.
         """
         path = self.folder / f"step-{step:08d}.pt"
-        state = _map_tensors(_copy, {"format": FORMAT, "step": step, **state})
+        state = {"format": FORMAT, "step": step, **state}
+        if not is_copy:
+            state = _map_tensors(_copy, state)
         copied = torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None
         snapshot = _Snapshot(path, state, copied)
         before = self._writer

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from cmae.errors import CmaeError, require
 from cmae.model import count_parameters
-from cmae.train.batch_split import divisors
+from cmae.train.batch_split import divisors, shards_of
 from cmae.train.bench.estimate import Estimate, estimate_step, find_measured
 from cmae.train.config import Config
 from cmae.train.config_parser import load_recipe
@@ -77,7 +77,7 @@ class Plan:
     compute_ms: float
     """Kernels of a step by the cost model, times the correction."""
     communication_ms: float
-    """All-reduce and key gather."""
+    """Gradients, shards of weights and keys."""
     exposed_ms: float
     """What of it does not hide behind the backward pass."""
     loader_ms: float
@@ -171,23 +171,26 @@ def plan_run(
             "number of GPUs that divides it",
             key="--gpus",
         )
-    largest = estimate_step(config, cluster.gpu, batch_size=1).largest_batch
+    shards = shards_of(config, cluster.num_gpus, cluster.gpus_per_node)
+    largest = estimate_step(config, cluster.gpu, batch_size=1, shards=shards).largest_batch
     chosen = config.speed.micro_batch_size
     wanted = min(chosen, share) if isinstance(chosen, int) else share
     sizes = divisors(share, min(wanted, largest))
     if not sizes:
         raise CmaeError(
             f"{name}: not one image fits into the {cluster.gpu.memory_gb:g} GB of {cluster.gpu.name}; take "
-            "GPUs with more memory",
+            f"GPUs with more memory{_milder(config)}",
             key="--gpus",
         )
     micro = sizes[-1]
-    estimate = estimate_step(config, cluster.gpu, batch_size=micro)
+    estimate = estimate_step(config, cluster.gpu, batch_size=micro, shards=shards)
     correction, measured = _correction(config, cluster.gpu, results)
     factor = correction if calibrate else 1.0
     compute = factor * _compute_ms(estimate, share // micro)
-    communication = _communication_ms(config, cluster, share)
-    room = cluster.overlap * factor * _backward_ms(estimate)
+    beside, after = _communication_ms(config, cluster, share // micro)
+    beside += _keys_ms(config, cluster, share)
+    passes = _passes_beside(config, share // micro)
+    room = cluster.overlap * factor * passes * _backward_ms(estimate)
     per_node = share * min(cluster.gpus_per_node, cluster.num_gpus)
     cores = cluster.cores_per_gpu * cluster.images_per_core_s
     steps = config.optim.total_steps or config.optim.epochs * (images // total)
@@ -197,8 +200,8 @@ def plan_run(
         micro_batch_size=micro,
         accumulation=share // micro,
         compute_ms=compute,
-        communication_ms=communication,
-        exposed_ms=max(0.0, communication - room),
+        communication_ms=beside + after,
+        exposed_ms=max(0.0, beside - room) + after,
         loader_ms=1e3 * share / cores,
         storage_ms=per_node * cluster.image_kb / cluster.storage_gb_per_s / 1e3,
         steps=steps,
@@ -214,27 +217,70 @@ def _compute_ms(estimate: Estimate, accumulation: int) -> float:
     return accumulation * passes + (estimate.step_ms - passes)
 
 
+def _milder(config: Config) -> str:
+    """Settings that need less memory, as the end of a sentence."""
+    settings = []
+    if config.speed.parallel in ("ddp", "zero1"):
+        settings.append("speed.parallel=fsdp")
+    if config.speed.recompute == "none":
+        settings.append("speed.recompute=blocks")
+    return f", or --set {' '.join(settings)}" if settings else ""
+
+
 def _backward_ms(estimate: Estimate) -> float:
-    """Of the last micro-batch, beside which gradients travel."""
+    """Of one micro-batch, beside which gradients travel."""
     trained = [part for part in estimate.parts if part.part not in (*_UPDATE, "target")]
     return (1 - _FORWARD_OF_TRAINED) * sum(part.ms for part in trained)
 
 
-def _communication_ms(config: Config, cluster: Cluster, share: int) -> float:
-    """Ring all-reduce of the gradients in each node and among nodes, and the gather of the keys."""
-    number, nodes = cluster.num_gpus, cluster.num_nodes
-    if number == 1:
-        return 0.0
+def _passes_beside(config: Config, accumulation: int) -> float:
+    """Backward passes of a step beside which messages travel.
+
+    DDP sends once a step, beside the last of them. Shards are gathered for every pass, the forward one too.
+    """
+    if config.speed.parallel in ("ddp", "zero1"):
+        return 1.0
+    return accumulation / (1 - _FORWARD_OF_TRAINED)
+
+
+def _communication_ms(config: Config, cluster: Cluster, accumulation: int) -> tuple[float, float]:
+    """Rings in each node and among nodes: what travels beside the passes, and what after the optimiser.
+
+    An all-reduce sends twice what an all-gather or a reduce-scatter does.
+    """
+    counts = count_parameters(config.model)
     width = 4 if config.optim.gradient_compression == "none" else 2
-    gradients = width * count_parameters(config.model)["online"]
-    inside = min(number, cluster.gpus_per_node)
-    seconds = 2 * (inside - 1) / inside * gradients / (1e9 * cluster.link_gb_per_s)
-    seconds += 2 * (nodes - 1) / nodes * gradients / (1e9 * cluster.network_gb_per_s)
-    if config.model.has_contrast:
-        keys = 4 * share * number * config.model.proj_dim
-        speed = cluster.network_gb_per_s if nodes > 1 else cluster.link_gb_per_s
-        seconds += (number - 1) / number * keys / (1e9 * speed)
+    gradients, weights = width * counts["online"], 4 * counts["online"]
+    # For the forward and for the backward pass; the target has the former alone.
+    gathered = accumulation * (2 * weights + 4 * counts["target"] + gradients)
+    after = 0.0
+    if config.speed.parallel in ("ddp", "zero1"):
+        beside = _ring_ms(cluster, 2 * gradients, 2 * gradients)
+        if config.speed.parallel == "zero1":
+            after = _ring_ms(cluster, weights, weights)
+    elif config.speed.parallel == "fsdp":
+        beside = _ring_ms(cluster, gathered, gathered)
+    else:
+        beside = _ring_ms(cluster, gathered, 2 * accumulation * gradients)
+    return beside, after
+
+
+def _ring_ms(cluster: Cluster, inside_bytes: float, between_bytes: float) -> float:
+    """Milliseconds of a ring in each node and of one among nodes."""
+    nodes, inside = cluster.num_nodes, min(cluster.num_gpus, cluster.gpus_per_node)
+    seconds = (inside - 1) / inside * inside_bytes / (1e9 * cluster.link_gb_per_s)
+    seconds += (nodes - 1) / nodes * between_bytes / (1e9 * cluster.network_gb_per_s)
     return 1e3 * seconds
+
+
+def _keys_ms(config: Config, cluster: Cluster, share: int) -> float:
+    """The gather of the keys."""
+    number = cluster.num_gpus
+    if not config.model.has_contrast:
+        return 0.0
+    keys = 4 * share * number * config.model.proj_dim
+    speed = cluster.network_gb_per_s if cluster.num_nodes > 1 else cluster.link_gb_per_s
+    return 1e3 * (number - 1) / number * keys / (1e9 * speed)
 
 
 def _correction(config: Config, gpu: Gpu, results: Path) -> tuple[float, str]:
@@ -298,7 +344,8 @@ def _assumptions(plans: Sequence[Plan], cluster: Cluster, *, calibrate: bool) ->
         "batch: passes of a step x images in one. ms: a step. network: what of it is waited for, beside the "
         f"backward pass. GB: of {cluster.gpu.memory_gb:g}. binds: what a step waits for, and how much faster "
         "what comes next could go.",
-        "Not in it: start-up, checkpoints, the host's launches, repeated steps.",
+        "Not in it: start-up, checkpoints, the host's launches, repeated steps, and in what lies in shards "
+        "(speed.parallel) the waits of a block for its weights.",
     ]
     for measured in dict.fromkeys(plan.measured for plan in plans if plan.measured):
         used = "taken into account" if calibrate else "--calibrate multiplies by it"
@@ -330,7 +377,11 @@ def plan_recipes(parsed: Any) -> int:
     check_cluster(cluster)
     require(parsed.images >= 1, "--images", parsed.images, ">= 1")
     require(parsed.epochs is None or parsed.epochs >= 1, "--epochs", parsed.epochs, ">= 1")
-    overrides = {} if parsed.epochs is None else {"optim.epochs": parsed.epochs}
+    overrides: dict[str, Any] = {} if parsed.epochs is None else {"optim.epochs": parsed.epochs}
+    for word in parsed.set:
+        key, equals, value = word.partition("=")
+        require(bool(equals), "--set", word, "key=value, such as speed.parallel=fsdp")
+        overrides[key] = value
     plans = [
         plan_run(
             Path(name).stem,

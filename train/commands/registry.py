@@ -83,6 +83,9 @@ def _plan(parser: Parser) -> Run:
         help="recipes that ship with the package, or YAML files",
     )
     parser.add_argument("--epochs", type=int, help="default: the recipe's")
+    parser.add_argument(
+        "--set", nargs="+", default=[], help="settings of all recipes, such as speed.parallel=fsdp"
+    )
     parser.add_argument("--images", type=int, default=IMAGENET, help="of an epoch")
     for name, help_text in OPTIONS.items():
         default = getattr(Cluster, name)

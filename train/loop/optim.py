@@ -11,6 +11,8 @@ from torch import nn
 
 from cmae.errors import CmaeError
 from cmae.train.config import OptimConfig
+from cmae.train.distributed import World
+from cmae.train.sharding import ZeroOptimizer, place_like
 
 NEVER_DECAYED = ("pos_embed",)
 
@@ -39,16 +41,27 @@ def parameter_groups(
     ]
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, config: OptimConfig, *, shared_by: World | None = None
+) -> torch.optim.Optimizer:
     """AdamW over the model's trained parameters.
+
+    Args:
+        model: Model whose parameters it moves.
+        config: Settings of the run.
+        shared_by: Ranks each of which holds the state of a share of the parameters; None: this one of all.
 
     Raises:
         CmaeError: `optim.impl` is 'apex' and NVIDIA's apex is not installed.
     """
     groups = parameter_groups(model.named_parameters(), config)
-    if config.impl == "apex":
-        return _build_fused_adam(groups, config)
-    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, fused=True)
+
+    def build(groups: Iterable[dict[str, Any]]) -> torch.optim.Optimizer:
+        if config.impl == "apex":
+            return _build_fused_adam(list(groups), config)
+        return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, fused=True)
+
+    return build(groups) if shared_by is None else ZeroOptimizer(groups, build, shared_by)
 
 
 def load_optimizer(
@@ -76,12 +89,12 @@ def load_optimizer(
             stored["param_groups"], optimizer.state_dict()["param_groups"], strict=True
         )
     ]
-    new = [id(value) for group in optimizer.param_groups for value in group["params"]]
+    new = [value for group in optimizer.param_groups for value in group["params"]]
     numbers = [number for group in groups for number in group["params"]]
     state = {
-        number: stored["state"][old[parameter]]
+        number: {name: place_like(value, parameter) for name, value in moments.items()}
         for number, parameter in zip(numbers, new, strict=True)
-        if old[parameter] in stored["state"]
+        if (moments := stored["state"].get(old[id(parameter)])) is not None
     }
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 

@@ -26,6 +26,13 @@ from cmae.train.distributed import RowGatherer, World, from_main, sum_over_ranks
 from cmae.train.loop.optim import build_optimizer, load_optimizer
 from cmae.train.loop.sdpa import pin_attention
 from cmae.train.machine import compute_capability
+from cmae.train.sharding import (
+    ZeroOptimizer,
+    gather_state,
+    place_like,
+    shard_model,
+    whole_tensor,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -75,14 +82,18 @@ class TrainStep:
         self.optim = optim
         self.clip_grad = optim.clip_grad
         self.dtype = _DTYPES[optim.precision]
-        self.optimizer = build_optimizer(model, optim)
         self.precision = optim.precision
         self.scaler = _build_scaler(optim.precision, world.device)
         self.target_copy = _build_target_copy(model, speed, self.dtype)
         _set_residual(model, self.target_copy, self.dtype if optim.residual == "16bit" else None)
         _set_recompute(model, speed.recompute)
-        self._target_pass = _compile(model, self.target_copy, speed.compile)
-        self.network = _replicate(model, optim, world)
+        whole_pass = _compile(model, self.target_copy, speed.compile)
+        self.network = _distribute(model, optim, speed.parallel, world)
+        self._target_pass = whole_pass or model.target_keys
+        is_shared = speed.parallel == "zero1" and world.world_size > 1
+        self.optimizer = build_optimizer(model, optim, shared_by=world if is_shared else None)
+        self.is_sharded = speed.parallel != "ddp" and world.world_size > 1
+        """Whether the state is whole on no rank, so that all have to take part in `state_dict`."""
         self.grad_norm: Tensor | None = None
         """Norm of all gradients before clipping, of the last step that was asked for it; on the device."""
         self._part_norms: dict[str, Tensor] = {}
@@ -139,13 +150,13 @@ class TrainStep:
             self._part_norms = _norms_of_parts(self.model)
         if self.clip_grad is not None:
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
-            self.grad_norm = norm.detach()
+            self.grad_norm = whole_tensor(norm.detach())
             is_above = (self.grad_norm > self.clip_grad).float()
             self._clipped = is_above if self._clipped is None else self._clipped + is_above
             self._num_since += 1
         elif with_norm:
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            self.grad_norm = torch.nn.utils.get_total_norm(gradients)
+            self.grad_norm = whole_tensor(torch.nn.utils.get_total_norm(gradients))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -195,17 +206,35 @@ class TrainStep:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on, but the data."""
+        """Everything that the next step depends on, but the data; the same however it is sharded.
+
+        Where it is (`is_sharded`) this is a collective, which gives whole tensors in host memory to the first
+        rank and none to the others.
+        """
+        optimizer, model = self.optimizer, self.model.state_dict()
+        if self.is_sharded:
+            model = gather_state(model, self.world)
+        if isinstance(optimizer, ZeroOptimizer):
+            moments = optimizer.gather()
+        elif self.is_sharded:
+            moments = gather_state(optimizer.state_dict(), self.world)
+        else:
+            moments = optimizer.state_dict()
         return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": model,
+            "optimizer": moments,
             "scaler": self.scaler.state_dict(),
             "precision": self.precision,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`; a loss scale of another precision is left behind."""
-        self.model.load_state_dict(state["model"])
+        own = self.model.state_dict()
+        whole = {
+            name: place_like(value, own[name]) if name in own else value
+            for name, value in state["model"].items()
+        }
+        self.model.load_state_dict(whole)
         load_optimizer(self.optimizer, state["optimizer"], model=self.model, config=self.optim)
         if state["precision"] == self.precision:
             self.scaler.load_state_dict(state["scaler"])
@@ -337,7 +366,7 @@ def _norms_of_parts(model: CMAE) -> dict[str, Tensor]:
     for name, part in model.named_children():
         gradients = [value.grad for value in part.parameters() if value.grad is not None]
         if gradients:
-            found[name] = torch.nn.utils.get_total_norm(gradients)
+            found[name] = whole_tensor(torch.nn.utils.get_total_norm(gradients))
     return found
 
 
@@ -383,10 +412,42 @@ def check_step(optim: OptimConfig, speed: SpeedConfig, world: World) -> None:
             f"speed.recompute is {speed.recompute!r} and speed.compile {speed.compile!r}, which decides by "
             "itself what is kept: set speed.compile to 'blocks' or 'none'"
         )
+    _check_parallel(optim, speed, world)
     if speed.compile == "model_graphs" and device.type != "cuda":
         raise CmaeError(
             f"speed.compile is 'model_graphs', but this run is on {device.type}, which has no CUDA graphs; "
             "set it to 'model' or 'blocks'"
+        )
+
+
+def _check_parallel(optim: OptimConfig, speed: SpeedConfig, world: World) -> None:
+    """Refuse what does not go with shards.
+
+    Raises:
+        CmaeError: Names the key.
+    """
+    chosen = speed.parallel
+    if chosen == "ddp" or world.world_size == 1:
+        return
+    if optim.impl == "apex":
+        raise CmaeError(
+            f"speed.parallel is {chosen!r}, and optim.impl 'apex', which knows no shards: set "
+            "optim.impl=torch_fused, or speed.parallel=ddp",
+            key="speed.parallel",
+        )
+    if chosen == "zero1":
+        return
+    if speed.target_copy:
+        raise CmaeError(
+            f"speed.parallel is {chosen!r}, and speed.target_copy would keep all of the target on each rank: "
+            "set it to false, or speed.parallel to ddp or zero1",
+            key="speed.target_copy",
+        )
+    if speed.compile in WHOLE_BRANCHES:
+        raise CmaeError(
+            f"speed.parallel is {chosen!r}, which gathers weights block by block, and speed.compile "
+            f"{speed.compile!r} compiles a branch as a whole: set it to 'blocks' or 'none'",
+            key="speed.compile",
         )
 
 
@@ -418,8 +479,8 @@ def _set_recompute(model: CMAE, choice: str) -> None:
 
 def _compile(
     model: CMAE, target_copy: TargetCopy | None, choice: str
-) -> Callable[..., Float[Tensor, "B P"]]:
-    """Compile the online branch in place; returns what computes the target's keys."""
+) -> Callable[..., Float[Tensor, "B P"]] | None:
+    """Compile in place; returns what computes the target's keys, where that is compiled as a whole."""
     # DDP would have dynamo cut each block at its buckets. Blocks are units of backward already.
     dynamo.config.optimize_ddp = choice != "blocks"
     if choice == "blocks":
@@ -431,7 +492,7 @@ def _compile(
                 if isinstance(module, Block):
                     module.compile(fullgraph=True, dynamic=False)
     if choice not in WHOLE_BRANCHES:
-        return model.target_keys
+        return None
     mode = WHOLE_BRANCHES[choice]
     model.compile(fullgraph=True, dynamic=False, mode=mode)
     keys: Callable[..., Tensor] = torch.compile(
@@ -440,10 +501,17 @@ def _compile(
     return keys
 
 
-def _replicate(model: CMAE, optim: OptimConfig, world: World) -> CMAE | DistributedDataParallel:
+def _distribute(
+    model: CMAE, optim: OptimConfig, parallel: str, world: World
+) -> CMAE | DistributedDataParallel:
+    """What the online pass is called on."""
     if world.world_size == 1:
         return model
     set_all_reduce(model, sum_over_ranks)
+    if parallel in ("fsdp", "hsdp"):
+        wire = _DTYPES.get(optim.gradient_compression)
+        shard_model(model, world, nodes_replicate=parallel == "hsdp", wire=wire)
+        return model
     network = DistributedDataParallel(
         model,
         device_ids=[world.device.index] if world.device.type == "cuda" else None,

@@ -188,7 +188,8 @@ class Training:
                 vitals=partial(self._vitals, scores),
             )
         if periods.image_every and step % periods.image_every == 0:
-            run.run_log.draw_images(step, run.train_step.model, batches[0])
+            weights = run.train_step
+            run.run_log.draw_images(step, weights.model, batches[0], is_sharded=weights.is_sharded)
         if step % periods.checkpoint_every == 0 or step == self._last_step:
             self._save()
 
@@ -203,9 +204,13 @@ class Training:
         return found | scores
 
     def _save(self) -> None:
-        if self._checkpoints is not None:
-            self._path = self._checkpoints.save(self.step, _state_of(self._run))
-            self._saved = self.step
+        """Write a checkpoint; where the state lies in shards, all ranks take part."""
+        is_sharded = self.train_step.is_sharded
+        if self._checkpoints is not None or is_sharded:
+            state = _state_of(self._run)
+            if self._checkpoints is not None:
+                self._path = self._checkpoints.save(self.step, state, is_copy=is_sharded)
+        self._saved = self.step
 
     def _note_skipped(self, batches: Sequence[Batch], losses: Tensor) -> bool:
         """Record a step that was not taken; True where there is a checkpoint to begin again at.
@@ -238,9 +243,9 @@ class Training:
     def _finish(self) -> Outcome:
         run = self._run
         run.watchdog.rest("writing the last checkpoint")
+        if self._saved < self.step:
+            self._save()
         if self._checkpoints is not None:
-            if self._saved < self.step:
-                self._save()
             self._checkpoints.wait()
         if (failure := run.step_batches.failure) is not None:
             raise TrainingError(f"stopped at step {self.step} on all ranks: {failure}")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
@@ -30,9 +30,16 @@ GAP_PX, MARGIN_PX, TITLE_PX = 6, 18, 26
 INK, PAPER = (40, 40, 40), (255, 255, 255)
 
 
-def reconstruction_grid(model: CMAE, batch: Batch, path: Path, *, num_images: int = 16) -> None:
-    """Draw the reconstructions of a batch's first images; see `draw_reconstructions`."""
-    draw_reconstructions(model, batch.online[:num_images], batch.masks[0][:num_images], path)
+@torch.no_grad()
+def predict_pixels(
+    model: CMAE, online: UInt8[Tensor, "B S S 3"], ids_keep: Int[Tensor, "B K"]
+) -> Float[Tensor, "B N row"]:
+    """Rows of `CMAE.reconstruct`, in evaluation mode."""
+    was_training = model.training
+    model.eval()
+    rows = model.reconstruct(online, ids_keep)
+    model.train(was_training)
+    return rows
 
 
 @torch.no_grad()
@@ -41,19 +48,25 @@ def draw_reconstructions(
     online: UInt8[Tensor, "B S S 3"],
     ids_keep: Int[Tensor, "B K"],
     path: Path,
+    *,
+    rows: Float[Tensor, "B N row"] | None = None,
 ) -> None:
     """Write a PNG with original, masked input and reconstruction side by side.
 
     In the reconstruction, visible patches are the original's. With norm_pix_loss each predicted patch gets
     the mean and the scale of the true one, which the network is not asked for.
 
+    Args:
+        model: Model that predicts; its configuration alone is used where `rows` are given.
+        online: Images.
+        ids_keep: Visible patches.
+        path: PNG to write.
+        rows: Predicted pixels of all patches, as `CMAE.reconstruct` has them; None: they are computed.
+
     Raises:
         CmaeError: the model has no pixel decoder, or images and ids do not fit it.
     """
-    was_training = model.training
-    model.eval()
-    rows = model.reconstruct(online, ids_keep)
-    model.train(was_training)
+    rows = predict_pixels(model, online, ids_keep) if rows is None else rows
     predicted = to_pixels(model.config, rows, online).clamp(0, 255).round().to(torch.uint8).cpu()
     online = online.cpu()
     hidden = _hidden_pixels(online, ids_keep.cpu(), model.config.num_patches)

@@ -26,12 +26,15 @@ from cmae.train.gpus import vendor_tflops
 from cmae.train.monitor.bands import load_bands, outside
 from cmae.train.monitor.console import labelled
 from cmae.train.monitor.gpu import gpu_reader
-from cmae.train.monitor.images import first_batch_grid, reconstruction_grid
+from cmae.train.monitor.images import draw_reconstructions, first_batch_grid, predict_pixels
 from cmae.train.monitor.metrics import Display, MetricLog, MetricWindow, read_metrics
 from cmae.train.monitor.plots import loss_plot
 from cmae.train.monitor.services.choose import choose_services
 from cmae.train.monitor.sinks import Sink
 from cmae.train.monitor.status import StatusPublisher
+
+NUM_IMAGES = 16
+"""In a picture of reconstructions."""
 
 
 class RunLog:
@@ -250,18 +253,35 @@ class RunLog:
                 labelled(f"step {step + 1} skipped ({count} in a row):", "gradients are not finite")
             )
 
-    def draw_images(self, step: int, model: CMAE, batch: Batch) -> None:
-        """Draw original, masked and reconstruction of the first images of a batch."""
-        if self._world.is_main:
-            self._images.run(lambda: self._draw_reconstructions(step, model, batch))
+    def draw_images(
+        self, step: int, model: CMAE, batch: Batch, *, is_sharded: bool = False
+    ) -> None:
+        """Draw original, masked and reconstruction of the first images of a batch.
 
-    def _draw_reconstructions(self, step: int, model: CMAE, batch: Batch) -> None:
-        folder = self._config.run.out / "images"
-        folder.mkdir(exist_ok=True)
+        Args:
+            step: Step that was taken.
+            model: Model that reconstructs.
+            batch: This rank's batch.
+            is_sharded: Whether the weights lie in shards: all ranks compute then, and the first one draws.
+        """
+        images = batch.online[:NUM_IMAGES], batch.masks[0][:NUM_IMAGES]
+        rows = self._predict(model, *images) if is_sharded else None
+        if self._world.is_main:
+            self._images.run(lambda: self._draw(step, model, images, rows))
+
+    def _predict(self, model: CMAE, online: Tensor, ids_keep: Tensor) -> Tensor:
         # A compiled block would be compiled again for the few images of a grid.
         eagerly = torch.compiler.set_stance("force_eager")
         with torch.no_grad(), eagerly, unpinned(model):
-            reconstruction_grid(model, batch, folder / f"step-{step:08d}.png")
+            return predict_pixels(model, online, ids_keep)
+
+    def _draw(
+        self, step: int, model: CMAE, images: tuple[Tensor, Tensor], rows: Tensor | None
+    ) -> None:
+        rows = self._predict(model, *images) if rows is None else rows
+        folder = self._config.run.out / "images"
+        folder.mkdir(exist_ok=True)
+        draw_reconstructions(model, *images, folder / f"step-{step:08d}.png", rows=rows)
 
     def closing(self, step: int, checkpoint: Path | None, *, stopped: bool) -> None:
         """Report where the results lie."""

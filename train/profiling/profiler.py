@@ -73,7 +73,8 @@ def profile(config: Config, options: ProfileConfig, *, log: Log = print) -> Prof
         train_step = TrainStep(model.to(world.device), config.optim, config.speed, world)
         # Without a learning rate the step costs what it costs, and the weights stay where they are.
         step = lambda batches: train_step(batches, lr=0.0, momentum=1.0)  # noqa: E731
-        local = train_step.without_collectives if world.world_size > 1 else None
+        runs_alone = world.world_size > 1 and not train_step.is_sharded
+        local = train_step.without_collectives if runs_alone else None
         subject = stack.enter_context(open_subject(config, world, step, local=local))
         return measure(subject, options, config, log=log if world.is_main else log_nothing)
 

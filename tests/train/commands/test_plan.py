@@ -41,6 +41,53 @@ def test_one_case_by_hand() -> None:
     assert found.hours == pytest.approx(found.steps * found.step_ms / 3.6e6)
 
 
+def sharded(way: str, **speed):
+    return replace(VIT_B, speed=replace(VIT_B.speed, parallel=way, **speed))
+
+
+def test_messages_of_shards_by_hand() -> None:
+    cluster = Cluster(A100, 32, network_gb_per_s=10, link_gb_per_s=100, overlap=0.0)
+    counts = count_parameters(VIT_B.model)
+    keys = 31 / 32 * 4 * 4096 * VIT_B.model.proj_dim / 10e9
+    inside, between = 7 / 8 / 100e9, 3 / 4 / 10e9
+    online, target = 4 * counts["online"], 4 * counts["target"]
+    gathered = 3 * online + target  # weights for both passes, gradients; the target has one pass
+    seconds = {
+        "ddp": 2 * online * (inside + between),
+        "zero1": 3 * online * (inside + between),
+        "fsdp": gathered * (inside + between),
+        "hsdp": gathered * inside + 2 * online * between,
+    }
+    for way, expected in seconds.items():
+        found = plan(cluster, sharded(way)).communication_ms
+        assert found == pytest.approx(1e3 * (expected + keys)), way
+    passes = replace(sharded("fsdp").speed, micro_batch_size=64)
+    twice = plan(cluster, replace(VIT_B, speed=passes))
+    assert twice.accumulation == 2
+    assert twice.communication_ms == pytest.approx(1e3 * (2 * seconds["fsdp"] + keys))
+
+
+def test_what_the_optimiser_sends_hides_behind_nothing() -> None:
+    hidden = Cluster(A100, 8, overlap=1.0, link_gb_per_s=1000)
+    assert plan(hidden, sharded("ddp")).exposed_ms == 0
+    online = 4 * count_parameters(VIT_B.model)["online"]
+    assert plan(hidden, sharded("zero1")).exposed_ms == pytest.approx(7 / 8 * online / 1e9)
+
+
+def test_shards_leave_more_memory() -> None:
+    wide = {way: plan(Cluster(A100, 32), sharded(way)) for way in ("ddp", "zero1", "hsdp", "fsdp")}
+    memory = [one.memory_gb for one in wide.values()]
+    assert memory == sorted(memory, reverse=True)
+    ddp, fsdp = wide["ddp"], wide["fsdp"]
+    counts = count_parameters(VIT_B.model)
+    saved = (16 * counts["online"] + 4 * counts["target"]) * 31 / 32 / 1e9
+    assert ddp.memory_gb - fsdp.memory_gb == pytest.approx(saved, rel=0.25)  # less what is gathered
+    small = Cluster(replace(A100, memory_gb=3), 8)
+    with pytest.raises(CmaeError, match=r"--set speed\.parallel=fsdp speed\.recompute=blocks"):
+        plan(small)
+    assert plan(small, sharded("fsdp", recompute="blocks")).micro_batch_size >= 1
+
+
 def test_one_gpu_talks_to_nobody() -> None:
     assert plan(Cluster(A100, 1)).communication_ms == 0
 
@@ -108,6 +155,7 @@ def test_the_command_prints_a_table_and_json(capsys: pytest.CaptureFixture[str])
     [
         (["--gpus", "3xa100"], "which 3 GPUs cannot share"),
         (["--overlap", "2"], "--overlap is 2"),
+        (["--set", "x"], "--set is 'x'"),
         (["--network_gb_per_s", "0"], "--network_gb_per_s is 0"),
         (["--epochs", "0"], "--epochs is 0"),
         (["--recipe", "nothing"], "--recipe nothing"),

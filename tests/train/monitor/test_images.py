@@ -20,8 +20,8 @@ from cmae.train.monitor.images import (
     MARGIN_PX,
     TITLE_PX,
     draw_grid,
+    draw_reconstructions,
     first_batch_grid,
-    reconstruction_grid,
 )
 from cmae.train.monitor.plots import loss_plot
 
@@ -81,7 +81,7 @@ def test_reconstruction_keeps_visible_pixels_and_paints_hidden_ones(
     model: CMAE, batch: Batch, tmp_path: Path
 ) -> None:
     path = tmp_path / "r.png"
-    reconstruction_grid(model.train(), batch, path)
+    draw_reconstructions(model.train(), batch.online, batch.masks[0], path)
     assert model.training
     for row in range(3):
         online, hidden = batch.online[row].numpy(), is_hidden(batch, row)
@@ -100,7 +100,7 @@ def test_predicted_patches_have_the_level_of_the_true_ones(
     levels[:, :, SIZE // 2 :] = 200
     levels += torch.randint_like(levels, 0, 4)
     flat = Batch(levels, None, *(getattr(batch, name) for name in list(vars(batch))[2:]))
-    reconstruction_grid(model, flat, tmp_path / "r.png")
+    draw_reconstructions(model, flat.online, flat.masks[0], tmp_path / "r.png")
     painted, where = panel(tmp_path / "r.png", 0, 2).astype(int), is_hidden(flat, 0)[..., 0]
     left = np.arange(SIZE) < SIZE // 2
     assert abs(painted[where & left].mean() - 41) < 3
@@ -146,7 +146,7 @@ def test_reconstruct_command_takes_image_files(
 def test_a_model_without_pixel_decoder_is_refused(batch: Batch, tmp_path: Path) -> None:
     blind = build_model(replace(CONFIG, reconstruction_weight=0.0), seed=0)
     with pytest.raises(ValueError, match="reconstruction_weight=0"):
-        reconstruction_grid(blind, batch, tmp_path / "r.png")
+        draw_reconstructions(blind, batch.online, batch.masks[0], tmp_path / "r.png")
 
 
 def records(**constant: float) -> str:
