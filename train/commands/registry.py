@@ -73,7 +73,7 @@ def _tune(parser: Parser) -> Run:
 
 
 def _plan(parser: Parser) -> Run:
-    from cmae.train.commands.plan import IMAGENET, OPTIONS, Cluster
+    from cmae.train.commands.plan.predict import IMAGENET, OPTIONS, Cluster
 
     parser.add_argument("--gpus", default="8xa100", help="number and kind, such as 32xa100")
     parser.add_argument(
@@ -99,10 +99,16 @@ def _plan(parser: Parser) -> Run:
         default=Path("benchmarks/results"),
         help="folder with files of `cmae bench step`",
     )
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="also take a step of every rank with tensors that hold no numbers: shapes, memory, and whether "
+        "all ranks send the same in the same order. ViT-B on 32 ranks: minutes on 2 cores",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
     def run(parsed: Namespace) -> int:
-        from cmae.train.commands.plan import plan_recipes
+        from cmae.train.commands.plan.predict import plan_recipes
 
         return plan_recipes(parsed)
 

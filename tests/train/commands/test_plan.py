@@ -12,7 +12,7 @@ from cmae.errors import CmaeError
 from cmae.model import count_parameters
 from cmae.train.bench.estimate import estimate_step
 from cmae.train.commands.main import main
-from cmae.train.commands.plan import Cluster, Plan, parse_gpus, plan_run
+from cmae.train.commands.plan.predict import Cluster, Plan, parse_gpus, plan_run
 from cmae.train.config_parser import load_recipe
 from cmae.train.gpus import GPUS
 

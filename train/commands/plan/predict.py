@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -303,11 +303,18 @@ def _correction(config: Config, gpu: Gpu, results: Path) -> tuple[float, str]:
 
 
 def show_plans(
-    plans: Sequence[Plan], cluster: Cluster, *, as_json: bool, calibrate: bool = False
+    plans: Sequence[Plan],
+    cluster: Cluster,
+    *,
+    as_json: bool,
+    calibrate: bool = False,
+    dry_runs: Mapping[str, Sequence[str]] | None = None,
 ) -> int:
-    """Print plans as a table, or as JSON."""
+    """Print plans as a table, or as JSON; and what dry runs found, by name."""
+    dry_runs = dry_runs or {}
     if as_json:
-        print(json.dumps([_as_dict(plan) for plan in plans], indent=1))
+        found = [_as_dict(plan) | {"dry_run": list(dry_runs.get(plan.name, []))} for plan in plans]
+        print(json.dumps(found, indent=1))
         return 0
     title = f"{cluster.num_gpus} x {cluster.gpu.name}, {cluster.num_nodes} node(s)"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -329,6 +336,9 @@ def show_plans(
         )
     console = PlainConsole()
     console.print(table)
+    for name, lines in dry_runs.items():
+        for line in lines:
+            console.print(f"{name}, dry run: {line}", soft_wrap=True)
     for line in _assumptions(plans, cluster, calibrate=calibrate):
         console.print(line, soft_wrap=True)
     return 0
@@ -382,18 +392,35 @@ def plan_recipes(parsed: Any) -> int:
         key, equals, value = word.partition("=")
         require(bool(equals), "--set", word, "key=value, such as speed.parallel=fsdp")
         overrides[key] = value
+    configs = {Path(name).stem: load_recipe(name, overrides=overrides) for name in parsed.recipe}
     plans = [
         plan_run(
-            Path(name).stem,
-            load_recipe(name, overrides=overrides),
+            name,
+            config,
             cluster,
             images=parsed.images,
             results=parsed.results,
             calibrate=parsed.calibrate,
         )
-        for name in parsed.recipe
+        for name, config in configs.items()
     ]
-    return show_plans(plans, cluster, as_json=parsed.json, calibrate=parsed.calibrate)
+    dry_runs = [_dry_run(configs[plan.name], cluster, plan) for plan in plans if parsed.dry_run]
+    lines = {plan.name: lines for plan, (lines, _) in zip(plans, dry_runs, strict=False)}
+    show_plans(plans, cluster, as_json=parsed.json, calibrate=parsed.calibrate, dry_runs=lines)
+    return int(not all(agree for _, agree in dry_runs))
+
+
+def _dry_run(config: Config, cluster: Cluster, plan: Plan) -> tuple[list[str], bool]:
+    """Lines about a step of every rank, and whether all send the same in the same order."""
+    from cmae.train.commands.plan.dry_run import describe, first_difference, run_ranks
+
+    runs = run_ranks(
+        config,
+        num_ranks=cluster.num_gpus,
+        per_node=min(cluster.gpus_per_node, cluster.num_gpus),
+        micro_batch_size=plan.micro_batch_size,
+    )
+    return describe(runs, memory_gb=plan.memory_gb), not first_difference(runs)
 
 
 def check_cluster(cluster: Cluster) -> None:

@@ -1,0 +1,1 @@
+"""`cmae plan`: a run on GPUs that nobody has rented yet."""
