@@ -44,6 +44,15 @@ def writers_table(result: Result) -> list[list[str]]:
     return rows
 
 
+def observability_table(result: Result) -> list[list[str]]:
+    """Steps that are watched beside bare ones."""
+    rows = [["a step, ms: watched", "bare", "difference of pairs", "noting, ms", "n"]]
+    for row in result["rows"]:
+        times = [spread(row[name], 1) for name in ("watched_ms", "bare_ms", "difference_ms")]
+        rows.append([*times, f"{row['noting_ms']:.2f}", str(row["watched_ms"]["n"])])
+    return rows
+
+
 def color_table(result: Result) -> list[list[str]]:
     """The colour chain of a batch on a GPU."""
     rows = [["colour", "images", "launches", "device, ms", "host, ms", "n"]]
@@ -114,6 +123,7 @@ TABLES: dict[str, Callable[[Result], list[list[str]]]] = {
     "presized": presized_table,
     "writers": writers_table,
     "color": color_table,
+    "observability": observability_table,
     "growth": growth_table,
     "sweep": sweep_table,
     "planted": planted_table,
