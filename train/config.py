@@ -188,6 +188,10 @@ class OptimConfig:
     optimiser. The same update; apex has to be built from source."""
     gradient_compression: Literal["none", "fp16", "bf16"] = "none"
     """Number format of gradients on the wire between ranks."""
+    spike_factor: float | None = None
+    """A step whose gradients' norm is more than this many times the running mean of the norms is skipped, as
+    one whose gradients are not finite; the mean is that of about 50 steps, and 100 have to be taken first.
+    null: none."""
     max_skipped_steps: int = 20
     """This many skipped steps in a row mean that the run has gone astray."""
     max_rollbacks: int = 1
@@ -205,6 +209,7 @@ class OptimConfig:
             "weight_decay": (self.weight_decay >= 0, ">= 0"),
             "betas": (all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)"),
             "clip_grad": (self.clip_grad is None or self.clip_grad > 0, "> 0, or null"),
+            "spike_factor": (self.spike_factor is None or self.spike_factor > 1, "> 1, or null"),
             "max_skipped_steps": (self.max_skipped_steps >= 1, ">= 1"),
             "max_rollbacks": (self.max_rollbacks >= 0, ">= 0"),
         }

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cmae.errors import CmaeError
 from cmae.train.config import OptimConfig
@@ -17,6 +17,55 @@ from cmae.train.sharding import ZeroOptimizer, place_like
 NEVER_DECAYED = ("pos_embed",)
 
 TOKENS = ("cls_token", "mask_token")
+
+SPIKES_AFTER, SPIKES_OVER = 100, 50
+"""Steps that are taken before one can be a spike, and those over which norms are averaged."""
+
+
+class SpikeGuard:
+    """Says which steps to skip because their gradients are far larger than those of the steps before.
+
+    It judges on the device and waits for nothing. Ranks agree, as they have the same norm.
+
+    Args:
+        factor: How many times the running mean of the norms is too much.
+        device: Device of the norms.
+    """
+
+    def __init__(self, factor: float, device: torch.device) -> None:
+        self.factor = factor
+        self.mean = torch.zeros((), device=device)
+        """Running mean of the norms of the steps that were taken."""
+        self.count = torch.zeros((), device=device)
+        """Number of those steps."""
+        self.norm = torch.zeros((), device=device)
+        """Of the last step."""
+
+    @torch.no_grad()
+    def judge(self, norm: Tensor, *, is_bad: Tensor) -> Tensor:
+        """1 where a step is to be skipped for its norm, else 0; float32, on the device.
+
+        Args:
+            norm: Norm of all its gradients.
+            is_bad: Above 0 where they are not finite, so that the step is skipped anyway.
+        """
+        self.norm = norm.float()
+        is_spike = (self.count >= SPIKES_AFTER) & (self.norm > self.factor * self.mean)
+        counts = ~is_spike & (is_bad <= 0) & torch.isfinite(self.norm)
+        # The mean of the first steps is plain, so that it does not begin at 0.
+        share = torch.clamp(1 / (self.count + 1), min=1 / SPIKES_OVER)
+        moved = torch.lerp(self.mean, self.norm, share)
+        self.mean = torch.where(counts, moved, self.mean)
+        self.count = self.count + counts
+        return is_spike.float()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the next step depends on."""
+        return {"mean": self.mean, "count": self.count}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from `state_dict`."""
+        self.mean, self.count = (state[name].to(self.mean) for name in ("mean", "count"))
 
 
 def parameter_groups(

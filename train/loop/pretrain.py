@@ -191,7 +191,7 @@ def _gone_back(step: int, back: RollBack, config: Config) -> str:
     count = (made["after_step"] - step + made["skipped"]) * config.optim.global_batch_size
     return (
         f"GONE BACK to step {step}: {made['skipped']} steps in a row after step {made['after_step']} were "
-        f"not finite. The {count} samples since that checkpoint are left out, and the run goes on behind "
+        f"skipped. The {count} samples since that checkpoint are left out, and the run goes on behind "
         f"them (epoch {place['epoch']}, sample {place['offset']} of its order). This is done "
         f"{config.optim.max_rollbacks} time(s) at most (optim.max_rollbacks)"
     )

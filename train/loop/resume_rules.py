@@ -93,6 +93,7 @@ RULES: dict[str, Rule] = {
     "optim.precision": Rule("applied", "from the next step on; the loss scale begins anew"),
     "optim.residual": Rule("applied", "from the next step on"),
     "optim.gradient_compression": Rule("applied", "from the next step on"),
+    "optim.spike_factor": Rule("applied", "from the next step on; the mean of the norms goes on"),
     "optim.max_skipped_steps": Rule("applied", "counted anew"),
     "optim.max_rollbacks": Rule("applied", "those that were made count"),
 }

@@ -23,7 +23,7 @@ from cmae.model.target_copy import TargetCopy, set_residual_dtype
 from cmae.pipeline import Batch
 from cmae.train.config import OptimConfig, SpeedConfig
 from cmae.train.distributed import RowGatherer, World, from_main, sum_over_ranks
-from cmae.train.loop.optim import build_optimizer, load_optimizer
+from cmae.train.loop.optim import SpikeGuard, build_optimizer, load_optimizer
 from cmae.train.loop.sdpa import pin_attention
 from cmae.train.machine import compute_capability
 from cmae.train.sharding import (
@@ -94,6 +94,9 @@ class TrainStep:
         self.optimizer = build_optimizer(model, optim, shared_by=world if is_shared else None)
         self.is_sharded = speed.parallel != "ddp" and world.world_size > 1
         """Whether the state is whole on no rank, so that all have to take part in `state_dict`."""
+        self.spikes = None
+        if optim.spike_factor is not None:
+            self.spikes = SpikeGuard(optim.spike_factor, world.device)
         self.grad_norm: Tensor | None = None
         """Norm of all gradients before clipping, of the last step that was asked for it; on the device."""
         self._part_norms: dict[str, Tensor] = {}
@@ -139,30 +142,55 @@ class TrainStep:
         meanwhile: Callable[[], None] | None = None,
         with_norm: bool = False,
     ) -> bool:
-        """Let the optimiser take the gradients, unless one is not finite; says whether it did."""
+        """Let the optimiser take the gradients, unless they spike or are not finite; says whether it did."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.scaler.unscale_(self.optimizer)
-        # The optimiser and this process learn of a bad gradient apart: the former on the device, the latter
-        # by a copy that is asked for now and awaited when the optimiser's work is queued behind it.
-        skipped = HostFlag(self.scaler._found_inf_per_device(self.optimizer).values())
         if with_norm:
             self._part_norms = _norms_of_parts(self.model)
-        if self.clip_grad is not None:
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
-            self.grad_norm = whole_tensor(norm.detach())
-            is_above = (self.grad_norm > self.clip_grad).float()
-            self._clipped = is_above if self._clipped is None else self._clipped + is_above
-            self._num_since += 1
-        elif with_norm:
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            self.grad_norm = whole_tensor(torch.nn.utils.get_total_norm(gradients))
+        if with_norm or self.clip_grad is not None or self.spikes is not None:
+            self.grad_norm = self._total_norm()
+        bad = list(self.scaler._found_inf_per_device(self.optimizer).values())
+        is_spike = None
+        if self.spikes is not None and self.grad_norm is not None:
+            is_spike = self.spikes.judge(self.grad_norm, is_bad=bad[0])
+            for flag in bad:
+                flag.add_(is_spike)
+        # The optimiser and this process learn of a bad gradient apart: the former on the device, the latter
+        # by a copy that is asked for now and awaited when the optimiser's work is queued behind it.
+        skipped = HostFlag(bad)
+        if self.clip_grad is not None and self.grad_norm is not None:
+            self._clip(self.clip_grad, self.grad_norm)
         self.scaler.step(self.optimizer)
+        if is_spike is not None:  # which says nothing against the loss scale
+            for flag in bad:
+                flag.sub_(is_spike)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if meanwhile is not None:
             meanwhile()
         return not skipped.wait()  # the step's one host synchronisation
+
+    def _total_norm(self) -> Tensor:
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return whole_tensor(torch.nn.utils.get_total_norm(gradients))
+
+    def _clip(self, most: float, norm: Tensor) -> None:
+        """Scale gradients whose norm is above `most`; count how often."""
+        torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), most, norm)
+        is_above = (norm > most).float()
+        self._clipped = is_above if self._clipped is None else self._clipped + is_above
+        self._num_since += 1
+
+    def why_skipped(self) -> str:
+        """Reason for which the last step was not taken; waits for the device."""
+        guard = self.spikes
+        if guard is None or not bool(torch.isfinite(guard.norm)):
+            return "gradients are not finite"
+        return (
+            f"gradients have a norm of {guard.norm.item():.3g}, {(guard.norm / guard.mean).item():.1f} times "
+            f"the mean of the steps before (optim.spike_factor {guard.factor:g})"
+        )
 
     @contextmanager
     def without_collectives(self) -> Iterator[None]:
@@ -220,11 +248,13 @@ class TrainStep:
             moments = gather_state(optimizer.state_dict(), self.world)
         else:
             moments = optimizer.state_dict()
+        spikes = {} if self.spikes is None else {"spikes": self.spikes.state_dict()}
         return {
             "model": model,
             "optimizer": moments,
             "scaler": self.scaler.state_dict(),
             "precision": self.precision,
+            **spikes,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -236,6 +266,8 @@ class TrainStep:
         }
         self.model.load_state_dict(whole)
         load_optimizer(self.optimizer, state["optimizer"], model=self.model, config=self.optim)
+        if self.spikes is not None and "spikes" in state:
+            self.spikes.load_state_dict(state["spikes"])
         if state["precision"] == self.precision:
             self.scaler.load_state_dict(state["scaler"])
         if self.target_copy is not None:

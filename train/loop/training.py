@@ -221,7 +221,8 @@ class Training:
         run, optim = self._run, self._run.config.optim
         self._skipped += 1
         self._num_skipped += 1
-        run.run_log.skipped(self.step, self._skipped, batches, losses)
+        why = run.train_step.why_skipped()
+        run.run_log.skipped(self.step, self._skipped, batches, losses, why=why)
         if self._skipped < optim.max_skipped_steps:
             return False
         if self._checkpoints is not None:  # one may be under way
@@ -231,7 +232,7 @@ class Training:
         has_way_back = from_main(bool(list_checkpoints(folder)), run.world)
         if not has_way_back or len(run.rollbacks) >= optim.max_rollbacks:
             raise TrainingError(
-                _not_finite(self.step, self._skipped, run.config.run.out, len(run.rollbacks))
+                _astray(self.step, self._skipped, run.config.run.out, len(run.rollbacks), why)
             )
         return True
 
@@ -296,7 +297,7 @@ def _open_checkpoints(config: Config, run_log: RunLog, mirror: Mirror | None) ->
     )
 
 
-def _not_finite(step: int, skipped: int, out: Path, num_rollbacks: int) -> str:
+def _astray(step: int, skipped: int, out: Path, num_rollbacks: int, why: str) -> str:
     milder = "a lower optim.lr_per_256, a longer warmup, or optim.precision=bf16"
     stored = list_checkpoints(out / "checkpoints")
     advice = (
@@ -306,7 +307,7 @@ def _not_finite(step: int, skipped: int, out: Path, num_rollbacks: int) -> str:
     )
     again = f", again after {num_rollbacks} return(s) to a checkpoint" if num_rollbacks else ""
     return (
-        f"{skipped} steps in a row after step {step} had gradients that are not finite{again}; the samples "
+        f"{skipped} steps in a row after step {step} were skipped{again}: {why}; the samples "
         f"are listed in {out / 'skipped_steps.rank*.jsonl'}, and `cmae replay {out} --step {step + 1}` shows "
         f"where it begins. {advice}"
     )

@@ -238,20 +238,21 @@ class RunLog:
         found["host_growth_mib"] = (host - self._first_host) / 2**20
         return found
 
-    def skipped(self, step: int, count: int, batches: Sequence[Batch], losses: Tensor) -> None:
-        """Note a step that was not taken, with its samples, on every rank."""
+    def skipped(
+        self, step: int, count: int, batches: Sequence[Batch], losses: Tensor, *, why: str
+    ) -> None:
+        """Note a step that was not taken, why, and with its samples, on every rank."""
         line = {
             "after_step": step,
             "rank": self._world.rank,
+            "why": why,
             "losses": losses.tolist(),
             "samples": [index for batch in batches for index in batch.sample_id.tolist()],
         }
         name = f"skipped_steps.rank{self._world.rank}.jsonl"
         self._skipped.run(lambda: _append_line(self._config.run.out / name, line))
         if self._world.is_main:
-            self._display.log(
-                labelled(f"step {step + 1} skipped ({count} in a row):", "gradients are not finite")
-            )
+            self._display.log(labelled(f"step {step + 1} skipped ({count} in a row):", why))
 
     def draw_images(
         self, step: int, model: CMAE, batch: Batch, *, is_sharded: bool = False

@@ -48,7 +48,7 @@ def test_it_begins_again_once_behind_the_data_that_led_it_astray(
     outcome = run(small_shards, out, **settings)
     assert outcome.step == 8
     printed = capsys.readouterr().err
-    assert "GONE BACK to step 2: 2 steps in a row after step 3 were not finite" in printed
+    assert "GONE BACK to step 2: 2 steps in a row after step 3 were skipped" in printed
     assert "The 24 samples since that checkpoint are left out" in printed
     steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").open()]
     assert steps == list(range(1, 9))
