@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from cmae.errors import CmaeError
-from cmae.model import CMAE, load_model, to_convmae, to_timm
+from cmae.model import CMAE, ModelConfig, load_model, to_convmae, to_timm
 from cmae.model.export.huggingface import preprocessor, to_vit, to_vit_mae
 from cmae.model.export.stored import list_checkpoints
 from cmae.paths import check_output
@@ -64,7 +64,8 @@ def export_weights(
     told = write[to]()
     newest = list_checkpoints(checkpoint / "checkpoints") if checkpoint.is_dir() else [checkpoint]
     card = out / "README.md" if out.is_dir() else out.with_name(f"{out.name}.md")
-    text = model_card(newest[-1], model, branch=branch, file=out.name, how=USE[to])
+    how = _timm_use(model.config, branch) if to == "timm" else USE[to]
+    text = model_card(newest[-1], model, branch=branch, file=out.name, how=how)
     with atomic_write(card) as file:
         file.write(text.encode())
     PlainConsole(stderr=True).print(
@@ -74,8 +75,6 @@ def export_weights(
 
 
 USE: dict[str, str] = {
-    "timm": "timm.create_model('vit_base_patch16_224', num_classes=0, checkpoint_path='{file}')\n"
-    "cmae.model.load_model('{file}').features(images)        # safetensors: any size",
     "convmae": "convvit_base_patch16(global_pool=True).load_state_dict(torch.load('{file}'), strict=False)\n"
     "cmae.model.from_convmae(torch.load('{file}')).features(images)",
     "huggingface": "transformers.ViTModel.from_pretrained('{file}', add_pooling_layer=False)",
@@ -83,7 +82,45 @@ USE: dict[str, str] = {
     "onnx": "onnxruntime.InferenceSession('{file}').run(None, {{'images': normalised}})",
     "torch_export": "torch.export.load('{file}').module()(normalised)",
 }
-"""How each is read; the first line of a card's section on use."""
+"""How each is read, on a card; `_timm_use` makes timm's."""
+
+_TIMM_NAMES = {
+    (192, 12, 3, 16): "vit_tiny_patch16_224",
+    (384, 12, 6, 16): "vit_small_patch16_224",
+    (768, 12, 12, 16): "vit_base_patch16_224",
+    (1024, 24, 16, 16): "vit_large_patch16_224",
+    (1280, 32, 16, 14): "vit_huge_patch14_224",
+}
+"""timm's models by width, depth, heads and patch; their MLPs are 4 times as wide, their images of 224 px."""
+
+
+def _timm_use(config: ModelConfig, branch: str) -> str:
+    """How timm reads an export of these sizes, its train.py too, with '{file}'."""
+    sizes: dict[str, Any] = {
+        "embed_dim": config.embed_dim,
+        "depth": config.depth,
+        "num_heads": config.num_heads,
+        "patch_size": config.patch_size,
+    }
+    name = _TIMM_NAMES.get(tuple(sizes.values()), "")
+    options = {} if name else sizes
+    if config.mlp_ratio != 4:
+        options["mlp_ratio"] = config.mlp_ratio
+    if config.img_size != 224:
+        options["img_size"] = config.img_size
+    if branch == "target" and not config.target_final_norm:
+        options["final_norm"] = False
+    name = name or "vit_base_patch16_224"
+    given = "".join(f"{key}={value!r}, " for key, value in options.items())
+    words = "".join(f" {key}={value}" for key, value in options.items())
+    words = f" --model-kwargs{words}" if words else ""
+    return (
+        f"timm.create_model('{name}', {given}num_classes=0, checkpoint_path='{{file}}')\n"
+        "cmae.model.load_model('{file}').features(images)  # a safetensors file\n"
+        "# Fine-tuning with timm's own script:\n"
+        f"# python train.py --data-dir DATA --model {name}{words} --pretrained --pretrained-path {{file}} "
+        "--num-classes 1000"
+    )
 
 
 def describe(model: CMAE) -> str:
