@@ -41,6 +41,10 @@ class RunConfig:
     """Checkpoints whose step is a multiple of this are kept for good."""
     keep_hours: float | None = None
     """Checkpoints younger than this stay too. null: no matter how old."""
+    checkpoint_shards: bool = False
+    """Every rank writes its part of weights and moments into a folder beside the checkpoint, instead of the
+    first rank all of them: for models whose state is too large for one host. `cmae checkpoint join` makes one
+    file of it."""
     mirror: str | None = None
     """Folder of a store, such as s3://bucket/runs/x, that gets a copy of every checkpoint and of the metrics
     in the background. A node whose `out` holds no checkpoint goes on from there. Credentials come from the
@@ -91,6 +95,12 @@ class RunConfig:
         hang = self.hang_s
         allowed = f"> 0 and < {COLLECTIVE_TIMEOUT_S:g}, the timeout of collectives, or null"
         require(hang is None or 0 < hang < COLLECTIVE_TIMEOUT_S, "run.hang_s", hang, allowed)
+        require(
+            not (self.checkpoint_shards and self.mirror),
+            "run.checkpoint_shards",
+            True,
+            "false with run.mirror, which copies single files",
+        )
         port = self.prometheus_port
         require(
             port is None or 0 < port < 1 << 16, "run.prometheus_port", port, "1 to 65535, or null"

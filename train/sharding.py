@@ -82,6 +82,8 @@ def place_like(value: Any, parameter: Tensor) -> Any:
     """
     if not isinstance(parameter, DTensor) or not isinstance(value, Tensor):
         return value
+    if isinstance(value, DTensor):
+        return value
     if value.shape != parameter.shape:
         return value
     # Every rank has the whole: each cuts its own part out, and nothing is sent.
@@ -137,7 +139,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._world = world
         self._owner = share_out(parameters, world.world_size)
         self._inside = build(
-            {**group, "params": [one for one in group["params"] if self._is_own(one)]}
+            {**group, "params": [one for one in group["params"] if self.is_own(one)]}
             for group in groups
         )
         super().__init__(groups, self._inside.defaults)
@@ -164,7 +166,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take the own parameters' part of a whole state, such as that of an optimiser without shards."""
         everything = self._all()
-        own = [number for number, one in enumerate(everything) if self._is_own(one)]
+        own = [number for number, one in enumerate(everything) if self.is_own(one)]
         place = {number: index for index, number in enumerate(own)}
         groups, state = state_dict["param_groups"], state_dict["state"]
         for group, stored in zip(self.param_groups, groups, strict=True):
@@ -175,6 +177,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
         # Inside, parameters are numbered group by group, as the own ones are here.
         inner_state = {place[number]: state[number] for number in own if number in state}
         self._inside.load_state_dict({"state": inner_state, "param_groups": inner_groups})
+
+    def is_own(self, parameter: Tensor) -> bool:
+        """Whether this rank keeps a parameter's state."""
+        return self._owner[id(parameter)] == self._world.rank
 
     def gather(self) -> dict[str, Any]:
         """The whole state in host memory on the first rank, {} on the others. A collective."""
@@ -209,9 +215,6 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def _all(self) -> list[Tensor]:
         return [one for group in self.param_groups for one in group["params"]]
-
-    def _is_own(self, parameter: Tensor) -> bool:
-        return self._owner[id(parameter)] == self._world.rank
 
     @torch.no_grad()
     def _spread(self) -> None:

@@ -18,6 +18,7 @@ from cmae.model.cmae import CMAE, build_model
 from cmae.model.config import ModelConfig
 from cmae.model.export.checkpoints import encoder_fields
 from cmae.model.export.convmae import from_convmae
+from cmae.model.export.shards import SHARDS, read_whole, shards_of
 from cmae.printable import printable
 
 FORMAT = 1
@@ -92,16 +93,38 @@ def _build_stored(path: Path, state: Mapping[str, Any]) -> CMAE:
     return model
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: Path, *, whole: bool = True) -> dict[str, Any]:
     """Read a checkpoint into host memory; only tensors and plain values are unpickled.
+
+    Args:
+        path: File of the checkpoint.
+        whole: Whether to read weights and moments too where they lie in shards.
 
     Raises:
         CheckpointError: Missing, unreadable, or not a checkpoint of this project.
     """
-    state = read_file(path)
+    state = read_file(path, whole=whole)
     if not is_checkpoint(state):
         raise _not_ours(path)
     return state
+
+
+def _with_shards(path: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint with the tensors that lie beside it.
+
+    Raises:
+        CheckpointError: They are missing or damaged.
+    """
+    folder = shards_of(path)
+    try:
+        found = read_whole(folder)
+    except Exception as error:  # torch's reader raises anything on files that are something else
+        raise CheckpointError(
+            f"{path}: its shards in {folder} cannot be read ({_reason(error)}); `cmae checkpoint verify` "
+            "says which. Where they were left behind, copy that folder too, beside the file"
+        ) from error
+    optimizer = {**state.get("optimizer", {}), **found["optimizer"]}
+    return {**state, "model": found["model"], "optimizer": optimizer}
 
 
 def is_checkpoint(state: Mapping[str, Any]) -> bool:
@@ -190,8 +213,12 @@ def _find_file(path: Path) -> Path:
     return found[-1]
 
 
-def read_file(path: Path) -> dict[str, Any]:
+def read_file(path: Path, *, whole: bool = True) -> dict[str, Any]:
     """The content of a file of weights, in host memory; only tensors and plain values are unpickled.
+
+    Args:
+        path: File to read.
+        whole: Whether to read weights and moments too where they lie in shards beside it.
 
     Raises:
         CheckpointError: Unreadable, or no dict.
@@ -211,7 +238,8 @@ def read_file(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}; expected a checkpoint")
-    return state
+    is_in_shards = is_checkpoint(state) and SHARDS in state
+    return _with_shards(path, state) if whole and is_in_shards else state
 
 
 def _reason(error: Exception) -> str:

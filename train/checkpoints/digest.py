@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor
 
 DIGEST = "digest"
 """Entry of a checkpoint that holds the digest of all others."""
+
+
+_CHUNK = 16 << 20
 
 
 def content_digest(state: dict[str, Any]) -> str:
@@ -23,6 +27,15 @@ def content_digest(state: dict[str, Any]) -> str:
     """
     digest = hashlib.sha256()
     _add(digest, {name: value for name, value in state.items() if name != DIGEST})
+    return digest.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(_CHUNK):
+            digest.update(part)
     return digest.hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+from cmae.model.export.shards import SHARDS, shards_of
 from cmae.model.export.stored import (
     CheckpointError,
     ForeignFileError,
@@ -18,7 +20,7 @@ from cmae.model.export.stored import (
     list_checkpoints,
     load_checkpoint,
 )
-from cmae.train.checkpoints.digest import DIGEST, content_digest
+from cmae.train.checkpoints.digest import DIGEST, content_digest, file_digest
 
 SET_ASIDE = "set-aside"
 """Folder, beside the checkpoints, of those that no run goes on from; nothing deletes them."""
@@ -80,7 +82,7 @@ def fault_of(path: Path) -> str:
             key="run.resume",
         ) from error
     try:
-        state = load_checkpoint(path)
+        state = load_checkpoint(path, whole=False)
     except ForeignFileError:
         return "not of this program"
     except CheckpointError:
@@ -91,7 +93,35 @@ def fault_of(path: Path) -> str:
         return "" if _is_good_zip(path) else "cut off or damaged"
     if state[DIGEST] != content_digest(state):
         return "damaged: its contents do not have the digest that was written with them"
+    return _fault_of_shards(path, state.get(SHARDS, {}))
+
+
+def _fault_of_shards(path: Path, listed: Mapping[str, Mapping[str, Any]]) -> str:
+    """Which shard is missing or damaged; '' where all are whole, or there are none."""
+    folder = shards_of(path)
+    for name, one in listed.items():
+        file = folder / name
+        try:
+            if file.stat().st_size != one["bytes"]:
+                return f"damaged: {folder.name}/{name} is not as long as it was written"
+            if file_digest(file) != one["sha256"]:
+                return f"damaged: {folder.name}/{name} does not have the digest that was written"
+        except FileNotFoundError:
+            return f"incomplete: {folder.name}/{name} is missing"
     return ""
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Delete a checkpoint, and its shards where it has some."""
+    path.unlink(missing_ok=True)
+    shutil.rmtree(shards_of(path), ignore_errors=True)
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a checkpoint, with its shards."""
+    shards = shards_of(path)
+    files = [one for one in shards.iterdir() if one.is_file()] if shards.is_dir() else []
+    return sum(one.stat().st_size for one in (path, *files))
 
 
 def newest_whole(stored: Sequence[Path]) -> Path | None:
@@ -172,7 +202,8 @@ def _newest_descendant(named: Path, stored: Sequence[Path]) -> Path | None:
     newest = newest_whole(stored)
     if newest is None or newest.resolve() == named.resolve():
         return None
-    return newest if load_checkpoint(newest).get("origin") == str(named.resolve()) else None
+    state = load_checkpoint(newest, whole=False)
+    return newest if state.get("origin") == str(named.resolve()) else None
 
 
 def origin_of(resume: str, resumed: Mapping[str, Any] | None) -> str:
@@ -194,6 +225,8 @@ def set_aside(path: Path, why: str) -> Path:
     names = chain([path.name], (f"{path.stem}.{number}.pt" for number in count(2)))
     target = next(place / name for name in names if not (place / name).exists())
     moved = path.rename(target)
+    with suppress(FileNotFoundError):
+        shards_of(path).rename(shards_of(target))
     with suppress(OSError), (place / WHY_FILE).open("a", encoding="utf-8") as file:
         file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {target.name}: {why}\n")
     return moved

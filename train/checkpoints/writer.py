@@ -22,7 +22,7 @@ from torch import Tensor
 from cmae.model.export.stored import FORMAT, CheckpointError, list_checkpoints
 from cmae.pipeline.formats.atomic import atomic_write
 from cmae.train.checkpoints.digest import DIGEST, content_digest
-from cmae.train.checkpoints.folder import Retention
+from cmae.train.checkpoints.folder import Retention, remove_checkpoint
 
 RETRY_S = 60.0
 """After a write that failed; the fault is told each time."""
@@ -174,7 +174,7 @@ class Checkpointer:
             state = _to_host(snapshot.state, snapshot.copied)
             write_atomically(path, {**state, DIGEST: content_digest(state)})
             for one in self.retention.retired(list_checkpoints(self.folder)):
-                one.unlink(missing_ok=True)
+                remove_checkpoint(one)
         except (OSError, RuntimeError) as error:
             # torch's writer hides the system's error behind one of its own.
             cause = error.__context__ if isinstance(error.__context__, OSError) else error

@@ -837,6 +837,9 @@ COMMANDS: dict[str, Command] = {
             "prune": Command(
                 "delete those that no rule keeps", _function("weights.checkpoints", "prune")
             ),
+            "join": Command(
+                "one file of a checkpoint in shards", _function("weights.checkpoints", "join")
+            ),
         },
     ),
     "import": Command(

@@ -148,6 +148,45 @@ def load_optimizer(
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
+def moment_templates(
+    optimizer: torch.optim.Optimizer,
+    stored: Mapping[str, Any],
+    sizes: Mapping[str, tuple[torch.Size, torch.dtype]],
+    *,
+    model: nn.Module,
+    config: OptimConfig,
+) -> dict[str, Tensor]:
+    """Empty tensors for this rank's part of the moments in a checkpoint's shards, by their names there.
+
+    Args:
+        optimizer: Optimiser that `build_optimizer` made from `model` and `config`.
+        stored: Its groups in the checkpoint, of any `decay_tokens`.
+        sizes: Shape and number format of everything in the shards.
+        model: Model whose parameters it moves.
+        config: Settings of this run.
+
+    Raises:
+        CmaeError: The state belongs to other parameters.
+    """
+    old = _stored_order(stored, model, config)
+    parameters = {old[id(one)]: one for group in optimizer.param_groups for one in group["params"]}
+    found: dict[str, Tensor] = {}
+    for key, (size, dtype) in sizes.items():
+        part, _, rest = key.partition(".")
+        if part != "optimizer":
+            continue
+        parameter = parameters[int(rest.partition(".")[0])]
+        if isinstance(optimizer, ZeroOptimizer) and not optimizer.is_own(parameter):
+            continue
+        is_moment = size == parameter.shape
+        found[key] = (
+            torch.zeros_like(parameter, dtype=dtype)
+            if is_moment
+            else torch.empty(size, dtype=dtype)
+        )
+    return found
+
+
 def _stored_order(
     stored: Mapping[str, Any], model: nn.Module, config: OptimConfig
 ) -> dict[int, int]:

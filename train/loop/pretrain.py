@@ -15,6 +15,7 @@ from cmae.errors import CmaeError
 from cmae.kernels import color_jitter, use_backend
 from cmae.model import build_model, draw_mask
 from cmae.model.export.checkpoints import check_finite
+from cmae.model.export.shards import SHARDS, shards_of
 from cmae.model.export.stored import CheckpointError, load_checkpoint
 from cmae.pipeline import FillProgress, Loader, LoaderState, build_loader
 from cmae.pipeline.bad_samples import LEDGER_FILE, BadLimit
@@ -154,7 +155,8 @@ def open_run(config: Config, world: World, *, back: RollBack | None = None) -> I
             model.to(world.device), config.optim, config.speed, world, log=run_log.log
         )
         if resumed:
-            train_step.load_state_dict(resumed)
+            folder = shards_of(found) if found and SHARDS in resumed else None
+            train_step.load_state_dict(resumed, shards=folder)
         stop = stack.enter_context(StopSignals())
         step_batches = _open_step_batches(
             config, world, loader, stop, resumed, doing=partial(setattr, watchdog, "doing")
@@ -249,7 +251,7 @@ def _agree_on_checkpoint(
 
 def _load_complete(path: Path, config: Config) -> tuple[dict[str, Any], list[str]]:
     """The checkpoint, and a line for each setting that this run changes."""
-    state = load_checkpoint(path)
+    state = load_checkpoint(path, whole=False)
     state["config"] = update_keys(state["config"]).settings
     if "optimizer" not in state:
         raise CheckpointError(
@@ -257,7 +259,8 @@ def _load_complete(path: Path, config: Config) -> tuple[dict[str, Any], list[str
             f"run from them with --init_from {path}"
         )
     changes = check_changes(path, state, config)
-    check_finite(state["model"], str(path), error=CheckpointError)
+    if SHARDS not in state:
+        check_finite(state["model"], str(path), error=CheckpointError)
     return state, changes
 
 

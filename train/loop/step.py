@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,12 +19,18 @@ from torch.nn.parallel import DistributedDataParallel
 from cmae.errors import CmaeError
 from cmae.model import CMAE, Losses, set_all_reduce
 from cmae.model.blocks import Block
+from cmae.model.export.shards import fill, flatten, nest, read_sizes, reason_of
 from cmae.model.heads import SyncedBatchNorm1d
 from cmae.model.target_copy import TargetCopy, set_residual_dtype
 from cmae.pipeline import Batch
 from cmae.train.config import OptimConfig, SpeedConfig
 from cmae.train.distributed import RowGatherer, World, from_main, sum_over_ranks
-from cmae.train.loop.optim import SpikeGuard, build_optimizer, load_optimizer
+from cmae.train.loop.optim import (
+    SpikeGuard,
+    build_optimizer,
+    load_optimizer,
+    moment_templates,
+)
 from cmae.train.loop.sdpa import pin_attention
 from cmae.train.machine import compute_capability
 from cmae.train.sharding import (
@@ -233,13 +240,22 @@ class TrainStep:
             found["loss_scale"] = self.scaler.get_scale()
         return found
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, with_tensors: bool = True) -> dict[str, Any]:
         """Everything that the next step depends on, but the data; the same however it is sharded.
 
         Where it is (`is_sharded`) this is a collective, which gives whole tensors in host memory to the first
         rank and none to the others.
+
+        Args:
+            with_tensors: Whether weights and moments are in it; else `tensors` has them.
         """
-        optimizer, model = self.optimizer, self.model.state_dict()
+        spikes = {} if self.spikes is None else {"spikes": self.spikes.state_dict()}
+        rest = {"scaler": self.scaler.state_dict(), "precision": self.precision, **spikes}
+        optimizer = self.optimizer
+        if not with_tensors:
+            groups = optimizer.state_dict()["param_groups"]
+            return {"optimizer": {"param_groups": groups}, **rest}
+        model = self.model.state_dict()
         if self.is_sharded:
             model = gather_state(model, self.world)
         if isinstance(optimizer, ZeroOptimizer):
@@ -248,17 +264,47 @@ class TrainStep:
             moments = gather_state(optimizer.state_dict(), self.world)
         else:
             moments = optimizer.state_dict()
-        spikes = {} if self.spikes is None else {"spikes": self.spikes.state_dict()}
-        return {
-            "model": model,
-            "optimizer": moments,
-            "scaler": self.scaler.state_dict(),
-            "precision": self.precision,
-            **spikes,
-        }
+        return {"model": model, "optimizer": moments, **rest}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`; a loss scale of another precision is left behind."""
+    def tensors(self) -> dict[str, Tensor]:
+        """This rank's part of weights and moments, by name, where they are."""
+        return flatten(self.model.state_dict(), self.optimizer.state_dict()["state"])
+
+    def _read_shards(self, state: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+        """This rank's part of the tensors of a checkpoint in shards, however many ranks wrote it.
+
+        Raises:
+            CmaeError: They are damaged, or another model's.
+        """
+        own = self.model.state_dict()
+        parts = {f"model.{name}": torch.empty_like(value) for name, value in own.items()}
+        try:
+            sizes = read_sizes(folder)
+            parts |= moment_templates(
+                self.optimizer, state["optimizer"], sizes, model=self.model, config=self.optim
+            )
+            fill(parts, folder)
+        except CmaeError:
+            raise
+        # torch wraps what a disk or a file says in errors of its own.
+        except Exception as error:
+            raise CmaeError(
+                f"{folder} cannot be read, or is not of this model ({reason_of(error)}); `cmae checkpoint "
+                "verify` says whether it is whole"
+            ) from error
+        return nest(parts)
+
+    def load_state_dict(self, state: dict[str, Any], *, shards: Path | None = None) -> None:
+        """Continue from `state_dict`; a loss scale of another precision is left behind.
+
+        Args:
+            state: What a checkpoint holds.
+            shards: Folder of its tensors, where they are not in it; each rank reads its part.
+        """
+        if shards is not None:
+            found = self._read_shards(state, shards)
+            optimizer = {**state["optimizer"], **found["optimizer"]}
+            state = {**state, "model": found["model"], "optimizer": optimizer}
         own = self.model.state_dict()
         whole = {
             name: place_like(value, own[name]) if name in own else value

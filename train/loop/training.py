@@ -19,6 +19,7 @@ from cmae.pipeline import Batch, Loader
 from cmae.train.batch_split import BatchSplit
 from cmae.train.checkpoints.folder import Retention
 from cmae.train.checkpoints.mirror import Mirror, open_mirror
+from cmae.train.checkpoints.shards import ShardedCheckpointer
 from cmae.train.checkpoints.writer import Checkpointer
 from cmae.train.config import Config
 from cmae.train.distributed import World, from_main
@@ -115,9 +116,11 @@ class Training:
         )
         self._skipped = self._num_skipped = 0
         self._mirror = _open_mirror(config, run.run_log) if run.world.is_main else None
-        self._checkpoints = (
-            _open_checkpoints(config, run.run_log, self._mirror) if run.world.is_main else None
-        )
+        self._checkpoints: Checkpointer | ShardedCheckpointer | None = None
+        if config.run.checkpoint_shards:
+            self._checkpoints = _open_sharded(config, run.world, run.run_log)
+        elif run.world.is_main:
+            self._checkpoints = _open_checkpoints(config, run.run_log, self._mirror)
         self._saved = step
         self._path: Path | None = None
         self._saves_first = saves_first
@@ -205,11 +208,14 @@ class Training:
 
     def _save(self) -> None:
         """Write a checkpoint; where the state lies in shards, all ranks take part."""
-        is_sharded = self.train_step.is_sharded
-        if self._checkpoints is not None or is_sharded:
-            state = _state_of(self._run)
-            if self._checkpoints is not None:
-                self._path = self._checkpoints.save(self.step, state, is_copy=is_sharded)
+        step, checkpoints = self.train_step, self._checkpoints
+        if isinstance(checkpoints, ShardedCheckpointer):
+            state = _state_of(self._run, step.state_dict(with_tensors=False))
+            self._path = checkpoints.save(self.step, state, step.tensors())
+        elif checkpoints is not None or step.is_sharded:
+            state = _state_of(self._run, step.state_dict())
+            if checkpoints is not None:
+                self._path = checkpoints.save(self.step, state, is_copy=step.is_sharded)
         self._saved = self.step
 
     def _note_skipped(self, batches: Sequence[Batch], losses: Tensor) -> bool:
@@ -255,9 +261,9 @@ class Training:
         return Outcome(self.step, self.total_steps, self._path, stopped_by or None)
 
 
-def _state_of(run: OpenRun) -> dict[str, Any]:
-    """All that a checkpoint holds."""
-    state = {**run.train_step.state_dict(), **run.step_batches.state_dict()}
+def _state_of(run: OpenRun, step: dict[str, Any]) -> dict[str, Any]:
+    """All that a checkpoint holds, beside the state of the step."""
+    state = {**step, **run.step_batches.state_dict()}
     shards = [list(one) for one in run.loader.shards]
     return {
         **state,
@@ -294,6 +300,16 @@ def _open_checkpoints(config: Config, run_log: RunLog, mirror: Mirror | None) ->
         patience_s=60 * run.checkpoint_patience_min,
         warn=run_log.warn,
         written=mirror.put if mirror else lambda path: None,
+    )
+
+
+def _open_sharded(config: Config, world: World, run_log: RunLog) -> ShardedCheckpointer:
+    return ShardedCheckpointer(
+        config.run.out / "checkpoints",
+        world,
+        retention=_retention(config),
+        patience_s=60 * config.run.checkpoint_patience_min,
+        warn=run_log.warn,
     )
 
 

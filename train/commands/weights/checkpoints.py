@@ -1,4 +1,4 @@
-"""`cmae checkpoint ls | verify | prune`: what a run has kept, whether it is whole, and what may go."""
+"""`cmae checkpoint ls | verify | prune | join`: what a run has kept, whether it is whole, and what may go."""
 
 from __future__ import annotations
 
@@ -9,11 +9,21 @@ from pathlib import Path
 from rich.table import Table
 
 from cmae.errors import CmaeError, require
+from cmae.model.export.shards import SHARDS
 from cmae.model.export.stored import list_checkpoints, load_checkpoint
-from cmae.paths import expand_home
-from cmae.train.checkpoints.digest import DIGEST
-from cmae.train.checkpoints.folder import SET_ASIDE, WHY_FILE, Retention, fault_of, step_of
+from cmae.paths import check_output, expand_home
+from cmae.train.checkpoints.digest import DIGEST, content_digest
+from cmae.train.checkpoints.folder import (
+    SET_ASIDE,
+    WHY_FILE,
+    Retention,
+    fault_of,
+    remove_checkpoint,
+    size_of,
+    step_of,
+)
 from cmae.train.checkpoints.lock import hold_folder
+from cmae.train.checkpoints.writer import write_atomically
 from cmae.train.monitor.console import PlainConsole
 
 
@@ -32,7 +42,7 @@ def ls(run: Path) -> int:
         written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(status.st_mtime))
         name = str(path.relative_to(folder))
         step = str(step_of(path)) if path in stored else "-"
-        table.add_row(name, step, f"{status.st_size / 2**20:.1f}", written)
+        table.add_row(name, step, f"{size_of(path) / 2**20:.1f}", written)
     console = PlainConsole()
     console.print(table)
     why = folder / SET_ASIDE / WHY_FILE
@@ -53,12 +63,33 @@ def verify(paths: list[Path]) -> int:
     for path in _named(paths):
         fault = fault_of(path)
         num_bad, num_checked = num_bad + bool(fault), num_checked + 1
-        has_digest = not fault and DIGEST in load_checkpoint(path)
+        has_digest = not fault and DIGEST in load_checkpoint(path, whole=False)
         good = "whole" if has_digest else "whole by its archive's checksums; it has no digest"
         console.print(f"{path}: {fault or good}", soft_wrap=True, markup=False)
     verdict = f"{num_bad} of {num_checked} are not whole" if num_bad else "all are whole"
     console.print(verdict)
     return 1 if num_bad else 0
+
+
+def join(checkpoint: Path, out: Path) -> int:
+    """Make one file of a checkpoint whose weights and moments lie in shards; runs go on from it as well.
+
+    Args:
+        checkpoint: File `step-00001000.pt`, beside which its shards lie.
+        out: File to write.
+    """
+    checkpoint, out = expand_home(checkpoint), expand_home(out)
+    check_output(out, key="OUT")
+    if fault := fault_of(checkpoint):
+        raise CmaeError(f"{checkpoint} is {fault}: take another one", key="CHECKPOINT")
+    state = load_checkpoint(checkpoint)
+    if SHARDS not in state:
+        raise CmaeError(f"{checkpoint} is one file already: copy it", key="CHECKPOINT")
+    state = {name: value for name, value in state.items() if name not in (SHARDS, DIGEST)}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, {**state, DIGEST: content_digest(state)})
+    PlainConsole().print(f"{out}: {size_of(out) / 2**20:.1f} MiB", soft_wrap=True)
+    return 0
 
 
 def prune(
@@ -94,11 +125,11 @@ def prune(
                 "with `cmae checkpoint verify`, and keep more with --keep"
             )
         going += sorted((folder / SET_ASIDE).glob("*.pt")) if set_aside else []
-        size = sum(path.stat().st_size for path in going)
+        size = sum(size_of(path) for path in going)
         for path in going:
             console.print(f"{'would delete' if dry_run else 'deleted'} {path}", soft_wrap=True)
             if not dry_run:
-                path.unlink(missing_ok=True)
+                remove_checkpoint(path)
     told = "would be free" if dry_run else "free now"
     console.print(f"{len(going)} checkpoint(s), {size / 2**20:.1f} MiB {told}; {len(kept)} stay")
     return 0
