@@ -40,7 +40,7 @@ _DECLARED = """
 import sys
 from importlib.metadata import PackageNotFoundError, requires, version
 from packaging.requirements import Requirement
-left_out, extras, bad = set(sys.argv[1].split()), ("", "demo", "s3", "gs"), []
+left_out, extras, bad = set(sys.argv[1].split()), ("", "demo", "s3", "gs", "prometheus"), []
 for line in requires("cmae"):
     need = Requirement(line)
     if need.name in left_out or not any(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 DOCKER = Path(__file__).resolve().parent
 LOCKS = DOCKER / "locks"
-EXTRAS = ("demo", "s3", "gs", "wandb")
+EXTRAS = ("demo", "s3", "gs", "wandb", "prometheus")
 OLDEST_PYTHON = "3.11"
 IMAGES = ("gpu", "cpu")  # nvidia takes cpu's: its base brings torch and all of CUDA
 

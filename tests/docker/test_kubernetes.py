@@ -32,13 +32,22 @@ def test_an_invalid_manifest_would_be_seen() -> None:
 def test_pods_are_as_many_as_nodes_and_meet_under_a_name_that_there_is(overlay: str) -> None:
     spec, environment = job_of(overlay)["spec"], environment_of(overlay)
     assert spec["completions"] == spec["parallelism"] == int(environment["NNODES"])
-    (service,) = (one for one in rendered(overlay) if one["kind"] == "Service")
+    services = {
+        one["metadata"]["name"]: one for one in rendered(overlay) if one["kind"] == "Service"
+    }
     name, subdomain = job_of(overlay)["metadata"]["name"], spec["template"]["spec"]["subdomain"]
     assert environment["MASTER_ADDR"] == f"{name}-0.{subdomain}"
-    assert service["metadata"]["name"] == subdomain
+    service, metrics = services[subdomain], services["cmae-metrics"]
     assert service["spec"]["publishNotReadyAddresses"]
     assert service["spec"]["selector"].items() <= spec["template"]["metadata"]["labels"].items()
     assert str(service["spec"]["ports"][0]["port"]) == environment["MASTER_PORT"]
+    # Metrics are those of the first pod, at the port where the run shows them.
+    index = "batch.kubernetes.io/job-completion-index"
+    labels = {**spec["template"]["metadata"]["labels"], index: "0"}
+    assert metrics["spec"]["selector"] == labels
+    port = metrics["spec"]["ports"][0]["port"]
+    assert f"--run.prometheus_port={port}" in container_of(overlay)["args"]
+    assert {"name": "metrics", "containerPort": port} in container_of(overlay)["ports"]
 
 
 def test_a_stop_is_told_from_a_fault_and_has_time_for_its_checkpoint() -> None:
