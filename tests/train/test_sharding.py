@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
+from filelock import FileLock
 from support.tiny_runs import ALONE, OPTIM, SMALL, make_batch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -125,13 +126,18 @@ def run_rank(rank: int, world_size: int, port: int, out: Path) -> None:
 
 @pytest.fixture(scope="module", params=[2, 4])
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """By rank, then by model and way."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    out = tmp_path_factory.mktemp("sharding")
-    mp.spawn(run_rank, args=(request.param, port, out), nprocs=request.param)
-    return [torch.load(out / f"rank{rank}.pt") for rank in range(request.param)]
+    """By rank, then by model and way; trained once, whichever of pytest's workers ask for it."""
+    size, out = request.param, tmp_path_factory.mktemp("sharding")
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        out = tmp_path_factory.getbasetemp().parent / f"sharding-{size}"
+        out.mkdir(exist_ok=True)
+    with FileLock(out / "lock"):
+        if not (out / f"rank{size - 1}.pt").is_file():
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+            mp.spawn(run_rank, args=(size, port, out), nprocs=size)
+    return [torch.load(out / f"rank{rank}.pt") for rank in range(size)]
 
 
 def skip_others(name: str, results: Any) -> None:
