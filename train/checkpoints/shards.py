@@ -65,6 +65,9 @@ class ShardedCheckpointer:
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in folder.glob("step-*.shards"):  # of a run that was killed while writing
                 if not leftover.with_suffix(".pt").exists():
+                    warn(
+                        f"deleted {leftover}, half of a checkpoint: its file, which comes last, is not there"
+                    )
                     shutil.rmtree(leftover, ignore_errors=True)
 
     def save(self, step: int, state: dict[str, Any], tensors: dict[str, Tensor]) -> Path:

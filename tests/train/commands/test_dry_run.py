@@ -86,6 +86,6 @@ def test_the_command_says_what_the_ranks_did(capsys: pytest.CaptureFixture[str])
     words = ["plan", "--gpus", "2xa100", "--recipe", "tiny_imagenet", "--dry_run"]
     assert main([*words, "--set", "speed.parallel=fsdp"]) == 0
     shown = capsys.readouterr().out
-    assert "2 ranks, " in shown
+    assert "2 rank(s), " in shown
     assert "the same order on every rank" in shown
     assert "memory of a rank" in shown

@@ -145,6 +145,8 @@ def describe(runs: Sequence[RankRun], *, memory_gb: float) -> list[str]:
     difference = first_difference(runs)
     count = len(runs[0].messages)
     order = f"ORDER DIFFERS: {difference}" if difference else "the same order on every rank"
+    if not count:
+        order = "as there is nobody to send to"
     sent = ", ".join(
         f"{number} {name} ({size / 1e9:.2f} GB)" for name, (number, size) in runs[0].sent.items()
     )
@@ -152,7 +154,7 @@ def describe(runs: Sequence[RankRun], *, memory_gb: float) -> list[str]:
         max(getattr(run, name) for run in runs) / 1e9 for name in ("held_bytes", "peak_bytes")
     )
     return [
-        f"{len(runs)} ranks, {count} collectives a step, {order}: {sent}",
+        f"{len(runs)} rank(s), {count} collectives a step, {order}{': ' if sent else ''}{sent}",
         f"memory of a rank: {held:.1f} GB between steps, {peak:.1f} GB at most (the cost model: "
         f"{memory_gb:.1f} GB)",
     ]
