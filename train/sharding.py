@@ -95,6 +95,11 @@ def whole_tensor(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
+def local_part(value: Tensor) -> Tensor:
+    """This rank's part of a tensor that may lie in shards."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
 def gather_state(value: Any, world: World) -> Any:
     """A nested state with whole tensors in host memory on the first rank; without them on the others.
 

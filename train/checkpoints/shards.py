@@ -21,7 +21,7 @@ from cmae.model.export.shards import METADATA, SHARDS, reason_of, shards_of
 from cmae.model.export.stored import FORMAT, CheckpointError, list_checkpoints
 from cmae.train.checkpoints.digest import DIGEST, content_digest, file_digest
 from cmae.train.checkpoints.folder import Retention, remove_checkpoint
-from cmae.train.checkpoints.writer import sync_folder, write_atomically
+from cmae.train.checkpoints.writer import map_tensors, sync_folder, write_atomically
 from cmae.train.distributed import World
 
 
@@ -85,7 +85,8 @@ class ShardedCheckpointer:
         path = self.folder / f"step-{step:08d}.pt"
         copies = {name: value.detach().clone() for name, value in tensors.items()}
         copied = torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None
-        state = {"format": FORMAT, "step": step, **state}
+        on_host = map_tensors(lambda one: one.detach().to("cpu", copy=True), state)
+        state = {"format": FORMAT, "step": step, **on_host}
         self._writer = threading.Thread(
             target=self._write, args=(path, state, copies, copied), daemon=True
         )

@@ -96,7 +96,7 @@ class Checkpointer:
         path = self.folder / f"step-{step:08d}.pt"
         state = {"format": FORMAT, "step": step, **state}
         if not is_copy:
-            state = _map_tensors(_copy, state)
+            state = map_tensors(_copy, state)
         copied = torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None
         snapshot = _Snapshot(path, state, copied)
         before = self._writer
@@ -238,15 +238,16 @@ def _to_host(snapshot: dict[str, Any], copied: torch.cuda.Event | None) -> dict[
     stream.wait_event(copied)
     with torch.cuda.stream(stream):
         # Each copy waits for its own end, so the snapshot's memory is free when it is given back.
-        moved: dict[str, Any] = _map_tensors(lambda tensor: tensor.to("cpu"), snapshot)
+        moved: dict[str, Any] = map_tensors(lambda tensor: tensor.to("cpu"), snapshot)
     return moved
 
 
-def _map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Nested dicts and lists with a function's result for every tensor in them."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, dict):
-        return {key: _map_tensors(function, item) for key, item in value.items()}
+        return {key: map_tensors(function, item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_map_tensors(function, item) for item in value]
+        return [map_tensors(function, item) for item in value]
     return value

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cmae.errors import CmaeError
 from cmae.model import CMAE, Losses, set_all_reduce
 from cmae.model.blocks import Block
+from cmae.model.export.checkpoints import check_finite
 from cmae.model.export.shards import fill, flatten, nest, read_sizes, reason_of
 from cmae.model.heads import SyncedBatchNorm1d
 from cmae.model.target_copy import TargetCopy, set_residual_dtype
@@ -36,6 +37,7 @@ from cmae.train.machine import compute_capability
 from cmae.train.sharding import (
     ZeroOptimizer,
     gather_state,
+    local_part,
     place_like,
     shard_model,
     whole_tensor,
@@ -292,7 +294,10 @@ class TrainStep:
                 f"{folder} cannot be read, or is not of this model ({reason_of(error)}); `cmae checkpoint "
                 "verify` says whether it is whole"
             ) from error
-        return nest(parts)
+        found = nest(parts)
+        own_parts = {name: local_part(value) for name, value in found["model"].items()}
+        check_finite(own_parts, str(folder))
+        return found
 
     def load_state_dict(self, state: dict[str, Any], *, shards: Path | None = None) -> None:
         """Continue from `state_dict`; a loss scale of another precision is left behind.

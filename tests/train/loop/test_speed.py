@@ -227,9 +227,11 @@ def run_modes(rank: int, port: int, out: Path) -> None:
     found: dict[str, Any] = {}
     with join_world("cpu") as world:
         torch.compile = functools.partial(torch.compile, backend="aot_eager")  # of this process
-        for mode in ("none", "blocks", "model"):
+        modes = {mode: SpeedConfig(compile=mode) for mode in ("none", "blocks", "model")}
+        modes["fsdp, blocks"] = SpeedConfig(compile="blocks", parallel="fsdp")
+        for mode, speed in modes.items():
             with counted_calls(DDPOptimizer, ["compile_fn"]) as splits:
-                step = build(SpeedConfig(compile=mode), world=world)
+                step = build(speed, world=world)
                 losses = run(step, 2)
                 with counted_calls(Tensor, READS_BY_THE_HOST) as reads:
                     run(step, 2, num_steps=1)
@@ -273,7 +275,7 @@ def test_two_ranks_get_the_same_losses_however_the_step_is_compiled(
     of_two_ranks: list[dict[str, Any]],
 ) -> None:
     for found in of_two_ranks:
-        for mode in ("blocks", "model"):
+        for mode in ("blocks", "model", "fsdp, blocks"):
             torch.testing.assert_close(
                 found[mode]["losses"], found["none"]["losses"], rtol=1e-3, atol=1e-4
             )
