@@ -103,7 +103,7 @@ def _plan(parser: Parser) -> Run:
         "--dry_run",
         action="store_true",
         help="also take a step of every rank with tensors that hold no numbers: shapes, memory, and whether "
-        "all ranks send the same in the same order. ViT-B on 32 ranks: minutes on 2 cores",
+        "all ranks send the same in the same order. ViT-B on 32 ranks: a minute on 2 cores",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
