@@ -148,6 +148,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
             for group in groups
         )
         super().__init__(groups, self._inside.defaults)
+        by_message: dict[tuple[int, torch.dtype], list[Tensor]] = {}
+        for one in parameters:
+            by_message.setdefault((self._owner[id(one)], one.dtype), []).append(one)
+        # One rank after the other, in the same order on all.
+        self._messages = sorted(by_message.items(), key=lambda item: item[0][0])
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Move the own parameters, and take the others from their owners."""
@@ -224,17 +229,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def _spread(self) -> None:
         """One message of each rank and number format with all that it has moved."""
-        for rank in range(self._world.world_size):
-            moved = [one for one in self._all() if self._owner[id(one)] == rank]
-            for dtype in dict.fromkeys(one.dtype for one in moved):
-                same = [one for one in moved if one.dtype == dtype]
-                flat = torch.cat([one.reshape(-1) for one in same])
-                dist.broadcast(flat, src=rank)
-                if rank != self._world.rank:
-                    parts = flat.split([one.numel() for one in same])
-                    torch._foreach_copy_(
-                        same, [part.view_as(one) for part, one in zip(parts, same, strict=True)]
-                    )
+        for (rank, _), moved in self._messages:
+            flat = torch.cat([one.reshape(-1) for one in moved])
+            dist.broadcast(flat, src=rank)
+            if rank != self._world.rank:
+                parts = flat.split([one.numel() for one in moved])
+                torch._foreach_copy_(
+                    moved, [part.view_as(one) for part, one in zip(parts, moved, strict=True)]
+                )
 
 
 _NOTHING = torch.empty(0)

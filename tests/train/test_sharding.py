@@ -14,14 +14,13 @@ import torch.multiprocessing as mp
 from filelock import FileLock
 from support.tiny_runs import ALONE, OPTIM, SMALL, make_batch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from cmae.errors import CmaeError
 from cmae.model import ModelConfig, build_model
 from cmae.train.config import OptimConfig, SpeedConfig
 from cmae.train.distributed import World, join_world
 from cmae.train.loop.step import TrainStep, check_step
-from cmae.train.sharding import share_out
+from cmae.train.sharding import local_part, share_out
 
 WAYS = ("ddp", "zero1", "fsdp", "hsdp")
 STEPS = 4
@@ -47,10 +46,6 @@ CLIP: OptimConfig = replace(OPTIM, clip_grad=0.1, decay_tokens=True)
 def start(model: ModelConfig, world: World, way: str, **speed: Any) -> TrainStep:
     weights = build_model(model, seed=0).double()
     return TrainStep(weights, CLIP, SpeedConfig(parallel=way, **speed), world)  # type: ignore[arg-type]
-
-
-def local(value: Tensor) -> Tensor:
-    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def go(step: TrainStep, first: int, last: int, *, micro: int = 1, rotten: int = -1) -> list[Tensor]:
@@ -81,11 +76,11 @@ def trial(name: str, world: World, way: str, out: Path) -> dict[str, Any]:
     losses = go(step, 0, STEPS, micro=micro, rotten=1)
     vitals = step.vitals()
     found = {"losses": torch.stack(losses), "state": step.state_dict(), "vitals": vitals}
-    found["held"] = sum(local(one).numel() for one in step.model.parameters())
+    found["held"] = sum(local_part(one).numel() for one in step.model.parameters())
     optimizer = step.optimizer
     inside = getattr(optimizer, "_inside", optimizer)
     found["moments"] = sum(
-        local(value).numel()
+        local_part(value).numel()
         for values in inside.state.values()
         for name, value in values.items()
         if name != "step"

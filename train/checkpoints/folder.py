@@ -117,6 +117,12 @@ def remove_checkpoint(path: Path) -> None:
     shutil.rmtree(shards_of(path), ignore_errors=True)
 
 
+def retire(folder: Path, retention: Retention) -> None:
+    """Delete the checkpoints of a folder that no rule keeps."""
+    for path in retention.retired(list_checkpoints(folder)):
+        remove_checkpoint(path)
+
+
 def size_of(path: Path) -> int:
     """Bytes of a checkpoint, with its shards."""
     shards = shards_of(path)

@@ -18,10 +18,15 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from cmae.model.export.shards import METADATA, SHARDS, reason_of, shards_of
-from cmae.model.export.stored import FORMAT, CheckpointError, list_checkpoints
-from cmae.train.checkpoints.digest import DIGEST, content_digest, file_digest
-from cmae.train.checkpoints.folder import Retention, remove_checkpoint
-from cmae.train.checkpoints.writer import map_tensors, sync_folder, write_atomically
+from cmae.model.export.stored import FORMAT, CheckpointError
+from cmae.train.checkpoints.digest import file_digest
+from cmae.train.checkpoints.folder import Retention, retire
+from cmae.train.checkpoints.writer import (
+    map_tensors,
+    sync_folder,
+    write_checkpoint,
+    write_fault,
+)
 from cmae.train.distributed import World
 
 
@@ -149,18 +154,12 @@ class ShardedCheckpointer:
             listed = self._digests(shards_of(path))
             if self._world.is_main:
                 sync_folder(shards_of(path))
-                state = {**state, SHARDS: listed}
-                write_atomically(path, {**state, DIGEST: content_digest(state)})
-                for one in self._retention.retired(list_checkpoints(self.folder)):
-                    remove_checkpoint(one)
+                write_checkpoint(path, {**state, SHARDS: listed})
+                retire(self.folder, self._retention)
                 self.last_s = time.monotonic() - begun
         # torch wraps what a disk or a file says in errors of its own.
         except Exception as error:
-            self._fault = CheckpointError(
-                f"{path} cannot be written: {reason_of(error)}. Older checkpoints are as they were; make "
-                "room, or check the file system of run.out",
-                key=str(path),
-            )
+            self._fault = write_fault(path, reason_of(error))
 
     def _digests(self, folder: Path) -> dict[str, dict[str, Any]]:
         """Size and SHA-256 of every file, each computed by the rank that wrote it. A collective."""

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from cmae.model.export.stored import FORMAT, CheckpointError, list_checkpoints
+from cmae.model.export.stored import FORMAT, CheckpointError
 from cmae.pipeline.formats.atomic import atomic_write
 from cmae.train.checkpoints.digest import DIGEST, content_digest
-from cmae.train.checkpoints.folder import Retention, remove_checkpoint
+from cmae.train.checkpoints.folder import Retention, retire
 
 RETRY_S = 60.0
 """After a write that failed; the fault is told each time."""
@@ -172,17 +172,12 @@ class Checkpointer:
         path, begun = snapshot.path, time.monotonic()
         try:
             state = _to_host(snapshot.state, snapshot.copied)
-            write_atomically(path, {**state, DIGEST: content_digest(state)})
-            for one in self.retention.retired(list_checkpoints(self.folder)):
-                remove_checkpoint(one)
+            write_checkpoint(path, state)
+            retire(self.folder, self.retention)
         except (OSError, RuntimeError) as error:
             # torch's writer hides the system's error behind one of its own.
             cause = error.__context__ if isinstance(error.__context__, OSError) else error
-            return CheckpointError(
-                f"{path} cannot be written: {getattr(cause, 'strerror', None) or cause}. Older checkpoints "
-                "are as they were; make room, or check the file system of run.out",
-                key=str(path),
-            )
+            return write_fault(path, getattr(cause, "strerror", None) or cause)
         self._fails_since = None
         self.last_s = time.monotonic() - begun
         self._written(path)
@@ -202,6 +197,20 @@ class Checkpointer:
         )
         self._hurry.wait(min(RETRY_S, left_s))
         return True
+
+
+def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint with the digest of what it holds, as `write_atomically` does."""
+    write_atomically(path, {**state, DIGEST: content_digest(state)})
+
+
+def write_fault(path: Path, reason: object) -> CheckpointError:
+    """What to say of a checkpoint that was refused."""
+    return CheckpointError(
+        f"{path} cannot be written: {reason}. Older checkpoints are as they were; make room, or check the "
+        "file system of run.out",
+        key=str(path),
+    )
 
 
 def write_atomically(path: Path, state: dict[str, Any]) -> None:

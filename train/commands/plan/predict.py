@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -308,12 +308,12 @@ def show_plans(
     *,
     as_json: bool,
     calibrate: bool = False,
-    dry_runs: Mapping[str, Sequence[str]] | None = None,
+    dry_runs: Sequence[list[str]],
 ) -> int:
-    """Print plans as a table, or as JSON; and what dry runs found, by name."""
-    dry_runs = dry_runs or {}
+    """Print plans as a table, or as JSON; and what the dry run of each found."""
+    dry_run_of = list(zip(plans, dry_runs, strict=True))
     if as_json:
-        found = [_as_dict(plan) | {"dry_run": list(dry_runs.get(plan.name, []))} for plan in plans]
+        found = [_as_dict(plan) | {"dry_run": lines} for plan, lines in dry_run_of]
         print(json.dumps(found, indent=1))
         return 0
     title = f"{cluster.num_gpus} x {cluster.gpu.name}, {cluster.num_nodes} node(s)"
@@ -336,9 +336,9 @@ def show_plans(
         )
     console = PlainConsole()
     console.print(table)
-    for name, lines in dry_runs.items():
+    for plan, lines in dry_run_of:
         for line in lines:
-            console.print(f"{name}, dry run: {line}", soft_wrap=True)
+            console.print(f"{plan.name}, dry run: {line}", soft_wrap=True)
     for line in _assumptions(plans, cluster, calibrate=calibrate):
         console.print(line, soft_wrap=True)
     return 0
@@ -392,20 +392,24 @@ def plan_recipes(parsed: Any) -> int:
         key, equals, value = word.partition("=")
         require(bool(equals), "--set", word, "key=value, such as speed.parallel=fsdp")
         overrides[key] = value
-    configs = {Path(name).stem: load_recipe(name, overrides=overrides) for name in parsed.recipe}
+    configs = [load_recipe(name, overrides=overrides) for name in parsed.recipe]
     plans = [
         plan_run(
-            name,
+            Path(name).stem,
             config,
             cluster,
             images=parsed.images,
             results=parsed.results,
             calibrate=parsed.calibrate,
         )
-        for name, config in configs.items()
+        for name, config in zip(parsed.recipe, configs, strict=True)
     ]
-    dry_runs = [_dry_run(configs[plan.name], cluster, plan) for plan in plans if parsed.dry_run]
-    lines = {plan.name: lines for plan, (lines, _) in zip(plans, dry_runs, strict=False)}
+    dry_runs: list[tuple[list[str], bool]] = [([], True)] * len(plans)
+    if parsed.dry_run:
+        dry_runs = [
+            _dry_run(config, cluster, plan) for config, plan in zip(configs, plans, strict=True)
+        ]
+    lines = [lines for lines, _ in dry_runs]
     show_plans(plans, cluster, as_json=parsed.json, calibrate=parsed.calibrate, dry_runs=lines)
     return int(not all(agree for _, agree in dry_runs))
 

@@ -12,7 +12,7 @@ from cmae.errors import CmaeError, require
 from cmae.model.export.shards import SHARDS
 from cmae.model.export.stored import list_checkpoints, load_checkpoint
 from cmae.paths import check_output, expand_home
-from cmae.train.checkpoints.digest import DIGEST, content_digest
+from cmae.train.checkpoints.digest import DIGEST
 from cmae.train.checkpoints.folder import (
     SET_ASIDE,
     WHY_FILE,
@@ -23,7 +23,7 @@ from cmae.train.checkpoints.folder import (
     step_of,
 )
 from cmae.train.checkpoints.lock import hold_folder
-from cmae.train.checkpoints.writer import write_atomically
+from cmae.train.checkpoints.writer import write_checkpoint
 from cmae.train.monitor.console import PlainConsole
 
 
@@ -87,7 +87,7 @@ def join(checkpoint: Path, out: Path) -> int:
         raise CmaeError(f"{checkpoint} is one file already: copy it", key="CHECKPOINT")
     state = {name: value for name, value in state.items() if name not in (SHARDS, DIGEST)}
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, {**state, DIGEST: content_digest(state)})
+    write_checkpoint(out, state)
     PlainConsole().print(f"{out}: {size_of(out) / 2**20:.1f} MiB", soft_wrap=True)
     return 0
 
